@@ -1,0 +1,18 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check
+
+demo: .venv/ready  ## the whole job on a synthetic world
+	$(BIN)/tvl-align demo
+
+test: .venv/ready  ## every test
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+check: .venv/ready  ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,135 @@
+"""The `tvl-align` command: world | pretrain | encode | train | evaluate | demo."""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from experiments.stage2.demo_stage2 import DemoConfig, demo
+from experiments.stage2.engine_stage2 import fit, load_samples, make_accelerator
+from experiments.stage2.methods import METHODS
+from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
+from tvl_align.config import Settings, parse
+from tvl_align.console import UserError, says_it_plainly
+from tvl_align.data.world import write_world
+from tvl_align.encoders.pretrain import PretrainConfig, pretrain
+from tvl_align.features import open_or_encode
+
+CITED = "experiments/stage2/README.md lists what each method is."
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Write a synthetic world in the TVL format, with its ground truth."""
+
+    out: Path
+    """New or empty folder to write to."""
+    train: int = 5000
+    """Training samples."""
+    test: int = 1000
+    """Test samples."""
+    seed: int = 0
+    """The same seed gives the same bytes."""
+    image_size: int = 64
+    """Side of the surface, in pixels."""
+    workers: int = os.cpu_count() or 1
+    """Processes that draw and write; they do not change the bytes."""
+
+
+def _world(argv: Sequence[str]) -> None:
+    config = parse(WorldConfig, argv, "tvl-align world")
+    print(write_world(config.out, config.train, config.test, config.seed, config.image_size, config.workers))
+
+
+def _pretrain(argv: Sequence[str]) -> None:
+    print(pretrain(parse(PretrainConfig, argv, "tvl-align pretrain")))
+
+
+def _encode(argv: Sequence[str]) -> None:
+    """Takes the flags of `train`, so that the store is the one that training will look for."""
+    name, rest = _method(argv)
+    settings = parse(Settings[METHODS[name].knobs], rest, "tvl-align encode")  # type: ignore[name-defined]
+    if settings.data.views == 0:
+        raise UserError("--views 0 means no feature store; give --views 1 or more to encode one.")
+    stage1, samples = load_samples(settings, make_accelerator(settings).device)
+    store = open_or_encode(settings.feature_dir, stage1, samples, settings.data.views, settings.data.num_workers)
+    print(store.folder)
+
+
+def _train(argv: Sequence[str]) -> None:
+    name, rest = _method(argv)
+    train_method(name, rest)
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    print(evaluate_run(parse(EvaluateConfig, argv, "tvl-align evaluate")))
+
+
+def _demo(argv: Sequence[str]) -> None:
+    demo(parse(DemoConfig, argv, "tvl-align demo"))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "world": ("write a synthetic world in the TVL format", _world),
+    "pretrain": ("train a small Stage 1 on a folder in the TVL format", _pretrain),
+    "encode": ("compute the frozen features once (same flags as train)", _encode),
+    "train": ("train Stage 2 (--method base by default)", _train),
+    "evaluate": ("measure a run on the test split and write its page", _evaluate),
+    "demo": ("all of the above on a synthetic world, in minutes", _demo),
+}
+
+
+@says_it_plainly
+def train_method(name: str, argv: Sequence[str]) -> None:
+    """Parse the flags of a method and train it: what every entry file calls."""
+    _setup()
+    method = METHODS[name]
+    settings = parse(Settings[method.knobs], argv)  # type: ignore[name-defined]
+    try:
+        fit(settings, method)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@says_it_plainly
+def main() -> None:
+    """Entry point of `tvl-align`."""
+    _setup()
+    usage = "usage: tvl-align COMMAND [--help]\n\n" + "\n".join(f"  {n:10s} {what}" for n, (what, _) in COMMANDS.items())
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(usage)
+        return
+    name = sys.argv[1]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}."
+        raise UserError(f"unknown command {name!r}; {hint}")
+    COMMANDS[name][1](sys.argv[2:])
+
+
+def _method(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Take `--method NAME` out of the flags (default: base)."""
+    rest = list(argv)
+    name = "base"
+    for i, flag in enumerate(rest):
+        if flag == "--method" and i + 1 < len(rest):
+            name = rest[i + 1]
+            del rest[i : i + 2]
+            break
+        if flag.startswith("--method="):
+            name = rest.pop(i).removeprefix("--method=")
+            break
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; --method takes {', '.join(METHODS)}.")
+    return name, rest
+
+
+def _setup() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())

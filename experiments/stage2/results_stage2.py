@@ -1,0 +1,325 @@
+"""What a run is worth, on the test split: retrieval, where the information is, order, controls -> results.json, a page.
+
+Every number is in percent and stands beside its chance level; the test split is one gallery; probes are fitted on
+training rows only.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from experiments.stage2.engine_stage2 import load_inputs
+from experiments.stage2.loss_stage2 import pair_name
+from experiments.stage2.methods import METHODS
+from tvl_align.checkpoint import load_checkpoint
+from tvl_align.config import DataConfig, OptimConfig, RunConfig, Settings, Stage1Config, from_plain
+from tvl_align.console import UserError, progress
+from tvl_align.contract import Features, Method, Output
+from tvl_align.evaluation import Labels, attentive_probe, linear_probe, read_labels, retrieval, way
+from tvl_align.features import FeatureSource
+from tvl_align.nested import prefix
+from tvl_align.registers import pooled_overlapping
+from tvl_align.report import write_page
+from tvl_align.runtime import pick_device, provenance, seed_everything
+
+BATCH = 256
+EXAMPLES = 8  # test rows shown on the page
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure a run on the official test split."""
+
+    run: Path
+    """Run folder: <output_dir>/<log_name>."""
+    checkpoint: str = "checkpoint.pth"
+    """Checkpoint in the run folder: the last epoch, or checkpoint-acc1.pth, checkpoint-acc5.pth."""
+    labels: Path | None = None
+    """CSV with a vision column and one per factor; default: factors.csv beside the data, where there is one."""
+    probe_rows: int = 3000
+    """Training rows that probes are fitted on, at most: the first so many of a seeded order."""
+    device: str | None = None
+    """cuda or cpu; default: cuda where there is one, else cpu."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What one model makes of one split, on the CPU: overlapping, complementary {modality: (M, n, D)}, pooled."""
+
+    overlapping: dict[str, Tensor]
+    complementary: dict[str, Tensor]
+    pooled: dict[str, Tensor]
+    present: dict[str, Tensor]
+    keys: Tensor
+    scale: float
+    unexplained: dict[str, float]
+
+
+def load_run(folder: Path) -> tuple[Settings[Any], Method, dict[str, Any]]:
+    """The settings, the method and the config.json of a run folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder (no config.json); give <output_dir>/<log_name>.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    made_by = config["implementation"]["experiment_id"]
+    found = [m for m in METHODS.values() if m.implementation.experiment_id == made_by]
+    if not found:
+        known = ", ".join(m.implementation.experiment_id for m in METHODS.values())
+        raise UserError(f"{folder} was made by {made_by}, which METHODS does not list ({known}).")
+    plain, method = config["settings"], found[0]
+    groups = {"stage1": Stage1Config, "knobs": method.knobs, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
+    return Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()}), method, config
+
+
+def evaluate_run(options: EvaluateConfig) -> Path:
+    """Measure a run; writes results.json and report.html into its folder and returns the page's path."""
+    settings, method, config = load_run(options.run)
+    device = pick_device(options.device)
+    inputs = load_inputs(settings, device)
+    if inputs.key != config["store"]:
+        raise UserError(f"the features of this run ({config['store']}) cannot be made again ({inputs.key}): its data changed.")
+    if "test" not in inputs.splits:
+        raise UserError(f"{settings.data.datasets_dir} has no test split (test.csv), so there is nothing to measure on.")
+    model = method.model(settings.knobs, inputs.specs).to(device)
+    model.load_state_dict(load_checkpoint(options.run / options.checkpoint)["model"])
+    seed_everything(settings.run.seed + 1)
+    untrained = method.model(settings.knobs, inputs.specs).to(device)
+    train, test = inputs.splits["train"], inputs.splits["test"]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.run.seed))
+    rows = order[: options.probe_rows].sort().values
+    frozen = {"train": stage1_features(train, rows, device), "test": stage1_features(test, all_rows(test), device)}
+    results: dict[str, Any] = {
+        "method": config["implementation"]["experiment_id"],
+        "version": config["implementation"]["version"],
+        "seed": settings.run.seed,
+        "gallery": len(test),
+        "checkpoint": options.checkpoint,
+        "root": str(inputs.samples["test"].root.resolve()),
+        "examples": [asdict(row) for row in inputs.samples["test"].rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]],
+        "retrieval": {},
+        "factors": {},
+    }
+    names = list(inputs.specs)
+    read = read_split(model, test, all_rows(test), device)
+    pooled = {m: t.pooled for m, t in frozen["test"].modalities.items()}
+    for first, second in combinations(names, 2):
+        results["retrieval"][pair_name(first, second)] = _pair(first, second, read, pooled)
+    results["prefix"] = _prefixes(model, test, device, names)
+    results["controls"] = {"shuffled_acc1": _shuffled(read, names, settings.run.seed)}
+    path = options.labels or settings.data.datasets_dir / "factors.csv"
+    if options.labels is not None or path.is_file():
+        labels = read_labels(path)
+        results["factors"] = _factors(model, untrained, train, rows, test, frozen, labels, device, settings.run.seed)
+        results["summary"] = summary(results["factors"])
+    results |= {"run": config, "evaluated_by": provenance()}
+    (options.run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return write_page(options.run)
+
+
+def all_rows(source: FeatureSource) -> Tensor:
+    return torch.arange(len(source))
+
+
+def _plain(source: FeatureSource, rows: Tensor, device: torch.device) -> Any:
+    parts = list(rows.split(BATCH))
+    return source.batches(parts, [torch.zeros_like(p) for p in parts], device)
+
+
+def stage1_features(source: FeatureSource, rows: Tensor, device: torch.device) -> Features:
+    """The frozen features of the given rows, plain view, joined on the CPU; text padded to its longest sentence."""
+    parts = [batch.to("cpu") for batch in _plain(source, rows, device)]
+    joined = {}
+    for name in parts[0].modalities:
+        longest = max(p.modalities[name].tokens.shape[1] for p in parts)
+
+        def padded(x: Tensor, longest: int = longest) -> Tensor:
+            return torch.cat([x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])], dim=1)
+
+        tokens = [p.modalities[name] for p in parts]
+        joined[name] = type(tokens[0])(
+            torch.cat([padded(t.tokens) for t in tokens]),
+            torch.cat([padded(t.mask) for t in tokens]),
+            torch.cat([t.pooled for t in tokens]),
+            torch.cat([t.present for t in tokens]),
+        )
+    return Features(joined, torch.cat([p.caption_keys for p in parts]), torch.cat([p.rows for p in parts]))
+
+
+@torch.no_grad()
+def read_split(
+    model: nn.Module, source: FeatureSource, rows: Tensor, device: torch.device, length: int | None = None
+) -> Readings:
+    """Read rows (plain view) with a model in evaluation mode, keeping the first `length` registers (None: all)."""
+    model.eval()
+    outputs: list[Output] = []
+    error: dict[str, list[float]] = {}
+    for features in _plain(source, rows, device):
+        registers = model.registers.shape[0]  # type: ignore[union-attr,index]
+        kept = None if length is None else prefix(len(features), registers, length)
+        output = model(features, kept=kept, joint=False)
+        for name, r in output.get("reconstruction", {}).items():
+            squared = (r.predicted - r.target).square().mean(-1)[r.mask]
+            sums = error.setdefault(name, [0.0, 0.0])
+            sums[0] += float(squared.sum())
+            sums[1] += float(r.target[r.mask].square().mean(-1).sum())
+        outputs.append({"pooled": pooled_overlapping(output)} | {k: output[k] for k in _KEPT})
+
+    def joined(entry: str, name: str) -> Tensor:
+        return torch.cat([output[entry][name] for output in outputs]).cpu()
+
+    names = list(outputs[0]["overlapping_tokens"])
+    return Readings(
+        {m: joined("overlapping_tokens", m) for m in names},
+        {m: joined("complementary_tokens", m) for m in names},
+        {m: joined("pooled", m) for m in names},
+        {m: joined("present", m) for m in names},
+        torch.cat([output["caption_keys"] for output in outputs]).cpu(),
+        float(outputs[0]["logit_scale"]),
+        {m: 100 * wrong / max(total, 1e-9) for m, (wrong, total) in error.items()},
+    )
+
+
+_KEPT = ("overlapping_tokens", "complementary_tokens", "present", "caption_keys", "logit_scale")
+
+
+def _keys(first: str, second: str, read: Readings) -> Tensor | None:
+    return read.keys if "text" in (first, second) else None
+
+
+def _pair(first: str, second: str, read: Readings, stage1: Mapping[str, Tensor]) -> dict[str, float]:
+    valid, keys = read.present[first] & read.present[second], _keys(first, second, read)
+    ours = retrieval(read.pooled[first], read.pooled[second], valid, keys, read.scale)
+    frozen = retrieval(stage1[first].cpu(), stage1[second].cpu(), valid, keys, read.scale)
+    return {
+        "acc1": ours.acc1,
+        "acc5": ours.acc5,
+        "chance1": ours.chance1,
+        "stage1_acc1": frozen.acc1,
+        "stage1_acc5": frozen.acc5,
+    }
+
+
+def _prefixes(model: nn.Module, test: FeatureSource, device: torch.device, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Acc@1 (mean over the pairs) and share of the frozen tokens' variance left, for every number of kept registers."""
+    found = []
+    for k in range(1, model.registers.shape[0] + 1):  # type: ignore[union-attr,index]
+        read = read_split(model, test, all_rows(test), device, k)
+        scores = {
+            pair_name(a, b): retrieval(
+                read.pooled[a], read.pooled[b], read.present[a] & read.present[b], _keys(a, b, read), read.scale
+            ).acc1
+            for a, b in combinations(names, 2)
+        }
+        found.append(
+            {"k": k, "acc1": float(np.mean(list(scores.values()))), "pairs": scores, "reconstructions": read.unexplained}
+        )
+        errors = list(read.unexplained.values())
+        found[-1]["reconstruction"] = float(np.mean(errors)) if errors else None
+    return found
+
+
+def _shuffled(read: Readings, names: Sequence[str], seed: int) -> float:
+    """Acc@1 (mean over the pairs) after the second modality's rows were put in another order: must be chance."""
+    scores = []
+    for a, b in combinations(names, 2):
+        valid = read.present[a] & read.present[b]
+        order = torch.randperm(int(valid.sum()), generator=torch.Generator().manual_seed(seed))
+        x, y = read.pooled[a][valid], read.pooled[b][valid][order]
+        keys = _keys(a, b, read)
+        keys = keys[valid] if keys is not None else None
+        scores.append(retrieval(x, y, torch.ones(len(x), dtype=torch.bool), keys, read.scale).acc1)
+    return float(np.mean(scores))
+
+
+def _factors(
+    model: nn.Module,
+    untrained: nn.Module,
+    train: FeatureSource,
+    rows: Tensor,
+    test: FeatureSource,
+    frozen: Mapping[str, Features],
+    labels: Labels,
+    device: torch.device,
+    seed: int,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Probe every factor in every modality that may carry it. All groups are read from the same rows."""
+    names_train = [train.names[i] for i in rows.tolist()]  # type: ignore[attr-defined]
+    names_test = list(test.names)  # type: ignore[attr-defined]
+    readings = {
+        name: (read_split(m, train, rows, device), read_split(m, test, all_rows(test), device))
+        for name, m in (("", model), ("untrained_", untrained))
+    }
+    modalities = list(readings[""][0].overlapping)
+    plan = {m: [f for f in labels.levels if not labels.ownership[f] or m in labels.ownership[f]] for m in modalities}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    with progress(sum(map(len, plan.values())), "probe", "factor") as bar:
+        for modality in modalities:
+            found[modality] = {}
+            fit_rows, read_rows = _labelled(frozen, modality, labels, plan[modality], names_train, names_test)
+            truth = [
+                (labels.of(f, names_train)[fit_rows], labels.of(f, names_test)[read_rows]) for f in plan[modality]
+            ]
+            a, b = frozen["train"].modalities[modality], frozen["test"].modalities[modality]
+            attentive = attentive_probe(
+                a.tokens[fit_rows], a.mask[fit_rows], [t for t, _ in truth],
+                _fitted(b.tokens, a.tokens)[read_rows], _fitted(b.mask, a.mask)[read_rows], [t for _, t in truth], seed,
+            )  # fmt: skip
+            for factor, (y, y_test), ceiling in zip(plan[modality], truth, attentive, strict=True):
+                pooled = linear_probe(a.pooled[fit_rows], y, b.pooled[read_rows], y_test, seed)
+                entry: dict[str, Any] = {
+                    "ownership": list(labels.ownership[factor]),
+                    "chance": 100 * float(np.bincount(y_test).max() / len(y_test)),
+                    "stage1": max(ceiling, pooled),
+                    "stage1_pooled": pooled,
+                }
+                for who, (on_train, on_test) in readings.items():
+                    for group in ("overlapping", "complementary"):
+                        x, x_test = getattr(on_train, group)[modality], getattr(on_test, group)[modality]
+                        entry[who + group] = linear_probe(
+                            x[fit_rows].flatten(1), y, x_test[read_rows].flatten(1), y_test, seed
+                        )
+                found[modality][factor] = entry
+                bar.update()
+    return found
+
+
+def _fitted(x: Tensor, like: Tensor) -> Tensor:
+    """Cut or zero-pad the token axis of x to that of `like`."""
+    missing = like.shape[1] - x.shape[1]
+    return x[:, : like.shape[1]] if missing <= 0 else torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], 1)
+
+
+def _labelled(
+    frozen: Mapping[str, Features], modality: str, labels: Labels, factors: Sequence[str], *names: list[str]
+) -> tuple[Tensor, Tensor]:
+    """The rows of train and test that have this modality and every one of its labels."""
+    masks = []
+    for split, rows in zip(("train", "test"), names, strict=True):
+        known = np.all([labels.of(f, rows) >= 0 for f in factors], axis=0)
+        masks.append(frozen[split].modalities[modality].present & torch.from_numpy(known))
+    return masks[0], masks[1]
+
+
+def summary(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+    """Retention and leak in percent of the way from chance to the ceiling, averaged over modalities and factors.
+
+    shared: factors of two or more modalities; unique: of one. retention: shared read from overlapping, unique from
+    complementary tokens; leak: the other way round.
+    """
+    groups: dict[str, list[float]] = {}
+    for modality in factors.values():
+        for entry in modality.values():
+            if not entry["ownership"]:
+                continue
+            shared = len(entry["ownership"]) > 1
+            over, comp = (way(entry[g], entry["chance"], entry["stage1"]) for g in ("overlapping", "complementary"))
+            groups.setdefault("shared_retention" if shared else "unique_leak", []).append(over)
+            groups.setdefault("shared_leak" if shared else "unique_retention", []).append(comp)
+    return {name: float(np.mean(groups[name])) for name in sorted(groups)}

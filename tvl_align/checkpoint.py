@@ -1,0 +1,33 @@
+"""Stage-2 checkpoints: plain containers and tensors, written whole or not at all, loaded without running anything."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvl_align.console import UserError
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote (torch's `weights_only`). Raises UserError for anything else."""
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}; give --resume an existing checkpoint.pth.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({reason}).") from error
+    if not isinstance(content, dict) or "model" not in content:
+        raise UserError(f"{path} is not a Stage-2 checkpoint: it has no 'model' entry.")
+    return content

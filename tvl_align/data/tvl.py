@@ -1,0 +1,288 @@
+"""Readers for a TVL data folder: `ssvtp/` and `hct/` -> lists of rows, split for training, validation and test.
+
+The CSV headers decide the columns. Rows come out sorted, so that the order of files on disk never matters. A row that
+cannot be used is dropped, counted and reported with its reason; a caption or modality that is merely absent is kept as
+None and later becomes a mask.
+"""
+
+import csv
+import json
+import logging
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from tvl_align.data.split import grouped_split
+from tvl_align.data.text import adjectives
+from tvl_align.console import UserError
+
+DATASETS = ("ssvtp", "hct")
+CROP_FRACTION = math.sqrt(2) * 0.18  # the side of the cropped part over the longer side of the photo
+VAL_FRACTION = 0.1
+NOT_CONTACT_CAPTION = "background"
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample. Paths are relative to the data folder and in POSIX form; None means the row lacks it."""
+
+    dataset: str
+    vision: str | None
+    tactile: str | None
+    background: str | None
+    caption: str | None
+    group: str
+    contact: bool = True
+
+    @property
+    def name(self) -> str:
+        """What identifies the row in stores and label files."""
+        return self.vision or self.tactile or ""
+
+
+@dataclass
+class TVLData:
+    """The rows of a data folder by split, and what was left out (reason -> count)."""
+
+    root: Path
+    train: list[Row]
+    val: list[Row]
+    test: list[Row]
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def split(self, name: str) -> list[Row]:
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+
+def locate(folder: Path, dataset: str) -> Path:
+    """`folder/dataset`, or `folder/dataset/dataset` where the archive was unpacked one level too deep."""
+    outer, inner = folder / dataset, folder / dataset / dataset
+    if inner.is_dir() and not _is_dataset(outer):
+        log.warning("using %s: the data lie one level deeper than expected", inner)
+        return inner
+    return outer
+
+
+def _is_dataset(folder: Path) -> bool:
+    return (folder / "train.csv").is_file() or any(_data_folders(folder))
+
+
+def _data_folders(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        for sub in sorted(folder.iterdir()):
+            if (sub / "contact.json").is_file() or (sub / "train.csv").is_file() or (sub / "test.csv").is_file():
+                yield sub
+
+
+def find_root(datasets_dir: Path, datasets: Sequence[str]) -> Path:
+    """The folder that holds `ssvtp/` and `hct/`: the given one, or its only sub-folder that does."""
+    if not datasets_dir.is_dir():
+        raise UserError(f"no such folder: {datasets_dir}; --datasets_dir must hold {' and '.join(datasets)}.")
+    if any((datasets_dir / name).is_dir() for name in datasets):
+        return datasets_dir
+    deeper = [d for d in sorted(datasets_dir.iterdir()) if any((d / name).is_dir() for name in datasets)]
+    if len(deeper) == 1:
+        log.warning("using %s: the data lie one level deeper than expected", deeper[0])
+        return deeper[0]
+    if datasets_dir.name in datasets and _is_dataset(datasets_dir):
+        log.warning("using %s: --datasets_dir names the folder of a data set itself", datasets_dir.parent)
+        return datasets_dir.parent
+    found = ", ".join(sorted(p.name for p in datasets_dir.iterdir() if p.is_dir())) or "nothing"
+    wanted = " or ".join(f"{name}/" for name in datasets)
+    raise UserError(f"{datasets_dir} has no {wanted} (found: {found}); point --datasets_dir at the folder above them.")
+
+
+def read_tvl(
+    datasets_dir: Path | str,
+    datasets: Sequence[str] = DATASETS,
+    seed: int = 0,
+    use_not_contact: bool = False,
+    percent_not_contact: float = 0.1,
+) -> TVLData:
+    """Read a TVL folder.
+
+    Train and validation are split by group first; only then are not-in-contact rows added, to training alone, at most
+    `percent_not_contact` (a fraction, 0.1 = one in ten) of the training rows. Rows of the official test split never
+    train. Raises UserError when the folder, a data set or a needed column is missing.
+    """
+    unknown = [name for name in datasets if name not in DATASETS]
+    if unknown:
+        raise UserError(f"unknown data set {unknown[0]!r}: --datasets takes {' and '.join(DATASETS)}.")
+    root = find_root(Path(datasets_dir), datasets)
+    data = TVLData(root, [], [], [])
+    trainable: list[Row] = []
+    idle: list[Row] = []
+    for dataset in datasets:
+        if not (root / dataset).is_dir():
+            raise UserError(f"{root} has no {dataset}/; leave {dataset} out of --datasets or add the folder.")
+        folder = locate(root, dataset)
+        if dataset == "ssvtp":
+            trainable += _checked(_read_ssvtp(root, folder, "train"), data)
+            data.test += _checked(_read_ssvtp(root, folder, "test"), data)
+            continue
+        if not any(_data_folders(folder)):
+            raise UserError(f"{folder} has no sub-folder with a contact.json or train.csv; is this HCT's folder?")
+        for sub in _data_folders(folder):
+            trainable += _checked(_read_hct(root, sub, "train"), data)
+            data.test += _checked(_read_hct(root, sub, "test"), data)
+            idle += _checked(_read_not_contact(root, sub), data) if use_not_contact else []
+    for rows in (trainable, data.test, idle):
+        rows.sort(key=lambda row: (row.dataset, row.name, row.tactile or "", row.caption or ""))
+    tested = {row.name for row in data.test}
+    kept = [row for row in trainable if row.name not in tested]
+    data.dropped["training row is in the official test split"] += len(trainable) - len(kept)
+    data.train, data.val = grouped_split(kept, VAL_FRACTION, seed)
+    idle = [row for row in idle if row.name not in tested]
+    count = min(len(idle), int(len(data.train) * percent_not_contact))
+    data.train += sorted(random.Random(seed).sample(idle, count), key=lambda row: row.name)
+    data.dropped = Counter({reason: n for reason, n in sorted(data.dropped.items()) if n})
+    for reason, n in data.dropped.items():
+        log.warning("dropped %d rows: %s", n, reason)
+    if not data.train:
+        raise UserError(f"{root} has no usable training row; the reasons are listed above.")
+    return data
+
+
+def _checked(rows: Iterator[Row | str], data: TVLData) -> list[Row]:
+    """Keep rows that can be used; count the others (strings are reasons) under their reason."""
+    kept: list[Row] = []
+    seen: set[Row] = set()
+    for row in rows:
+        reason = row if isinstance(row, str) else _fault(row, data.root)
+        if reason is None and row in seen:
+            reason = "duplicate of another row"
+        if reason is None:
+            assert isinstance(row, Row)
+            seen.add(row)
+            kept.append(row)
+        else:
+            data.dropped[reason] += 1
+    return kept
+
+
+def _fault(row: Row, root: Path) -> str | None:
+    present = (row.vision is not None) + (row.tactile is not None) + (row.caption is not None)
+    if present < 2:
+        return "fewer than two modalities"
+    for modality, path in (("vision", row.vision), ("tactile", row.tactile)):
+        if path is None:
+            continue
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+            return f"{modality} path leaves the data folder"
+        if not (root / path).is_file():
+            return f"{modality} file is missing"
+    return None
+
+
+def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
+    """Rows of a CSV with a header, by column name; a missing column is an error that lists the header."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = [(name or "").strip() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            for column in needed:
+                if column not in header:
+                    raise UserError(f"{path} has no column {column!r} (its header: {', '.join(header) or 'empty'}).")
+            return [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is not a UTF-8 CSV file ({error}); save it as UTF-8.") from error
+
+
+def _caption(text: str | None) -> str | None:
+    return text if text and adjectives(text) else None
+
+
+def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
+    path = folder / f"{split}.csv"
+    if not path.is_file():
+        if split == "train":
+            raise UserError(f"{path} is missing; SSVTP needs a train.csv with the columns url, tactile, caption.")
+        return
+    prefix = folder.relative_to(root).as_posix()
+    for cells in _read_csv(path, ["url"]):
+        url = cells["url"]
+        number = re.fullmatch(r"image_(\d+)_rgb", PurePosixPath(url).stem)
+        if number is None:
+            yield "SSVTP photo is not named image_<N>_rgb"
+            continue
+        # Only the file's own relative name is looked at: a folder above it may well be called rgb too.
+        derived = f"images_tac/image_{number[1]}_tac{PurePosixPath(url).suffix}"
+        tactile = cells["tactile"] if "tactile" in cells else derived
+        caption = cells.get("caption") or _first_line(folder / "text" / f"labels_{number[1]}.txt")
+        group = f"ssvtp/{int(number[1])}"
+        yield Row("ssvtp", _join(prefix, url), _join(prefix, tactile), None, _caption(caption), group)
+
+
+def _first_line(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline().strip()
+
+
+def _join(prefix: str, relative: str) -> str | None:
+    if not relative:
+        return None
+    if PurePosixPath(relative).is_absolute():
+        return relative  # refused by _fault, which names the reason
+    return f"{prefix}/{PurePosixPath(relative)}"
+
+
+def _read_hct(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
+    path = folder / f"{split}.csv"
+    if path.is_file():
+        for cells in _read_csv(path, ["url", "tactile"]):
+            yield _hct_row(root, folder, cells["url"], cells["tactile"], cells.get("tactile_background"), cells.get("caption"))
+    elif split == "train":
+        for vision, tactile, background in _read_pairs(folder / "contact.json"):
+            yield _hct_row(root, folder, vision, tactile, background, None)
+
+
+def _read_not_contact(root: Path, folder: Path) -> Iterator[Row | str]:
+    path = folder / "not_contact.json"
+    if path.is_file():
+        for vision, tactile, background in _read_pairs(path):
+            yield _hct_row(root, folder, vision, tactile, background, NOT_CONTACT_CAPTION, contact=False)
+
+
+def _hct_row(
+    root: Path, folder: Path, vision: str, tactile: str, background: str | None, caption: str | None, contact: bool = True
+) -> Row:
+    prefix = folder.relative_to(root).as_posix()
+    trajectory = PurePosixPath(vision or tactile).parts[:1]
+    group = "/".join(["hct", folder.name, *trajectory])
+    paths = _join(prefix, vision), _join(prefix, tactile), _join(prefix, background or "")
+    return Row("hct", *paths, _caption(caption), group, contact)
+
+
+def _read_pairs(path: Path) -> list[tuple[str, str, str]]:
+    """`contact.json`: parallel lists -> (vision, tactile, background) triples."""
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+        vision, tactile = lists["vision"], lists["tactile"]
+        background = lists.get("background") or [""] * len(vision)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} must hold the lists vision and tactile ({error!r}).") from error
+    if not len(vision) == len(tactile) == len(background):
+        sizes = f"{len(vision)} vision, {len(tactile)} tactile, {len(background)} background"
+        raise UserError(f"{path} holds lists of different lengths ({sizes}); they must be parallel.")
+    return list(zip(map(str, vision), map(str, tactile), map(str, background), strict=True))
+
+
+def background_file(root: Path, row: Row) -> Path | None:
+    """The idle touch image of a row: its own, or the nearest `digit_background.png` above it; None if there is none."""
+    if row.background and (root / row.background).is_file():
+        return root / row.background
+    if row.tactile:
+        for parent in (root / row.tactile).parents:
+            if (parent / "digit_background.png").is_file():
+                return parent / "digit_background.png"
+            if parent == root:
+                break
+    return None

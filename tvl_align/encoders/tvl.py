@@ -1,0 +1,289 @@
+"""The frozen Stage-1 encoders: OpenCLIP for vision and text, a timm model for touch, loaded from a TVL checkpoint.
+
+Nothing here is ever random by accident: every missing or unexpected key is an error that names the key.
+
+Both outputs are read through the libraries' own `forward_intermediates`: pooled L2-normalised features (B, E), and token
+sequences (B, T, W): the pooled token first, then the patch grid averaged to at most 4 x 4, row by row; for text, the
+tokens up to the end token.
+"""
+
+import argparse
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import open_clip
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tvl_align.console import UserError
+from tvl_align.contract import MODALITIES, Batch, Features, FeatureSpec, Tokens
+from tvl_align.encoders.small import register_small_clip, touch_overrides
+
+CLIP_VISION_MODEL = "ViT-L-14"
+CLIP_PRETRAIN_DATA = "datacomp_xl_s13b_b90k"
+TOUCH_MODELS = {
+    "vit_tiny": "vit_tiny_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "resnet18": "resnet18",
+}
+GRID = 4
+FeatureKind = Literal["tokens", "pooled"]
+
+
+def touch_model_name(name: str) -> str:
+    """The timm name of a touch model, short or long; anything else is an error."""
+    full = TOUCH_MODELS.get(name, name)
+    if full not in TOUCH_MODELS.values():
+        raise UserError(f"unknown touch model {name!r}: --tactile_model takes {', '.join(TOUCH_MODELS.values())}.")
+    return full
+
+
+class Stage1(nn.Module):
+    """Vision, touch and text encoders behind one interface. `freeze()` makes it the frozen Stage 1 for good."""
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        tokenizer: Any,
+        tactile_encoder: nn.Module,
+        common_latent_dim: int | None = None,
+        features: FeatureKind = "tokens",
+        modalities: Sequence[str] = MODALITIES,
+    ) -> None:
+        super().__init__()
+        self.clip, self.tokenizer, self.tactile_encoder = clip, tokenizer, tactile_encoder
+        self.features, self.modalities = features, tuple(modalities)
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), as CLIP starts
+        clip_width = clip.text_projection.shape[-1]
+        widths = {"vision": clip_width, "text": clip_width, "tactile": tactile_encoder.num_features}
+        heads = {m: nn.Linear(w, common_latent_dim, bias=False) for m, w in widths.items()} if common_latent_dim else {}
+        self.modality_heads = nn.ModuleDict(heads)
+        self.frozen = False
+        self.to(memory_format=torch.channels_last)  # convolutions of small encoders are a tenth faster so
+
+    def freeze(self) -> "Stage1":
+        """Evaluation mode and no gradients, for good: a later `train()` changes nothing."""
+        self.frozen = True
+        return self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Stage1":
+        return super().train(mode and not self.frozen)
+
+    @property
+    def photo_size(self) -> int:
+        return int(open_clip.model.to_2tuple(self.clip.visual.image_size)[0])
+
+    @property
+    def touch_size(self) -> int:
+        embed = getattr(self.tactile_encoder, "patch_embed", None)
+        return int(embed.img_size[0]) if embed is not None else 224
+
+    @property
+    def specs(self) -> dict[str, FeatureSpec]:
+        """The shapes of what `encode` returns, found by encoding one blank row; text may have up to its context length."""
+        device = self.logit_scale.device
+        ids = self.tokenize(["blank"]).to(device)
+        blank: Batch = {
+            "vision": torch.zeros(1, 3, self.photo_size, self.photo_size, device=device),
+            "tactile": torch.zeros(1, 3, self.touch_size, self.touch_size, device=device),
+            "text": ids,
+        }
+        specs = {}
+        for name, read in self.encode({name: blank[name] for name in self.modalities}).modalities.items():
+            longest = ids.shape[1] if name == "text" and self.features == "tokens" else read.tokens.shape[1]
+            specs[name] = FeatureSpec(read.tokens.shape[2], longest, read.pooled.shape[1])
+        return specs
+
+    def tokenize(self, sentences: Sequence[str]) -> Tensor:
+        """Sentences -> (B, L) int64 token ids, cut after the context length of the text encoder."""
+        return self.tokenizer(list(sentences))
+
+    def encode(self, batch: Batch) -> Features:
+        """Raw inputs -> Features. Modalities missing from the batch are missing from the result."""
+        names = [name for name in self.modalities if name in batch]
+        if not names:
+            raise UserError(f"the batch holds none of {', '.join(self.modalities)}; it holds {', '.join(batch)}.")
+        readers = {"vision": self.read_vision, "tactile": self.read_touch, "text": self.read_text}
+        with torch.no_grad() if self.frozen else nullcontext():
+            tokens = {name: self._pack(*readers[name](batch[name])) for name in names}
+        rows = torch.arange(len(batch[names[0]]), device=self.logit_scale.device)
+        if "present" in batch:
+            tokens = {m: Tokens(t.tokens, t.mask, t.pooled, batch["present"][m]) for m, t in tokens.items()}
+        keys = batch.get("caption_keys")
+        if keys is None:
+            equal = (batch["text"][:, None] == batch["text"][None]).all(-1) if "text" in batch else None
+            keys = (rows if equal is None else equal.int().argmax(1))[:, None]
+        return Features(tokens, keys, rows)
+
+    def _pack(self, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tokens:
+        if self.features == "pooled":
+            tokens, mask = pooled[:, None], mask.new_ones(len(mask), 1)
+        return Tokens(tokens, mask, pooled, mask.new_ones(len(mask)))
+
+    def read_vision(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, S, S) -> tokens (B, 1 + <=16, W), mask, pooled (B, E)."""
+        read = self.clip.visual.forward_intermediates(
+            images, indices=1, normalize_intermediates=True, output_fmt="NCHW", output_extra_tokens=True
+        )
+        prefix = read.get("image_intermediates_prefix")
+        tokens = _sequence(read["image_intermediates"][-1], prefix[-1][:, :1] if prefix else None)
+        pooled = self._head("vision", F.normalize(read["image_features"], dim=-1))
+        return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool), pooled
+
+    def read_touch(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, S, S) -> tokens (B, 1 + <=16, W), mask, pooled (B, E)."""
+        encoder: Any = self.tactile_encoder
+        final, grids = encoder.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW")
+        pooled_token = encoder.forward_head(final, pre_logits=True)
+        # With global_pool="avg" timm normalises after pooling (fc_norm); the grid gets the same norm, token by token.
+        norm = getattr(encoder, "fc_norm", nn.Identity())
+        grid = norm(_sequence(grids[-1], None)[:, 1:])
+        tokens = torch.cat([pooled_token[:, None], grid], dim=1)
+        pooled = self._head("tactile", F.normalize(encoder.forward_head(final), dim=-1))
+        return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool), pooled
+
+    def read_text(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L) ids -> tokens (B, L', W), mask, pooled (B, E). L' ends at the longest sentence of the batch."""
+        read = self.clip.forward_intermediates(text=ids, text_indices=1, normalize_intermediates=True)
+        end = ids.argmax(-1)  # CLIP's end token has the largest id
+        length = int(end.max()) + 1
+        mask = torch.arange(length, device=ids.device) <= end[:, None]
+        return read["text_intermediates"][-1][:, :length], mask, self._head("text", read["text_features"])
+
+    def _head(self, modality: str, pooled: Tensor) -> Tensor:
+        if modality not in self.modality_heads:
+            return pooled
+        return F.normalize(self.modality_heads[modality](pooled), dim=-1)
+
+    def fingerprint(self) -> str:
+        """A hash of every weight and of the kind of features: two equal fingerprints encode alike."""
+        digest = hashlib.sha256(f"{self.features} {self.modalities} {GRID}".encode())
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def _sequence(grid: Tensor, pooled_token: Tensor | None) -> Tensor:
+    """(B, W, h, w) patch grid -> (B, 1 + <=16, W): the pooled token (the grid's mean if there is none), then the grid."""
+    height, width = grid.shape[-2:]
+    small = F.adaptive_avg_pool2d(grid, (min(GRID, height), min(GRID, width)))
+    tokens = rearrange(small, "b w y x -> b (y x) w")
+    first = grid.mean((-2, -1))[:, None] if pooled_token is None else pooled_token
+    return torch.cat([first, tokens], dim=1)
+
+
+def load_stage1(
+    checkpoint: Path | str,
+    tactile_model: str = "vit_tiny_patch16_224",
+    clip_vision_model: str | None = None,
+    clip_pretrain_data: str | None = None,
+    common_latent_dim: int | None = None,
+    features: FeatureKind = "tokens",
+    modalities: Sequence[str] = MODALITIES,
+) -> Stage1:
+    """Load the frozen Stage 1 from a TVL checkpoint and an OpenCLIP model.
+
+    What the checkpoint names (`clip_vision_model`, and `clip_pretrain_data`, perhaps a weight file beside it) is the
+    default of the two CLIP arguments; TVL's ViT-L-14 is the default of that. Raises UserError for every mismatch.
+    """
+    path = Path(checkpoint)
+    state, args = read_checkpoint(path)
+    named = touch_model_name(tactile_model)
+    saved = getattr(args, "tactile_model", None)
+    if saved is not None and TOUCH_MODELS.get(saved, saved) != named:
+        raise UserError(f"{path} holds the touch model {saved}, not {named}; give --tactile_model {saved}.")
+    latent = common_latent_dim or getattr(args, "common_latent_dim", None)
+    clip_name = clip_vision_model or getattr(args, "clip_vision_model", None) or CLIP_VISION_MODEL
+    weights = clip_pretrain_data or getattr(args, "clip_pretrain_data", None) or CLIP_PRETRAIN_DATA
+    if (path.parent / weights).is_file():
+        weights = str(path.parent / weights)
+    clip = load_clip(clip_name, weights)
+    head = 0 if latent else clip.text_projection.shape[-1]
+    tactile = create_touch_encoder(named, head, getattr(args, "tactile_overrides", None) or {})
+    stage1 = Stage1(clip, open_clip.get_tokenizer(clip_name), tactile, latent, features, modalities)
+    _load_strictly(stage1, state, path)
+    return stage1.freeze()
+
+
+def create_touch_encoder(name: str, num_classes: int, overrides: Mapping[str, Any]) -> nn.Module:
+    """A timm touch encoder as TVL makes it (`global_pool="avg"`), with random weights."""
+    try:
+        return timm.create_model(name, num_classes=num_classes, global_pool="avg", **touch_overrides(dict(overrides)))
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(f"the checkpoint's tactile_overrides {dict(overrides)} do not fit {name} ({error}).") from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
+    """The `model` weights and `args` of a TVL checkpoint; nothing in the file is executed.
+
+    Only tensors, plain containers and `argparse.Namespace` are allowed (torch's `weights_only`).
+    """
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}; give --stage1_checkpoint a TVL checkpoint (.pth).")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({reason}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{path} is not a TVL checkpoint: it has no 'model' entry with weights.")
+    args = content.get("args")
+    return content["model"], args if isinstance(args, argparse.Namespace) else argparse.Namespace()
+
+
+def load_clip(name: str, weights: str) -> nn.Module:
+    """An OpenCLIP model with the weights of a tag or a local file; anything but a full match is an error."""
+    register_small_clip()
+    if open_clip.get_model_config(name) is None:
+        raise UserError(f"unknown OpenCLIP model {name!r}; --clip_vision_model takes a name of open_clip.list_models().")
+    local = Path(weights).is_file()
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not local and weights not in tags:
+        known = ", ".join(tags) or "none"
+        raise UserError(f"no CLIP weights {weights!r} for {name} (tags: {known}); --clip_pretrain_data also takes a file.")
+    try:
+        if not local:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # open_clip warns where it goes on with random weights
+                return open_clip.create_model(name, pretrained=weights, require_pretrained=True)
+        clip = open_clip.create_model(name, load_weights=False)
+        open_clip.load_checkpoint(clip, weights, strict=True, weights_only=True)
+        return clip
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        what = f"{weights} does not fit {name}" if local else f"the CLIP weights {weights!r} of {name} cannot be fetched"
+        raise UserError(f"{what} ({reason}); give --clip_pretrain_data the path of a local weight file.") from error
+
+
+def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> None:
+    own = {k: v for k, v in stage1.state_dict().items() if not k.startswith("clip.")}
+    state = {k: v for k, v in state.items() if k != "logit_bias"}  # read by no feature
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{k} {tuple(state[k].shape)}, needs {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & state.keys())
+        if not isinstance(state[k], Tensor) or state[k].shape != own[k].shape
+    ]
+    faults = [f"{kind}: {_few(keys)}" for kind, keys in _named(missing, unexpected, shapes) if keys]
+    if faults:
+        raise UserError(f"{path} does not fit these encoders, {'; '.join(faults)}; check --tactile_model and --common_latent_dim.")
+    stage1.load_state_dict(dict(state), strict=False)  # strict for all but the CLIP weights, just checked
+
+
+def _named(missing: list[str], unexpected: list[str], shapes: list[str]) -> list[tuple[str, list[str]]]:
+    return [("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes)]
+
+
+def _few(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

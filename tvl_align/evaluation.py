@@ -1,0 +1,186 @@
+"""Measuring: whole-gallery retrieval, and probes that ask what a set of tokens lets a reader know.
+
+Retrieval is over all rows of a split, in chunks. A tie counts against us: a candidate that scores as high as the best
+positive is ranked before it, so constant features never look good.
+
+Probes are trained on training rows and read on test rows; nothing is chosen on test rows.
+"""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+from tvl_align.console import UserError
+from tvl_align.losses import positive_pairs
+from tvl_align.optimisation import Schedule, descend, make_adamw
+from tvl_align.runtime import generator
+
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Percentages over a whole gallery, the mean of both directions; `loss` is InfoNCE over the gallery."""
+
+    acc1: float
+    acc5: float
+    chance1: float
+    loss: float
+    gallery: int
+
+
+def retrieval(
+    x: Tensor, y: Tensor, valid: Tensor, keys: Tensor | None = None, scale: float = 100.0, chunk: int = CHUNK
+) -> Retrieval:
+    """Acc@1 and Acc@5 of x -> y and y -> x over the rows that have both.
+
+    x, y (M, D) L2-normalised; valid (M,) bool. keys (M, K): rows that agree in any column are positives of each other
+    (a pair with text); None: only the same row is. chance1 is the Acc@1 of a random ranking: the mean share of the
+    gallery that is positive. Memory: chunk x M.
+    """
+    x, y = x[valid], y[valid]
+    keys = keys[valid] if keys is not None else None
+    count = len(x)
+    if count == 0:
+        return Retrieval(float("nan"), float("nan"), float("nan"), float("nan"), 0)
+    hits1 = hits5 = share = loss = 0.0
+    for queries, gallery in ((x, y), (y, x)):
+        for start in range(0, count, chunk):
+            part = queries[start : start + chunk]
+            scores = part @ gallery.T
+            rows = torch.arange(start, start + len(part), device=x.device)
+            if keys is None:
+                positive = rows[:, None] == torch.arange(count, device=x.device)[None]
+            else:
+                positive = positive_pairs(keys[start : start + chunk], keys)
+            best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+            ahead = ((scores >= best) & ~positive).sum(1)
+            hits1 += (ahead < 1).sum().item() / 2
+            hits5 += (ahead < 5).sum().item() / 2
+            share += (positive.sum(1) / count).sum().item() / 2
+            log_probability = (scale * scores).log_softmax(1)
+            loss -= (torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1)).sum().item() / 2
+    return Retrieval(100 * hits1 / count, 100 * hits5 / count, 100 * share / count, loss / count, count)
+
+
+def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray, seed: int = 0) -> float:
+    """Test accuracy in percent of a standardised logistic regression on (M, F) features.
+
+    The regularisation is chosen on a fifth of the training rows held out for it, then refitted on all of them.
+    """
+    x, x_test = train.float().numpy(), test.float().numpy()
+    fit, check, y_fit, y_check = train_test_split(x, train_labels, test_size=0.2, random_state=seed)
+
+    def model(strength: float) -> Pipeline:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300, tol=1e-3))
+
+    strengths = (0.003, 0.1)
+    scores = [model(strength).fit(fit, y_fit).score(check, y_check) for strength in strengths]
+    chosen = strengths[int(np.argmax(scores))]
+    return 100 * float(model(chosen).fit(x, train_labels).score(x_test, test_labels))
+
+
+class AttentiveProbe(nn.Module):
+    """A few queries per factor that attend to (B, T, W) tokens, and a small read-out: finds what is where."""
+
+    def __init__(self, tokens: int, width: int, classes: Sequence[int], queries: int = 4, hidden: int = 128) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.positions = nn.Parameter(torch.randn(tokens, width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(len(classes), queries, hidden) * 0.02)
+        self.keys, self.values = nn.Linear(width, hidden), nn.Linear(width, hidden)
+        self.read = nn.ModuleList(
+            nn.Sequential(nn.Linear(queries * hidden, hidden), nn.GELU(), nn.Linear(hidden, count)) for count in classes
+        )
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
+        x = self.norm(tokens) + self.positions
+        keys, values = self.keys(x)[:, None], self.values(x)[:, None]
+        queries = self.queries.expand(len(x), -1, -1, -1)
+        read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None])
+        return [head(read[:, i].flatten(1)) for i, head in enumerate(self.read)]
+
+
+def attentive_probe(
+    train: Tensor,
+    train_mask: Tensor,
+    train_labels: Sequence[np.ndarray],
+    test: Tensor,
+    test_mask: Tensor,
+    test_labels: Sequence[np.ndarray],
+    seed: int = 0,
+    epochs: int = 15,
+) -> list[float]:
+    """Test accuracy in percent of an attentive probe for each factor, trained together on (M, T, W) tokens.
+
+    The factors share the keys and values but no read-out. The schedule is fixed, so nothing is chosen on any split.
+    """
+    classes = [int(max(a.max(), b.max())) + 1 for a, b in zip(train_labels, test_labels, strict=True)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        probe = AttentiveProbe(train.shape[1], train.shape[2], classes)
+    optimizer = make_adamw(probe.named_parameters(), weight_decay=0.05)
+    batch = min(128, len(train))
+    per_epoch = len(train) // batch
+    schedule = Schedule(2e-3, per_epoch * epochs, warmup=per_epoch // 2)
+    targets = torch.from_numpy(np.stack(train_labels)).long()
+    for epoch in range(epochs):
+        order = torch.randperm(len(train), generator=generator(seed, epoch))[: per_epoch * batch]
+        for step, rows in enumerate(order.split(batch)):
+            answers = probe(train[rows].float(), train_mask[rows])
+            losses = [F.cross_entropy(a, targets[i][rows]) for i, a in enumerate(answers)]
+            descend(torch.stack(losses).sum(), optimizer, schedule(epoch * per_epoch + step))
+    with torch.no_grad():
+        parts = [probe(t.float(), m) for t, m in zip(test.split(CHUNK), test_mask.split(CHUNK), strict=True)]
+    guesses = [torch.cat([part[i] for part in parts]).argmax(1).numpy() for i in range(len(classes))]
+    return [100 * float((g == y).mean()) for g, y in zip(guesses, test_labels, strict=True)]
+
+
+def way(score: float, chance: float, ceiling: float = 100.0) -> float:
+    """Percent of the way from chance to the ceiling."""
+    return 100 * (score - chance) / (ceiling - chance) if ceiling > chance else float("nan")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Label columns for the rows of a data folder. levels: {factor: names}; values: {row name: {factor: level index}};
+    ownership: {factor: modalities that carry it}, empty where it is not known."""
+
+    levels: dict[str, list[str]]
+    values: dict[str, dict[str, int]]
+    ownership: dict[str, tuple[str, ...]]
+
+    def of(self, factor: str, names: Sequence[str]) -> np.ndarray:
+        """(M,) int64 level of every named row, -1 where it has none."""
+        return np.array([self.values.get(name, {}).get(factor, -1) for name in names], dtype=np.int64)
+
+
+def read_labels(path: Path) -> Labels:
+    """A CSV with a row-name column (`vision`) and one column per factor; `factors.json` beside it names the owners."""
+    if not path.is_file():
+        raise UserError(f"no such label file: {path}; --labels takes a CSV with a vision column and one per factor.")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = [c for c in reader.fieldnames or () if c not in ("split", "vision")]
+        if "vision" not in (reader.fieldnames or ()) or not columns:
+            raise UserError(f"{path} needs a vision column and a column per factor (it has: {reader.fieldnames}).")
+        rows = list(reader)
+    levels = {c: sorted({row[c] for row in rows if row[c]}) for c in columns}
+    place = {c: {name: i for i, name in enumerate(names)} for c, names in levels.items()}
+    values = {row["vision"]: {c: place[c][row[c]] for c in columns if row[c]} for row in rows}
+    about = path.with_suffix(".json")
+    legend: Mapping[str, dict[str, list[str]]] = {}
+    if about.is_file():
+        legend = json.loads(about.read_text(encoding="utf-8")).get("factors", {})
+    return Labels(levels, values, {c: tuple(legend[c]["ownership"]) if c in legend else () for c in columns})

@@ -1,0 +1,322 @@
+"""Frozen features on disk. Encoders never change, so their outputs are computed once and read from a memory map.
+
+A store is a folder, `<feature_dir>/<key>`. The key is a hash of everything that shaped it (encoder weights, transforms,
+text options, rows, file sizes and times, package versions), so another setting is another folder and an old one is never
+reused in silence. Layout:
+
+    manifest.json                 key, what made it, the shapes, the rows' names; written last: with it the store is whole
+    <split>/index/                memory-mapped TensorDict: {modality: (N, V+1) int64} rows of the tables, -1 = absent
+                                  and caption_keys (N, V+1, 2) int64
+    <split>/<modality>/           memory-mapped TensorDict of R rows: tokens (R, T, W) fp16, mask (R, T) bool,
+                                  pooled (R, E) fp32
+
+Text tables hold each distinct sentence once. Only training rows have views beyond the plain one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from tvl_align.console import UserError, progress
+from tvl_align.contract import Batch, Features, FeatureSpec, Tokens
+from tvl_align.data.samples import Samples
+from tvl_align.encoders.tvl import Stage1
+from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, world_size
+
+FORMAT = 1
+ENCODE_BATCH = 64
+log = logging.getLogger(__name__)
+
+
+class FeatureSource(Protocol):
+    """Where features of a split come from: a store, or the encoders themselves."""
+
+    views: int
+
+    def __len__(self) -> int: ...
+
+    def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
+        """One Features per (rows, views) pair of (B,) int64 index tensors."""
+        ...
+
+
+class StoredSplit:
+    """A split of a store, memory-mapped: reading a batch touches only its rows."""
+
+    def __init__(self, folder: Path, modalities: Mapping[str, FeatureSpec], info: Mapping[str, Any]) -> None:
+        self.index = TensorDict.load_memmap(folder / "index")
+        self.tables = {name: TensorDict.load_memmap(folder / name) for name in modalities if (folder / name).is_dir()}
+        self.names: list[str] = info["names"]
+        self.datasets: list[str] = info["datasets"]
+        self.views = int(info["views"])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, rows: Tensor, views: Tensor | None = None) -> Features:
+        """(B,) rows and views (default: plain) -> Features in storage precision, on the CPU."""
+        views = torch.zeros_like(rows) if views is None else views
+        tokens = {}
+        for name, table in self.tables.items():
+            where = self.index[name][rows, views]
+            present = where >= 0
+            at = where.clamp(min=0)
+            tokens[name] = Tokens(table["tokens"][at], table["mask"][at] & present[:, None], table["pooled"][at], present)
+        return Features(tokens, self.index["caption_keys"][rows, views], rows)
+
+    def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
+        for row, view in zip(rows, views, strict=True):
+            batch = self.read(row, view)
+            if device.type == "cuda":
+                batch = batch.map(Tensor.pin_memory)
+            yield batch.to(device)
+
+
+class FeatureStore:
+    """An opened store: its splits, shapes and manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "manifest.json"
+        if not path.is_file():
+            raise UserError(f"{folder} is not a feature store (no manifest.json); make one with `tvl-align encode`.")
+        self.folder, self.manifest = folder, json.loads(path.read_text(encoding="utf-8"))
+        if self.manifest.get("format") != FORMAT:
+            raise UserError(f"{folder} has store format {self.manifest.get('format')}, not {FORMAT}; encode it again.")
+        self.key: str = self.manifest["key"]
+        self.specs = {name: FeatureSpec(**spec) for name, spec in self.manifest["modalities"].items()}
+        self.splits = {
+            name: StoredSplit(folder / name, self.specs, info) for name, info in self.manifest["splits"].items()
+        }
+
+
+def store_key(stage1: Stage1, samples: Mapping[str, Samples], views: int) -> tuple[str, dict[str, Any]]:
+    """The key of the store for these settings, and the ingredients it hashes."""
+    some = next(iter(samples.values()))
+    ingredients = {
+        "format": FORMAT,
+        "encoders": stage1.fingerprint(),
+        "features": stage1.features,
+        "images": asdict(some.pictures.options),
+        "text": {"prompt": some.text.prompt, "shuffle": some.text.shuffle, "synonyms": dict(some.text.synonyms)},
+        "views": views,
+        "seed": some.seed,
+        "packages": package_versions(),
+        "rows": {name: _rows_digest(split) for name, split in samples.items()},
+    }
+    text = json.dumps(ingredients, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16], ingredients
+
+
+def _rows_digest(samples: Samples) -> str:
+    """A hash of the rows of a split with the sizes and times of their files."""
+    digest = hashlib.sha256()
+    for row in samples.rows:
+        digest.update(repr(row).encode())
+        for path in (row.vision, row.tactile):
+            if path is not None:
+                stat = (samples.root / path).stat()
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def open_or_encode(
+    feature_dir: Path, stage1: Stage1, samples: Mapping[str, Samples], views: int, num_workers: int
+) -> FeatureStore:
+    """The store for these settings, encoded first where it is missing. All processes call this together."""
+    key, ingredients = store_key(stage1, samples, views)
+    folder = feature_dir / key
+    if not (folder / "manifest.json").is_file():
+        barrier()  # nobody starts to write before everybody has looked
+        _encode(folder, key, ingredients, stage1, samples, views, num_workers)
+    store = FeatureStore(folder)
+    if store.key != key:
+        raise UserError(f"{folder} holds the store {store.key}, not {key}; remove that folder and run again.")
+    return store
+
+
+def _encode(
+    folder: Path,
+    key: str,
+    ingredients: dict[str, Any],
+    stage1: Stage1,
+    samples: Mapping[str, Samples],
+    views: int,
+    num_workers: int,
+) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    specs = stage1.specs
+    if is_main():
+        if len(list(folder.parent.glob("*/manifest.json"))):
+            log.warning("%s holds stores of other settings; encoding one for these", folder.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    splits: dict[str, Any] = {}
+    for name, split in samples.items():
+        if len(split) == 0:
+            continue
+        split_views = views if name == "train" else 0
+        _encode_split(partial / name, name, stage1, specs, split, split_views, num_workers)
+        splits[name] = {
+            "views": split_views,
+            "names": [row.name for row in split.rows],
+            "datasets": [row.dataset for row in split.rows],
+            "captions": [row.caption for row in split.rows],
+        }
+    barrier()
+    if is_main():
+        shapes = {name: asdict(spec) for name, spec in specs.items()}
+        manifest = {"format": FORMAT, "key": key, "root": str(next(iter(samples.values())).root.resolve())}
+        manifest |= {"modalities": shapes, "splits": splits, "ingredients": ingredients, "made_by": provenance()}
+        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    barrier()
+
+
+def _encode_split(
+    folder: Path, name: str, stage1: Stage1, specs: Mapping[str, FeatureSpec], samples: Samples, views: int, workers: int
+) -> None:
+    """Encode one split; each process fills its own rows of the same tables."""
+    count, device = len(samples), stage1.logit_scale.device
+    jobs = [(row, view) for row in range(count) for view in range(views + 1)]
+    index = {m: torch.full((count, views + 1), -1, dtype=torch.int64) for m in stage1.modalities}
+    sizes: dict[str, int] = {}
+    for modality, lacks in (("vision", "vision"), ("tactile", "tactile")):
+        if modality in index:
+            there = torch.tensor([getattr(row, lacks) is not None for row in samples.rows])
+            index[modality][there] = torch.arange(int(there.sum()) * (views + 1)).view(-1, views + 1)
+            sizes[modality] = int(there.sum()) * (views + 1)
+    sentences: dict[str, int] = {}
+    drawn = torch.full((count, views + 1), -1, dtype=torch.int64)
+    for row, view in jobs:
+        sentence = samples.sentence(row, view)
+        if sentence is not None:
+            drawn[row, view] = sentences.setdefault(sentence, len(sentences))
+    if "text" in index:
+        index["text"], sizes["text"] = drawn, len(sentences)
+    captions = samples.caption_ids()[:, None].expand_as(drawn)
+    none = -1 - torch.arange(count)[:, None].expand_as(drawn)  # rows without a sentence agree with nobody
+    keys = torch.stack([captions, torch.where(drawn >= 0, drawn, none)], dim=-1)
+    if is_main():
+        TensorDict({**index, "caption_keys": keys.contiguous()}, batch_size=[count]).memmap(folder / "index")
+        for modality, size in sizes.items():
+            if size:
+                _empty_table(size, specs[modality]).memmap_like(folder / modality)
+    barrier()
+    tables = {m: TensorDict.load_memmap(folder / m) for m, size in sizes.items() if size}
+    texts = list(sentences)
+    with progress(len(jobs[rank() :: world_size()]), f"encode {name}", "view", quiet=not is_main()) as bar:
+        for start in range(rank() * ENCODE_BATCH, len(texts) if "text" in index else 0, ENCODE_BATCH * world_size()):
+            ids = stage1.tokenize(texts[start : start + ENCODE_BATCH]).to(device)
+            _put(tables["text"], torch.arange(start, start + len(ids)), stage1.encode({"text": ids}).modalities["text"])
+        for part, batch in load_pictures(samples, jobs[rank() :: world_size()], ENCODE_BATCH, workers, stage1.modalities):
+            for modality, (positions, images) in batch.items():
+                at = torch.stack([index[modality][part[i]] for i in positions])
+                _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])
+            bar.update(len(part))
+
+
+def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
+    return TensorDict(
+        {
+            "tokens": torch.zeros((), dtype=torch.float16).expand(rows, spec.tokens, spec.width),
+            "mask": torch.zeros((), dtype=torch.bool).expand(rows, spec.tokens),
+            "pooled": torch.zeros((), dtype=torch.float32).expand(rows, spec.pooled_width),
+        },
+        batch_size=[rows],
+    )
+
+
+def _put(table: TensorDict, at: Tensor, tokens: Tokens) -> None:
+    length = tokens.tokens.shape[1]
+    table["tokens"][at, :length] = tokens.tokens.half().cpu()
+    table["mask"][at, :length] = tokens.mask.cpu()
+    table["pooled"][at] = tokens.pooled.float().cpu()
+
+
+Part = list[tuple[int, int]]
+PictureBatch = dict[str, tuple[list[int], Tensor]]
+
+
+def load_pictures(
+    samples: Samples, jobs: Part, batch_size: int, num_workers: int, modalities: Sequence[str]
+) -> Iterator[tuple[Part, PictureBatch]]:
+    """(jobs of a batch, {modality: (positions in the batch that have it, pictures (n, 3, S, S))}), decoded by workers."""
+    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+    loader = DataLoader(
+        samples,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+    )
+    for part, batch in zip(batches, loader, strict=True):
+        yield part, {m: pictures for m, pictures in batch.items() if m in modalities}
+
+
+def _collate(items: list[dict[str, Tensor]]) -> PictureBatch:
+    found: PictureBatch = {}
+    for modality in ("vision", "tactile"):
+        positions = [i for i, item in enumerate(items) if modality in item]
+        if positions:
+            found[modality] = positions, torch.stack([items[i][modality] for i in positions])
+    return found
+
+
+class LiveSplit:
+    """Features computed as they are asked for (`--views 0`): the documented architecture taken literally, and slow."""
+
+    def __init__(self, stage1: Stage1, samples: Samples, num_workers: int, train: bool) -> None:
+        self.stage1, self.samples, self.num_workers = stage1, samples, num_workers
+        self.views = 10**9 if train else 0  # every draw is a new view
+        self.names = [row.name for row in samples.rows]
+        self.datasets = [row.dataset for row in samples.rows]
+        self._captions = samples.caption_ids()
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
+        jobs = [list(zip(r.tolist(), v.tolist(), strict=True)) for r, v in zip(rows, views, strict=True)]
+        size = len(jobs[0]) if jobs else 1
+        flat = [job for part in jobs for job in part]
+        for part, pictures in load_pictures(self.samples, flat, size, self.num_workers, self.stage1.modalities):
+            yield self._encode(part, pictures, device)
+
+    def _encode(self, part: Part, pictures: PictureBatch, device: torch.device) -> Features:
+        raw: dict[str, Any] = {}
+        present: dict[str, Tensor] = {}
+        for modality, (positions, images) in pictures.items():
+            there = torch.zeros(len(part), dtype=torch.bool)
+            there[positions] = True
+            full = images.new_zeros(len(part), *images.shape[1:])
+            full[there] = images
+            raw[modality], present[modality] = full.to(device), there.to(device)
+        sentences = [self.samples.sentence(*job) for job in part]
+        if "text" in self.stage1.modalities:
+            raw["text"] = self.stage1.tokenize([s or "" for s in sentences]).to(device)
+            present["text"] = torch.tensor([s is not None for s in sentences], device=device)
+        rows = torch.tensor([row for row, _ in part])
+        drawn = [
+            self._sentence_id(s) if s is not None else -1 - row for s, row in zip(sentences, rows.tolist(), strict=True)
+        ]
+        keys = torch.stack([self._captions[rows], torch.tensor(drawn)], dim=-1)
+        batch: Batch = {**raw, "present": present, "caption_keys": keys.to(device)}
+        encoded = self.stage1.encode(batch)
+        return Features(encoded.modalities, encoded.caption_keys, rows.to(device))
+
+    def _sentence_id(self, sentence: str) -> int:
+        """A number that is the same on all processes: part of a hash of the sentence."""
+        return int.from_bytes(hashlib.sha256(sentence.encode()).digest()[:7], "big")

@@ -1,0 +1,58 @@
+"""AdamW, its schedule and its step: the one place in the repository where gradients are taken."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up to `peak`, then half a cosine down to `lowest`; all steps are optimizer steps."""
+
+    peak: float
+    total: int
+    warmup: int
+    lowest: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        return self.lowest + (self.peak - self.lowest) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done)))
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay is for matrices: not for norms, biases, scales, registers, queries or positions."""
+    learned_inputs = ("registers", "positions", "queries")
+    return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in learned_inputs
+
+
+def make_adamw(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
+) -> torch.optim.AdamW:
+    """Fused AdamW over the trainable parameters, in two groups: decayed and not."""
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
+        {"params": [p for name, p in trainable if not decays(name, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def descend(
+    loss: Tensor,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    backward: Callable[[Tensor], None] | None = None,
+    update: bool = True,
+) -> None:
+    """Take the gradient of `loss` and, unless more is to be accumulated first, one step of length `lr`."""
+    (backward or Tensor.backward)(loss)
+    if update:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,89 @@
+"""Results -> figures, as PNG bytes. Nothing is computed here."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+from tvl_align.evaluation import way
+
+COLOURS = {"tactile_vision": "#c44e52", "tactile_text": "#4c72b0", "text_vision": "#55a868"}
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def curves(metrics: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> bytes:
+    """Loss and whole-gallery Acc@1 of the validation split over the epochs, chance dotted."""
+    epochs = [m["epoch"] + 1 for m in metrics]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    left.plot(epochs, [m["train_total_loss"] for m in metrics], label="train (inside batches)", color="#888888")
+    left.plot(epochs, [m["val_total_loss"] for m in metrics], label="validation (whole gallery)", color="black")
+    left.set(xlabel="epoch", ylabel="total loss")
+    left.legend(frameon=False)
+    for pair in pairs:
+        if f"val_{pair}_acc1" not in metrics[0]:
+            continue
+        colour = COLOURS.get(pair)
+        right.plot(epochs, [m[f"val_{pair}_acc1"] for m in metrics], label=pair.replace("_", "-"), color=colour)
+        right.axhline(metrics[-1][f"val_{pair}_chance1"], color=colour, linestyle=":", linewidth=1)
+    right.set(xlabel="epoch", ylabel="validation Acc@1 (%)", ylim=(0, None))
+    right.legend(frameon=False)
+    return png(figure)
+
+
+def against_k(prefixes: Sequence[Mapping[str, Any]]) -> bytes:
+    """Acc@1 and reconstruction error for every number of kept registers."""
+    ks = [p["k"] for p in prefixes]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    for pair in prefixes[0]["pairs"]:
+        scores = [p["pairs"][pair] for p in prefixes]
+        left.plot(ks, scores, marker="o", label=pair.replace("_", "-"), color=COLOURS.get(pair))
+    left.set(xlabel="registers kept", ylabel="test Acc@1 (%)", xticks=ks, ylim=(0, None))
+    left.legend(frameon=False)
+    for modality in prefixes[0]["reconstructions"]:
+        right.plot(ks, [p["reconstructions"][modality] for p in prefixes], marker="o", label=modality)
+    right.set(xlabel="registers kept", ylabel="variance of frozen tokens left (%)", xticks=ks, ylim=(0, 105))
+    if prefixes[0]["reconstructions"]:
+        right.legend(frameon=False)
+    return png(figure)
+
+
+GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_complementary")
+
+
+def heat_map(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
+    """Percent of the way from chance to the Stage-1 ceiling: factor x token group."""
+    rows = [(m, f, e) for m, table in factors.items() for f, e in table.items()]
+    values = np.array([[way(e[g], e["chance"], e["stage1"]) for g in GROUPS] for _, _, e in rows])
+    figure, axes = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1))
+    axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    owners = ["shared" if len(e["ownership"]) > 1 else "unique" if e["ownership"] else "" for _, _, e in rows]
+    axes.set_yticks(range(len(rows)), [f"{m}: {f} ({o})" if o else f"{m}: {f}" for (m, f, _), o in zip(rows, owners, strict=True)])
+    axes.set_xticks(range(len(GROUPS)), [g.replace("_", "\n") for g in GROUPS])
+    axes.xaxis.tick_top()
+    for (y, x), value in np.ndenumerate(values):
+        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black", fontsize=9)
+    return png(figure)
+
+
+def samples(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
+    """A strip of samples: photo above, touch image below, caption between."""
+    figure, axes = plt.subplots(2, len(rows), figsize=(1.6 * len(rows), 3.4), squeeze=False)
+    for column, (photo, touch, caption) in enumerate(rows):
+        axes[0, column].imshow(photo)
+        axes[1, column].imshow(touch)
+        axes[0, column].set_title(caption, fontsize=8)
+        for axis in axes[:, column]:
+            axis.axis("off")
+    return png(figure)

@@ -1,0 +1,176 @@
+"""Register tokens: learnable queries that read a modality's frozen tokens by cross-attention.
+
+Blocks are pre-norm: cross-attention (queries: registers; keys and values: the modality's tokens), self-attention among
+the registers from the second layer on, MLP. Sources: Perceiver (Jaegle et al. 2021, arXiv:2103.03206), registers
+(Darcet et al. 2023, arXiv:2309.16588).
+
+A dropped register contributes nothing anywhere: it is no key of the self-attention and its output is zero. Masking the
+query alone would not do, since cross-attention adds information to it.
+
+Shapes: z (B, N, D) registers, keys (B, T, D), mask (B, T) bool, kept (B, N) bool.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from tvl_align.console import UserError
+from tvl_align.contract import FeatureSpec, Output
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """The shape of a register block; rates are probabilities."""
+
+    dim: int = 768
+    num_heads: int = 8
+    mlp_ratio: float = 4.0
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise UserError(f"register width {self.dim} is not divisible by {self.num_heads} heads; change --num_heads.")
+
+
+class Attention(nn.Module):
+    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) bool, False = not there."""
+
+    def __init__(self, options: BlockOptions) -> None:
+        super().__init__()
+        self.heads, self.attn_drop = options.num_heads, options.attn_drop_rate
+        self.query = nn.Linear(options.dim, options.dim)
+        self.key_value = nn.Linear(options.dim, 2 * options.dim)
+        self.out = nn.Sequential(nn.Linear(options.dim, options.dim), nn.Dropout(options.drop_rate))
+
+    def forward(self, z: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        q = rearrange(self.query(z), "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(self.key_value(keys), "b m (two h d) -> two b h m d", two=2, h=self.heads)
+        drop = self.attn_drop if self.training else 0.0
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=drop)
+        return self.out(rearrange(read, "b h n d -> b n (h d)"))
+
+
+class RegisterBlock(nn.Module):
+    """Cross-attention, self-attention (not in the first layer: all registers are still the same there), MLP."""
+
+    def __init__(self, options: BlockOptions, self_attention: bool) -> None:
+        super().__init__()
+        self.cross_norm, self.cross = nn.LayerNorm(options.dim), Attention(options)
+        self.self_norm = nn.LayerNorm(options.dim) if self_attention else None
+        self.self_attention = Attention(options) if self_attention else None
+        self.mlp_norm = nn.LayerNorm(options.dim)
+        self.mlp = Mlp(options.dim, int(options.dim * options.mlp_ratio), drop=options.drop_rate)
+        self.drop_path = DropPath(options.drop_path_rate)
+
+    def forward(self, z: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
+        z = z + self.drop_path(self.cross(self.cross_norm(z), keys, mask))
+        if self.self_attention is not None and self.self_norm is not None:
+            normed = self.self_norm(z)
+            z = z + self.drop_path(self.self_attention(normed, normed, kept))
+        return z + self.drop_path(self.mlp(self.mlp_norm(z)))
+
+
+class KeyReader(nn.Module):
+    """Frozen tokens (B, T, W) -> keys (B, T, D): norm, a projection where widths differ, learned positions."""
+
+    def __init__(self, spec: FeatureSpec, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(spec.width)
+        self.project = nn.Linear(spec.width, dim) if spec.width != dim else nn.Identity()
+        self.positions = nn.Parameter(torch.randn(spec.tokens, dim) * 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.project(self.norm(tokens)) + self.positions[: tokens.shape[1]]
+
+
+class RegisterStack(nn.Module):
+    """A modality's blocks with their final norm."""
+
+    def __init__(self, options: BlockOptions, layers: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(RegisterBlock(options, self_attention=i > 0) for i in range(layers))
+        self.norm = nn.LayerNorm(options.dim)
+
+    def forward(self, registers: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
+        """registers (N, D) -> (B, N, D), dropped ones zero."""
+        return joint_read([self], registers, [keys], [mask], kept, [mask.any(1)])
+
+
+def joint_read(
+    stacks: Sequence[RegisterStack],
+    registers: Tensor,
+    keys: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    kept: Tensor,
+    present: Sequence[Tensor],
+) -> Tensor:
+    """Registers (N, D) that attend to several modalities at once -> (B, N, D).
+
+    In every layer each present modality proposes an update through its own block and the mean is taken; with one
+    modality this is that modality's stack. `present`: (B,) bool per modality.
+    """
+    batch = len(keys[0])
+    z = registers.expand(batch, *registers.shape)
+    weights = torch.stack([p.to(z.dtype) for p in present])
+    weights = (weights / weights.sum(0).clamp(min=1))[..., None, None]
+    safe = [mask | ~mask.any(1, keepdim=True) for mask in masks]  # an absent row attends to noise, with weight 0
+    for layer in range(len(stacks[0].blocks)):
+        updates = [
+            weight * stack.blocks[layer](z, key, mask, kept)
+            for stack, key, mask, weight in zip(stacks, keys, safe, weights, strict=True)
+        ]
+        z = torch.stack(updates).sum(0) if len(updates) > 1 else updates[0]
+    normed = [weight * stack.norm(z) for stack, weight in zip(stacks, weights, strict=True)]
+    z = torch.stack(normed).sum(0) if len(normed) > 1 else normed[0]
+    return z * kept[..., None].to(z.dtype)
+
+
+class TokenDecoder(nn.Module):
+    """Rebuilds a modality's frozen tokens (B, T, W) from its registers (B, N, D): position queries that cross-attend.
+
+    Kept narrow on purpose: what it cannot express must be written into the registers plainly.
+    """
+
+    def __init__(self, spec: FeatureSpec, dim: int, width: int = 256) -> None:
+        super().__init__()
+        width = min(width, dim)
+        options = BlockOptions(width, num_heads=max(1, width // 64), mlp_ratio=2.0)
+        self.read = nn.Linear(dim, width)
+        self.queries = nn.Parameter(torch.randn(spec.tokens, width) * 0.02)
+        self.block = RegisterBlock(options, self_attention=False)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, spec.width))
+
+    def forward(self, z: Tensor, kept: Tensor, length: int) -> Tensor:
+        keys = self.read(z)
+        queries = self.queries[:length].expand(len(z), -1, -1)
+        return self.out(self.block(queries, keys, kept, kept))
+
+
+def pool_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Mean over the kept registers: (B, n, D), (B, n) -> (B, D)."""
+    if kept is None:
+        return tokens.mean(1)
+    weight = kept[..., None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def pooled_overlapping(output: Output) -> dict[str, Tensor]:
+    """What is aligned and retrieved: {modality: (B, D)}, the normalised mean of the kept overlapping tokens."""
+    kept = output.get("nested_dropout_mask")
+    tokens = output["overlapping_tokens"]
+    return {
+        m: F.normalize(pool_kept(z, kept[:, : z.shape[1]] if kept is not None else None), dim=-1)
+        for m, z in tokens.items()
+    }
+
+
+def token_target(tokens: Tensor) -> Tensor:
+    """What a decoder should rebuild: each frozen token, standardised over its width."""
+    return F.layer_norm(tokens, tokens.shape[-1:])

@@ -1,0 +1,134 @@
+"""Processes, devices and seeds. The rank is asked of torch.distributed, never passed around."""
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+from torch import Tensor
+
+from tvl_align.console import UserError
+
+PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "tensordict", "accelerate")
+
+
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process is the only one: nothing is gathered. For work whose amount differs between processes."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The named device; by default cuda where there is one, else cpu."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: --device takes cuda or cpu.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but PyTorch finds no GPU here; use --device cpu.")
+    return device
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators that libraries use (parameter init, dropout). Our own draws take a generator."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def generator(*parts: int) -> torch.Generator:
+    """A CPU generator that depends on all the given integers: seed, epoch, step, ..."""
+    mixed = random.Random(repr(parts)).getrandbits(63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def gather_with_grad(x: Tensor) -> Tensor:
+    """Concatenate equally shaped (B, ...) tensors of all processes in rank order; gradients flow back to their owners."""
+    if world_size() == 1:
+        return x
+    return torch.cat(dist_nn.all_gather(x.contiguous()))
+
+
+def gather(x: Tensor) -> Tensor:
+    """As `gather_with_grad`, for tensors without gradients; the processes' first dimensions may differ."""
+    if world_size() == 1:
+        return x
+    sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor(len(x), device=x.device))
+    longest = int(max(sizes))
+    padded = torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]) if len(x) < longest else x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached mean of named scalars over all processes, in one call."""
+    stacked = torch.stack([v.detach().float() for v in values.values()])
+    if world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= world_size()
+    return dict(zip(values, stacked, strict=True))
+
+
+def git_commit() -> str:
+    """The commit of the code that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
+
+
+def package_versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def _command() -> str:
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return f"torchrun --nproc_per_node={world_size()} {command}" if dist.is_torchelastic_launched() else command
+
+
+def provenance() -> dict[str, object]:
+    """What a result needs to be made again: the command, where, from which code and packages, on how many processes."""
+    return {
+        "command": _command(),
+        "folder": os.getcwd(),
+        "commit": git_commit(),
+        "packages": package_versions(),
+        "processes": world_size(),
+    }
