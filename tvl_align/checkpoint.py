@@ -19,6 +19,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def keep_as(path: Path, name: str) -> None:
+    """Keep today's content of `path` under another name beside it. A link: nothing is written twice, and replacing
+    `path` later leaves it alone."""
+    temporary = path.with_name(name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    os.replace(temporary, path.with_name(name))
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote (torch's `weights_only`). Raises UserError for anything else."""
     if not path.is_file():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from joblib import Parallel, delayed
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -89,6 +90,14 @@ def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
     scores = [model(strength).fit(fit, y_fit).score(check, y_check) for strength in strengths]
     chosen = strengths[int(np.argmax(scores))]
     return 100 * float(model(chosen).fit(x, train_labels).score(x_test, test_labels))
+
+
+def linear_probes(
+    groups: Sequence[tuple[Tensor, Tensor]], train_labels: np.ndarray, test_labels: np.ndarray, seed: int = 0
+) -> list[float]:
+    """`linear_probe` of several (train, test) feature pairs for the same labels, one core each."""
+    jobs = (delayed(linear_probe)(train, train_labels, test, test_labels, seed) for train, test in groups)
+    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky")(jobs)  # type: ignore[return-value]
 
 
 class AttentiveProbe(nn.Module):

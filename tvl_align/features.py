@@ -72,7 +72,9 @@ class StoredSplit:
             where = self.index[name][rows, views]
             present = where >= 0
             at = where.clamp(min=0)
-            tokens[name] = Tokens(table["tokens"][at], table["mask"][at] & present[:, None], table["pooled"][at], present)
+            mask = table["mask"][at] & present[:, None]
+            longest = max(1, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1)  # sentences are short
+            tokens[name] = Tokens(table["tokens"][at, :longest], mask[:, :longest], table["pooled"][at], present)
         return Features(tokens, self.index["caption_keys"][rows, views], rows)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:

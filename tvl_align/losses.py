@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tvl_align.runtime import mean_count
+
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (Radford et al. 2021, arXiv:2103.00020) clamps the temperature here
 
 
@@ -41,9 +43,9 @@ def batch_hits(queries: Tensor, gallery: Tensor, positives: Tensor, gallery_vali
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values whose mask is True; zero, with gradients, when there are none."""
-    weight = mask.to(values.dtype)
-    return (torch.where(mask, values, 0.0) * weight).sum() / weight.sum().clamp(min=1)
+    """Mean of the values whose mask is True, over all processes; zero, with gradients, when there are none."""
+    count = mean_count(mask.sum(dtype=values.dtype))
+    return torch.where(mask, values, 0.0).sum() / torch.where(count > 0, count, 1.0)
 
 
 def token_norm(tokens: Tensor, kept: Tensor) -> Tensor:

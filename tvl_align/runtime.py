@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
 
 from tvl_align.console import UserError
@@ -74,11 +74,30 @@ def generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
+class _Gather(torch.autograd.Function):
+    """all_gather whose backward hands every process the sum of what all processes' losses say about its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        ctx.rows = slice(rank() * len(x), (rank() + 1) * len(x))
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad[ctx.rows]
+
+
 def gather_with_grad(x: Tensor) -> Tensor:
-    """Concatenate equally shaped (B, ...) tensors of all processes in rank order; gradients flow back to their owners."""
-    if world_size() == 1:
-        return x
-    return torch.cat(dist_nn.all_gather(x.contiguous()))
+    """Concatenate equally shaped (B, ...) tensors of all processes in rank order; gradients flow back to their owners.
+
+    When the gradients are then averaged over processes, they are those of one process on the joined batch, provided each
+    process's loss is (processes x its own rows' share of the joint mean).
+    """
+    return _Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
 def gather(x: Tensor) -> Tensor:
@@ -101,6 +120,14 @@ def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         dist.all_reduce(stacked)
         stacked /= world_size()
     return dict(zip(values, stacked, strict=True))
+
+
+def mean_count(count: Tensor) -> Tensor:
+    """The mean of a local count over all processes, without gradients; dividing a local sum by it gives the joint mean."""
+    count = count.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(count)
+    return count / world_size()
 
 
 def git_commit() -> str:

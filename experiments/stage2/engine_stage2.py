@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from experiments.stage2.loss_stage2 import pair_name
-from tvl_align.checkpoint import load_checkpoint, save_checkpoint
+from tvl_align.checkpoint import keep_as, load_checkpoint, save_checkpoint
 from tvl_align.config import Settings, notes, to_plain
 from tvl_align.console import UserError, progress
 from tvl_align.contract import FeatureSpec, Method
@@ -158,8 +158,9 @@ def fit(settings: Settings[Any], method: Method) -> Path:
                 "settings": to_plain(settings),
                 "store": inputs.key,
             }
-            for name in ["checkpoint.pth", *(f"checkpoint-{k}.pth" for k in better)]:
-                save_checkpoint(folder / name, content)
+            save_checkpoint(folder / "checkpoint.pth", content)
+            for k in better:
+                keep_as(folder / "checkpoint.pth", f"checkpoint-{k}.pth")
             run.record(metrics)
     if run is not None:
         run.close()

@@ -22,7 +22,7 @@ from tvl_align.checkpoint import load_checkpoint
 from tvl_align.config import DataConfig, OptimConfig, RunConfig, Settings, Stage1Config, from_plain
 from tvl_align.console import UserError, progress
 from tvl_align.contract import Features, Method, Output
-from tvl_align.evaluation import Labels, attentive_probe, linear_probe, read_labels, retrieval, way
+from tvl_align.evaluation import Labels, attentive_probe, linear_probes, read_labels, retrieval, way
 from tvl_align.features import FeatureSource
 from tvl_align.nested import prefix
 from tvl_align.registers import pooled_overlapping
@@ -43,7 +43,7 @@ class EvaluateConfig:
     """Checkpoint in the run folder: the last epoch, or checkpoint-acc1.pth, checkpoint-acc5.pth."""
     labels: Path | None = None
     """CSV with a vision column and one per factor; default: factors.csv beside the data, where there is one."""
-    probe_rows: int = 3000
+    probe_rows: int = 2000
     """Training rows that probes are fitted on, at most: the first so many of a seeded order."""
     device: str | None = None
     """cuda or cpu; default: cuda where there is one, else cpu."""
@@ -272,19 +272,18 @@ def _factors(
                 _fitted(b.tokens, a.tokens)[read_rows], _fitted(b.mask, a.mask)[read_rows], [t for _, t in truth], seed,
             )  # fmt: skip
             for factor, (y, y_test), ceiling in zip(plan[modality], truth, attentive, strict=True):
-                pooled = linear_probe(a.pooled[fit_rows], y, b.pooled[read_rows], y_test, seed)
-                entry: dict[str, Any] = {
+                groups = {"stage1_pooled": (a.pooled, b.pooled)} | {
+                    who + group: (getattr(on_train, group)[modality].flatten(1), getattr(on_test, group)[modality].flatten(1))
+                    for who, (on_train, on_test) in readings.items()
+                    for group in ("overlapping", "complementary")
+                }
+                scores = linear_probes([(x[fit_rows], t[read_rows]) for x, t in groups.values()], y, y_test, seed)
+                entry: dict[str, Any] = dict(zip(groups, scores, strict=True))
+                entry |= {
                     "ownership": list(labels.ownership[factor]),
                     "chance": 100 * float(np.bincount(y_test).max() / len(y_test)),
-                    "stage1": max(ceiling, pooled),
-                    "stage1_pooled": pooled,
+                    "stage1": max(ceiling, entry["stage1_pooled"]),
                 }
-                for who, (on_train, on_test) in readings.items():
-                    for group in ("overlapping", "complementary"):
-                        x, x_test = getattr(on_train, group)[modality], getattr(on_test, group)[modality]
-                        entry[who + group] = linear_probe(
-                            x[fit_rows].flatten(1), y, x_test[read_rows].flatten(1), y_test, seed
-                        )
                 found[modality][factor] = entry
                 bar.update()
     return found

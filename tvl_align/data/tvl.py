@@ -62,7 +62,8 @@ class TVLData:
 def locate(folder: Path, dataset: str) -> Path:
     """`folder/dataset`, or `folder/dataset/dataset` where the archive was unpacked one level too deep."""
     outer, inner = folder / dataset, folder / dataset / dataset
-    if inner.is_dir() and not _is_dataset(outer):
+    direct = (outer / "train.csv").is_file() or any(sub != inner for sub in _data_folders(outer))
+    if _is_dataset(inner) and not direct:
         log.warning("using %s: the data lie one level deeper than expected", inner)
         return inner
     return outer

@@ -1,0 +1,119 @@
+"""Retrieval against its twin; probes that find what is there and nothing else."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tvl_align.console import UserError
+from tvl_align.evaluation import attentive_probe, linear_probe, linear_probes, read_labels, retrieval, way
+
+
+def unit(rows: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(0, 999), st.booleans())
+def test_retrieval_equals_its_twin(rows: int, seed: int, captions: bool) -> None:
+    x, y = unit(rows, seed), unit(rows, seed + 1)
+    keys = torch.randint(4, (rows, 1), generator=torch.Generator().manual_seed(seed)) if captions else None
+    found = retrieval(x, y, torch.ones(rows, dtype=torch.bool), keys)
+    positives = np.eye(rows, dtype=bool) if keys is None else (keys == keys.T).numpy()
+    a, b = x.numpy(), y.numpy()
+    for k, ours in ((1, found.acc1), (5, found.acc5)):
+        expected = (reference.accuracy(a, b, positives, k) + reference.accuracy(b, a, positives.T, k)) / 2
+        assert ours == pytest.approx(expected)
+    assert found.chance1 == pytest.approx(100 * positives.mean())
+
+
+def test_the_chunk_changes_nothing() -> None:
+    """Trap 4: accuracy belongs to the gallery, not to a batch."""
+    x, y, everyone = unit(50, 0), unit(50, 0) + 0.3 * unit(50, 1), torch.ones(50, dtype=torch.bool)
+    y = F.normalize(y, dim=-1)
+    whole, parts = (retrieval(x, y, everyone, None, 20.0, chunk) for chunk in (1000, 7))
+    assert whole.acc1 == parts.acc1 > 50
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
+
+
+def test_constant_features_do_not_look_good() -> None:
+    x = torch.ones(10, 4) / 2
+    found = retrieval(x, x, torch.ones(10, dtype=torch.bool))
+    assert (found.acc1, found.acc5) == (0, 0)
+
+
+def test_absent_rows_are_not_in_the_gallery_and_an_empty_one_is_nan() -> None:
+    x, y = unit(6, 0), unit(6, 0)
+    valid = torch.tensor([True, False, True, True, False, True])
+    found = retrieval(x, y, valid)
+    assert (found.gallery, found.acc1, found.chance1) == (4, 100, 25)
+    assert np.isnan(retrieval(x, y, torch.zeros(6, dtype=torch.bool)).acc1)
+
+
+def test_fewer_than_five_candidates() -> None:
+    assert retrieval(unit(3, 0), unit(3, 1), torch.ones(3, dtype=torch.bool)).acc5 == 100
+
+
+def labelled(rows: int, seed: int, signal: float) -> tuple[torch.Tensor, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(5, size=rows)
+    centres = np.random.default_rng(7).standard_normal((5, 20))
+    return torch.tensor(signal * centres[labels] + rng.standard_normal((rows, 20))).float(), labels
+
+
+def test_linear_probe_reads_signal_and_not_noise() -> None:
+    for signal, low, high in ((2.0, 95, 100), (0.0, 10, 32)):
+        (x, y), (x_test, y_test) = labelled(400, 0, signal), labelled(200, 1, signal)
+        score = linear_probe(x, y, x_test, y_test)
+        assert low <= score <= high
+        assert linear_probes([(x, x_test), (x, x_test)], y, y_test) == [score, score]
+
+
+def test_attentive_probe_finds_what_is_in_one_token_of_many() -> None:
+    """The factor sits in one of two places, told by a marker: no linear map of the mean can read it well."""
+
+    def made(rows: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+        rng = np.random.default_rng(seed)
+        labels, place = rng.integers(4, size=rows), rng.integers(8, size=rows)
+        tokens = 0.3 * rng.standard_normal((rows, 8, 16))
+        for i in range(rows):
+            tokens[i, :, :4] = np.eye(4)[rng.integers(4, size=8)] * 2  # decoys everywhere
+            tokens[i, place[i], :4] = np.eye(4)[labels[i]] * 2
+            tokens[i, place[i], 4:8] = 3.0
+        return torch.tensor(tokens).float(), labels
+
+    (x, y), (x_test, y_test) = made(1500, 0), made(300, 1)
+    masks = [torch.ones(t.shape[:2], dtype=torch.bool) for t in (x, x_test)]
+    runs = [attentive_probe(x, masks[0], [y], x_test, masks[1], [y_test], seed=1) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert runs[0][0] > 90
+    assert linear_probe(x.mean(1), y, x_test.mean(1), y_test) < 75
+
+
+def test_way() -> None:
+    assert way(20, 20, 80) == 0
+    assert way(80, 20, 80) == 100
+    assert np.isnan(way(50, 50, 50))
+
+
+def test_labels_from_a_file(world: Path, tmp_path: Path) -> None:
+    labels = read_labels(world / "factors.csv")
+    assert labels.ownership["hue"] == ("vision",)
+    name = next(iter(labels.values))
+    assert labels.of("hue", [name, "nowhere"]).tolist()[1] == -1
+    own = tmp_path / "mine.csv"
+    own.write_text("vision,material\na.jpg,wood\nb.jpg,\n")
+    mine = read_labels(own)
+    assert mine.levels == {"material": ["wood"]}
+    assert mine.of("material", ["a.jpg", "b.jpg"]).tolist() == [0, -1]
+    assert mine.ownership == {"material": ()}
+    own.write_text("photo,material\n")
+    with pytest.raises(UserError, match="needs a vision column"):
+        read_labels(own)
+    with pytest.raises(UserError, match="no such label file"):
+        read_labels(tmp_path / "none.csv")

@@ -1,0 +1,155 @@
+"""The feature store: what is read is what the encoders say, keyed by everything that shaped it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tvl_align.console import UserError
+from tvl_align.data.samples import Samples, TextOptions, make_samples
+from tvl_align.data.transforms import ImageOptions
+from tvl_align.data.tvl import Row, read_tvl
+from tvl_align.encoders.tvl import Stage1, load_stage1
+from tvl_align.features import FeatureStore, LiveSplit, open_or_encode, store_key
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def stage1(stage1_checkpoint: Path) -> Stage1:
+    return load_stage1(stage1_checkpoint)
+
+
+def samples_of(world: Path, shuffle: bool = True, seed: int = 0) -> dict[str, Samples]:
+    data = read_tvl(world)
+    text = TextOptions("", shuffle, {"ridged": ["lined"]})
+    return make_samples(data, ImageOptions(64, 64), text, seed)
+
+
+@pytest.fixture(scope="module")
+def store(world: Path, stage1: Stage1, tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return open_or_encode(tmp_path_factory.mktemp("features"), stage1, samples_of(world), 2, 0)
+
+
+def test_stored_features_are_the_encoders(world: Path, stage1: Stage1, store: FeatureStore) -> None:
+    samples = samples_of(world)["train"]
+    rows, views = torch.tensor([3, 0, 7]), torch.tensor([0, 2, 1])
+    stored = store.splits["train"].read(rows, views).float()
+    for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
+        batch = {name: image[None] for name, image in samples[row, view].items()}
+        batch["text"] = stage1.tokenize([samples.sentence(row, view)])
+        for name, tokens in stage1.encode(batch).modalities.items():
+            mine = stored.modalities[name]
+            length = tokens.tokens.shape[1]
+            assert torch.allclose(mine.pooled[i], tokens.pooled[0], atol=1e-5)
+            assert torch.allclose(mine.tokens[i, :length], tokens.tokens[0], atol=1e-2)
+            assert mine.mask[i].sum() == tokens.mask[0].sum()
+
+
+def test_only_training_has_augmented_views(store: FeatureStore) -> None:
+    """Trap 2: validation and test are plain, whatever the seed."""
+    assert {name: split.views for name, split in store.splits.items()} == {"train": 2, "val": 0, "test": 0}
+
+
+def test_evaluation_views_do_not_depend_on_the_seed(world: Path) -> None:
+    one, other = samples_of(world, seed=0), samples_of(world, seed=9)
+    for name in ("val", "test"):
+        assert torch.equal(one[name][0, 0]["tactile"], other[name][0, 0]["tactile"])
+        assert one[name].sentence(0, 0) == other[name].sentence(0, 0)
+    drawn = [one["train"][0, view]["vision"] for view in (1, 2)]
+    assert not torch.equal(*drawn)
+
+
+def test_views_follow_rows_not_their_order(world: Path) -> None:
+    """Trap 9: neither the order of rows nor what else is in the split changes a draw."""
+    samples = samples_of(world)["train"]
+    turned = Samples(samples.root, samples.rows[::-1], samples.pictures.options, samples.text, samples.seed)
+    assert torch.equal(samples[2, 1]["vision"], turned[len(turned) - 3, 1]["vision"])
+    assert samples.sentence(2, 1) == turned.sentence(len(turned) - 3, 1)
+
+
+def test_sentences_are_stored_once(store: FeatureStore) -> None:
+    split = store.splits["train"]
+    assert len(split.tables["text"]) < split.index["text"].numel()
+    keys = split.index["caption_keys"]
+    assert torch.equal(keys[..., 1] == keys[0, 0, 1], split.index["text"] == split.index["text"][0, 0])
+
+
+def test_reading_twice_encodes_once(world: Path, stage1: Stage1, store: FeatureStore) -> None:
+    manifest = store.folder / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert open_or_encode(store.folder.parent, stage1, samples_of(world), 2, 0).key == store.key
+    assert manifest.stat().st_mtime_ns == before
+
+
+def test_the_key_sees_everything_that_shapes_features(world: Path, stage1: Stage1, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    def key(samples: dict[str, Samples], encoders: Stage1 = stage1, views: int = 2) -> str:
+        return store_key(encoders, samples, views)[0]
+
+    first = key(samples_of(world))
+    assert key(samples_of(world)) == first
+    changed = [
+        key(samples_of(world, shuffle=False)),
+        key(samples_of(world, seed=1)),
+        key(samples_of(world), views=3),
+        key(samples_of(world), load_stage1(stage1_checkpoint, features="pooled")),
+        key(make_samples(read_tvl(world), ImageOptions(64, 64, randomize_crop=True), TextOptions("", True, {"ridged": ["lined"]}), 0)),
+    ]
+    picture = world / read_tvl(world).test[0].vision
+    stat = picture.stat()
+    os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    changed.append(key(samples_of(world)))
+    os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert key(samples_of(world)) == first
+    assert len({first, *changed}) == 1 + len(changed)
+
+
+def test_another_store_in_its_place_is_refused(world: Path, stage1: Stage1, tmp_path: Path) -> None:
+    store = open_or_encode(tmp_path, stage1, samples_of(world), 1, 0)
+    path = store.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"key": "0" * 16}))
+    with pytest.raises(UserError, match="holds the store 0000"):
+        open_or_encode(tmp_path, stage1, samples_of(world), 1, 0)
+    path.unlink()
+    with pytest.raises(UserError, match=r"is not a feature store \(no manifest.json\)"):
+        FeatureStore(store.folder)
+    assert open_or_encode(tmp_path, stage1, samples_of(world), 1, 0).key == store.key
+
+
+def test_absent_captions_and_pictures_are_masks(world: Path, stage1: Stage1, tmp_path: Path) -> None:
+    """Trap 10: absent, not zeros."""
+    rows = read_tvl(world).train[:4]
+    rows[1] = Row("hct", rows[1].vision, rows[1].tactile, None, None, "g")
+    rows[2] = Row("hct", rows[2].vision, None, None, rows[2].caption, "g")
+    samples = {"train": Samples(world, rows, ImageOptions(64, 64), TextOptions(), 0)}
+    stored = open_or_encode(tmp_path, stage1, samples, 1, 0).splits["train"].read(torch.arange(4))
+    live = next(LiveSplit(stage1, samples["train"], 0, train=False).batches([torch.arange(4)], [torch.zeros(4, dtype=int)], CPU))
+    for features in (stored, live):
+        assert features.modalities["text"].present.tolist() == [True, False, True, True]
+        assert features.modalities["tactile"].present.tolist() == [True, True, False, True]
+        assert (features.caption_keys[1, 0] == features.caption_keys[[0, 2, 3], 0]).sum() == 0
+    assert not stored.modalities["text"].mask[1].any()
+
+
+def test_on_the_fly_equals_the_store_on_plain_views(world: Path, stage1: Stage1, store: FeatureStore) -> None:
+    rows = torch.arange(5)
+    live = LiveSplit(stage1, samples_of(world)["test"], 0, train=False)
+    (computed,) = live.batches([rows], [torch.zeros_like(rows)], CPU)
+    stored = store.splits["test"].read(rows).float()
+    for name, tokens in computed.modalities.items():
+        mine = stored.modalities[name]
+        length = mine.tokens.shape[1]
+        assert torch.allclose(mine.pooled, tokens.pooled, atol=1e-5)
+        assert torch.equal(mine.mask, tokens.mask[:, :length])
+    same = [(f.caption_keys[:, None] == f.caption_keys[None]).any(-1) for f in (computed, stored)]
+    assert torch.equal(*same)
+
+
+def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8 not a picture")
+    rows = [Row("hct", "broken.jpg", "broken.jpg", None, "soft", "g")]
+    with pytest.raises(UserError, match=r"broken\.jpg or its touch image cannot be read"):
+        Samples(tmp_path, rows, ImageOptions(64, 64), TextOptions(), 0)[0, 0]

@@ -1,0 +1,64 @@
+"""Processes: gathering with exact gradients, seeds, provenance."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from tvl_align.console import UserError
+from tvl_align.runtime import alone, gather, gather_with_grad, generator, mean_count, mean_over_processes, pick_device, provenance, rank, world_size
+
+
+def _one_of_three(index: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=3)
+    x = torch.full((2, 2), float(index + 1), requires_grad=True)
+    everyone = gather_with_grad(x)
+    ((index + 1) * everyone.square()).sum().backward()  # each process says something else about all rows
+    with alone():
+        lone = (rank(), world_size(), len(gather(x.detach())))
+    result = {
+        "gathered": everyone.detach(),
+        "grad": x.grad,
+        "unequal": gather(torch.full((index,), index)),
+        "mean": mean_over_processes({"a": torch.tensor(float(index))})["a"],
+        "count": mean_count(torch.tensor(float(index))),
+        "alone": lone,
+    }
+    torch.save(result, f"{folder}/{index}.pt")
+    dist.destroy_process_group()
+
+
+def test_gathering_on_three_processes(tmp_path: Path) -> None:
+    """Trap 3: all_gather without gradient is wrong; here every row gets what every process says about it."""
+    mp.spawn(_one_of_three, (str(tmp_path),), nprocs=3)
+    for index in range(3):
+        result = torch.load(tmp_path / f"{index}.pt")
+        assert result["gathered"][:, 0].tolist() == [1, 1, 2, 2, 3, 3]
+        assert torch.allclose(result["grad"], torch.full((2, 2), (1 + 2 + 3) * 2.0 * (index + 1)))
+        assert result["unequal"].tolist() == [1, 2, 2]
+        assert result["mean"].item() == result["count"].item() == 1
+        assert result["alone"] == (0, 1, 2)
+
+
+def test_generators_depend_on_all_their_parts() -> None:
+    draws = [torch.rand(1, generator=generator(*parts)).item() for parts in ((0, 1), (0, 1), (1, 0), (0, 1, 0))]
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="unknown device 'gpu0'"):
+        pick_device("gpu0")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="finds no GPU"):
+            pick_device("cuda")
+
+
+def test_results_carry_what_made_them() -> None:
+    made = provenance()
+    assert set(made) == {"command", "folder", "commit", "packages", "processes"}
+    assert made["packages"]["torch"] == torch.__version__.split("+")[0]

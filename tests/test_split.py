@@ -1,0 +1,39 @@
+"""The grouped split."""
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvl_align.data.split import grouped_split
+
+
+@dataclass(frozen=True)
+class Item:
+    group: str
+    number: int
+
+
+items = st.lists(st.builds(Item, st.sampled_from("abcdefghijklm"), st.integers(0, 99)), min_size=1, max_size=60)
+
+
+@given(items, st.integers(0, 50), st.randoms())
+def test_no_group_on_both_sides_whatever_the_order(rows: list[Item], seed: int, rng: object) -> None:
+    """Trap 1 and trap 9: split by group, from sorted names, by the seed alone."""
+    train, val = grouped_split(rows, 0.1, seed)
+    assert not {r.group for r in train} & {r.group for r in val}
+    assert sorted(train + val, key=repr) == sorted(rows, key=repr)
+    assert train
+    if len({r.group for r in rows}) > 1:
+        assert val
+    shuffled = list(rows)
+    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    again = grouped_split(shuffled, 0.1, seed)
+    assert {r.group for r in again[1]} == {r.group for r in val}
+
+
+def test_the_seed_moves_groups_and_the_share_is_about_right() -> None:
+    rows = [Item(str(i // 4), i) for i in range(1000)]
+    first, second = (grouped_split(rows, 0.1, seed)[1] for seed in (0, 1))
+    assert {r.group for r in first} != {r.group for r in second}
+    assert 100 <= len(first) < 104
