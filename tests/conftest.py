@@ -1,6 +1,9 @@
 """Shared pieces: a tiny synthetic world, a tiny Stage 1 trained on it, and made-up features."""
 
+import os
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for weights
 
 import pytest
 import torch

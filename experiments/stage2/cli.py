@@ -19,8 +19,7 @@ from tvl_align.console import UserError, says_it_plainly
 from tvl_align.data.world import write_world
 from tvl_align.encoders.pretrain import PretrainConfig, pretrain
 from tvl_align.features import open_or_encode
-
-CITED = "experiments/stage2/README.md lists what each method is."
+from tvl_align.runtime import is_main
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,8 @@ def _encode(argv: Sequence[str]) -> None:
         raise UserError("--views 0 means no feature store; give --views 1 or more to encode one.")
     stage1, samples = load_samples(settings, make_accelerator(settings).device)
     store = open_or_encode(settings.feature_dir, stage1, samples, settings.data.views, settings.data.num_workers)
-    print(store.folder)
+    if is_main():
+        print(store.folder)
 
 
 def _train(argv: Sequence[str]) -> None:

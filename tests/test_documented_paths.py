@@ -1,0 +1,201 @@
+"""What the documentation says to type, typed: real processes, from the documented folders, on a tiny world."""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.stage2.cli import COMMANDS, main
+from tvl_align.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+STAGE2 = ROOT / "experiments" / "stage2"
+BIN = Path(sys.executable).parent
+MEANWHILE = {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+
+
+def run(command: str, folder: Path = ROOT, expect: int = 0) -> str:
+    """Run a command line as typed; returns what it said."""
+    parts = shlex.split(command)
+    env = os.environ | MEANWHILE
+    while "=" in parts[0] and not parts[0].startswith("-"):
+        name, value = parts.pop(0).split("=", 1)
+        env[name] = value
+    done = subprocess.run(parts, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+    said = done.stdout + done.stderr
+    assert done.returncode == expect, f"{command}\nexit code {done.returncode}\n{said}"
+    return said
+
+
+def documented(heading: str) -> str:
+    """The first indented or fenced command after a heading of the README, on one line."""
+    text = (ROOT / "README.md").read_text()
+    block = re.search(rf"{re.escape(heading)}.*?```bash\n(.*?)```", text, re.S)
+    assert block is not None, heading
+    return " ".join(block[1].replace("\\\n", " ").split())
+
+
+def filled(command: str, world: Path, checkpoint: Path, out: Path, epochs: int) -> str:
+    """The documented command with the reader's own paths, fewer epochs, and narrower registers where they cost time."""
+    assert "--epochs 100" in command
+    command = command.replace("--stage1_checkpoint P", f"--stage1_checkpoint {checkpoint}")
+    command = command.replace("--datasets_dir D", f"--datasets_dir {world}").replace("./output_dir", str(out))
+    return command.replace("--epochs 100", f"--epochs {epochs}").split("&&", 1)[1].strip()
+
+
+def test_the_documented_training(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    """As documented, with the documented sizes; then once more with --resume."""
+    command = filled(documented("## Train on TVL"), world, stage1_checkpoint, tmp_path, epochs=1)
+    assert "--register_token_dim 768" in command
+    said = run(command, STAGE2)
+    folder = tmp_path / "stage2_experiment"
+    assert "[STAGE2] epoch 1/1" in said
+    assert "--multi_epochs_dataloader is not needed" in said
+    assert load_checkpoint(folder / "checkpoint.pth")["epoch"] == 0
+    assert "already holds a run" in run(command, STAGE2, expect=1 if "torchrun" in command else 2)
+    said = run(command.replace("--epochs 1 ", "--epochs 2 ") + " --resume", STAGE2)
+    assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    """Trap 3, end to end: 2 processes of 16 rows and 1 process of 32 give the same numbers."""
+    base = documented("## Train on TVL")
+    rows = []
+    for processes, batch in ((2, 16), (1, 32)):
+        command = filled(base, world, stage1_checkpoint, tmp_path, epochs=2)
+        command = command.replace("--nproc_per_node=1", f"--nproc_per_node={processes}")
+        command = command.replace("--batch_size 64", f"--batch_size {batch}").replace("--find_unused_parameters", "")
+        command = command.replace("--register_token_dim 768", "--register_token_dim 64")
+        run(command.replace("stage2_experiment", f"on{processes}"), STAGE2)
+        rows.append([json.loads(line) for line in (tmp_path / f"on{processes}" / "metrics.jsonl").read_text().splitlines()])
+    assert len({json.loads((tmp_path / f"on{p}" / "config.json").read_text())["store"] for p in (1, 2)}) == 1
+    for two, one in zip(*rows, strict=True):
+        for name in one.keys() - {"seconds"}:
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-3), name
+
+
+def test_the_two_processes_encode_what_one_encodes(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    flags = f"--stage1_checkpoint {stage1_checkpoint} --datasets_dir {world} --views 1 --num_workers 1 --device cpu"
+    stores = []
+    for processes in (1, 2):
+        tool = f"torchrun --nproc_per_node={processes} --no_python tvl-align" if processes > 1 else "tvl-align"
+        said = run(f"{tool} encode {flags} --output_dir {tmp_path}/{processes}")
+        stores.append(Path(said.strip().splitlines()[-1]))
+    assert stores[0].name == stores[1].name
+    for path in sorted(stores[0].rglob("*.memmap")):
+        assert path.read_bytes() == (stores[1] / path.relative_to(stores[0])).read_bytes(), path
+
+
+def test_a_plain_tvl_checkpoint(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    """A released kind of checkpoint: a standard timm touch encoder at 224 pixels and a Namespace that names no CLIP."""
+    import timm
+
+    touch = timm.create_model("vit_tiny_patch16_224", num_classes=128, global_pool="avg")
+    model = {f"tactile_encoder.{k}": v for k, v in touch.state_dict().items()} | {"logit_scale": torch.tensor(2.6)}
+    args = argparse.Namespace(tactile_model="vit_tiny_patch16_224", batch_size=256, datasets=["ssvtp", "hct"])
+    torch.save({"model": model, "optimizer": {}, "epoch": 3, "scaler": {}, "args": args}, tmp_path / "tvl_enc_vittiny.pth")
+    said = run(
+        f"tvl-align train --stage1_checkpoint {tmp_path}/tvl_enc_vittiny.pth --clip_vision_model TVL-small "
+        f"--clip_pretrain_data {stage1_checkpoint.parent}/clip.pt --datasets_dir {world} --datasets ssvtp --views 1 "
+        f"--batch_size 4 --epochs 1 --register_token_dim 32 --num_heads 4 --output_dir {tmp_path} --num_workers 1"
+    )
+    assert "[STAGE2] epoch 1/1" in said
+
+
+@pytest.mark.parametrize("folder", [ROOT, Path("/")])
+def test_test_modules_from_anywhere(folder: Path) -> None:
+    assert ", 0 failed" in run(f"{sys.executable} {STAGE2 / 'test_modules.py'}", folder)
+
+
+def test_documented_imports() -> None:
+    code = "from experiments.stage2.tvl_stage2 import TVLStage2; from experiments.stage2.loss_stage2 import Stage2Loss"
+    run(f"{sys.executable} -c {shlex.quote(code)}")
+
+
+def test_the_demo_in_small(tmp_path: Path) -> None:
+    """The whole job by its one command: table, page, results; twice, the second time from what is there."""
+    command = f"tvl-align demo --out {tmp_path} --train 160 --test 40 --pretrain_epochs 1 --epochs 1 --views 1"
+    said = run(command)
+    page = tmp_path / "runs" / "base" / "report.html"
+    assert f"page: {page}" in said
+    for column in ("registers", "Stage 1", "chance", "synthetic data", "tactile-vision Acc@1"):
+        assert column in said
+    text = page.read_text()
+    assert "Synthetic data" in text
+    assert "http" not in text.replace("http://www.w3.org", "")
+    results = json.loads((page.parent / "results.json").read_text())
+    assert results["gallery"] == 40
+    assert results["controls"]["shuffled_acc1"] < 15
+    for numbers in results["retrieval"].values():
+        assert {"acc1", "acc5", "chance1", "stage1_acc1"} <= numbers.keys()
+    assert set(results["summary"]) == {"shared_retention", "unique_retention", "unique_leak", "shared_leak"}
+    assert [p["k"] for p in results["prefix"]] == [1, 2, 3, 4]
+    assert "world:" not in run(command)
+
+
+def called(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """`tvl-align` in this process, for what ends before any work: its exit code and what it said."""
+    monkeypatch.setattr(sys, "argv", ["tvl-align", *shlex.split(line)])
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, said = called(f"{command} --help", monkeypatch, capsys)
+    assert code == 0
+    assert "default" in said
+    assert command in called("--help", monkeypatch, capsys)[1]
+
+
+MISTAKES = {
+    "--stage1_checkpoint /none.pth": "no such checkpoint: /none.pth",
+    "--tactile_model vit_base": "holds the touch model vit_tiny_patch16_224, not vit_base_patch16_224",
+    "--tactile_model vit_huge": "unknown touch model 'vit_huge'",
+    "--clip_vision_model ViT-B-16 --clip_pretrain_data datacomp_xl_s13b_b90k": "cannot be fetched .*--clip_pretrain_data the path of a local",
+    "--num_register_tokens 3": "3 registers cannot hold 3 overlapping tokens",
+    "--register_token_dim 30": "30 is not divisible by 8 heads",
+    "--datasets_dir /proc/sys": "has no ssvtp/ or hct/",
+    "--active_modality_names vision audio": "modality 'audio' is not supported",
+    "--batch_size 5000": "fewer than one batch of 5000",
+    "--device=gpu": "unknown device 'gpu'",
+    "--method transformer": "unknown method 'transformer'",
+    "--batch_sise 3": "--batch_size",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_mistakes_get_one_sentence(
+    flags: str,
+    world: Path,
+    stage1_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = {"--stage1_checkpoint": str(stage1_checkpoint), "--datasets_dir": str(world), "--output_dir": str(tmp_path)}
+    rest = " ".join(f"{k} {v}" for k, v in given.items() if k not in flags)
+    code, said = called(f"train {rest} --views 1 --num_workers 0 --device cpu {flags}", monkeypatch, capsys)
+    assert code == 2
+    assert re.search(MISTAKES[flags], " ".join(said.split())), said
+
+
+def test_a_mistake_in_a_real_process() -> None:
+    said = run("tvl-align train --stage1_checkpoint /none.pth --datasets_dir /none", expect=2)
+    assert "error: no such folder: /none; --datasets_dir must hold ssvtp and hct." in said
+    assert "Traceback" not in said
+    assert "did you mean train?" in run("tvl-align trian", expect=2)
