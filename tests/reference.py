@@ -43,6 +43,8 @@ def attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.
     """Single-head attention of one row: softmax over the real keys only."""
     out = np.zeros((len(query), values.shape[1]))
     for n in range(len(query)):
-        weights = np.array([math.exp(query[n] @ k / math.sqrt(len(k))) if m else 0.0 for k, m in zip(keys, mask, strict=True)])
+        weights = np.array(
+            [math.exp(query[n] @ k / math.sqrt(len(k))) if m else 0.0 for k, m in zip(keys, mask, strict=True)]
+        )
         out[n] = (weights / weights.sum()) @ values
     return out

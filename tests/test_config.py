@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from experiments.stage2.tvl_stage2 import Stage2Config
-from tvl_align.config import DataConfig, OptimConfig, RunConfig, Settings, Stage1Config, from_plain, notes, parse, to_plain
+from tvl_align.config import (
+    DataConfig,
+    OptimConfig,
+    RunConfig,
+    Settings,
+    Stage1Config,
+    from_plain,
+    notes,
+    parse,
+    to_plain,
+)
 from tvl_align.console import UserError
 
 REQUIRED = ["--stage1_checkpoint", "P"]
@@ -27,7 +37,8 @@ DEFAULTS = {
     "percent_not_contact": 0.1, "color_jitter": False, "randomize_crop": False, "subtract_background": None,
     "shuffle_text": False, "no_text_prompt": False, "replace_synonyms": False, "keep_k_synonyms": None,
     "output_dir": Path("output_dir"), "seed": 0, "num_workers": 10, "pin_mem": True, "multi_epochs_dataloader": False,
-    "active_modality_names": ("vision", "tactile", "text"), "features": "tokens", "nested_dropout_mode": "nested", "views": 4,
+    "active_modality_names": ("vision", "tactile", "text"), "features": "tokens", "nested_dropout_mode": "nested",
+    "views": 4,
 }  # fmt: skip
 
 
@@ -80,7 +91,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     for group in (Stage1Config, Stage2Config, DataConfig, OptimConfig, RunConfig):
         source = Path(__import__(group.__module__, fromlist=["x"]).__file__).read_text()
         for option in fields(group):
-            assert f'    {option.name}: ' in source
+            assert f"    {option.name}: " in source
 
 
 def test_json_and_back() -> None:

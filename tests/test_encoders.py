@@ -35,7 +35,11 @@ def test_shapes_and_norms(stage1_checkpoint: Path) -> None:
     stage1 = load_stage1(stage1_checkpoint)
     ids = stage1.tokenize(["soft.", "soft, patterned, lined, and fabric."])
     read = stage1.encode({"vision": torch.rand(2, 3, 64, 64), "tactile": torch.rand(2, 3, 64, 64), "text": ids}).modalities
-    assert {m: tuple(t.tokens.shape[::2]) for m, t in read.items()} == {"vision": (2, 192), "tactile": (2, 192), "text": (2, 128)}
+    assert {m: tuple(t.tokens.shape[::2]) for m, t in read.items()} == {
+        "vision": (2, 192),
+        "tactile": (2, 192),
+        "text": (2, 128),
+    }
     assert read["vision"].tokens.shape[1] == read["tactile"].tokens.shape[1] == 17
     for tokens in read.values():
         assert torch.allclose(tokens.pooled.norm(dim=-1), torch.ones(2), atol=1e-5)
@@ -155,7 +159,9 @@ def test_common_latent_space(stage1_checkpoint: Path, tmp_path: Path) -> None:
     """Where Stage 1 had modality heads, they come from the checkpoint and shape the pooled features."""
     content = content_of(stage1_checkpoint)
     model = {k: v for k, v in content["model"].items() if not k.startswith("tactile_encoder.head.")}
-    model |= {f"modality_heads.{m}.weight": torch.randn(32, w) for m, w in (("vision", 128), ("text", 128), ("tactile", 192))}
+    model |= {
+        f"modality_heads.{m}.weight": torch.randn(32, w) for m, w in (("vision", 128), ("text", 128), ("tactile", 192))
+    }
     path = edited(stage1_checkpoint, tmp_path / "latent", model=model)
     read = load_stage1(path, common_latent_dim=32).encode({"tactile": torch.rand(2, 3, 64, 64)}).modalities["tactile"]
     assert read.pooled.shape == (2, 32)

@@ -72,9 +72,7 @@ def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: 
 
 def test_same_seed_same_numbers_another_seed_others(settings: Settings[Stage2Config]) -> None:
     runs = [("a", 0, 0), ("b", 0, 2), ("c", 1, 0)]
-    folders = [
-        fit(changed(changed(settings, "run", log_name=n, seed=s), "data", num_workers=w), BASE) for n, s, w in runs
-    ]
+    folders = [fit(changed(changed(settings, "run", log_name=n, seed=s), "data", num_workers=w), BASE) for n, s, w in runs]
     rows = [without_times(metrics(folder)) for folder in folders]
     assert rows[0] == rows[1]
     assert torch.equal(weights(folders[0]), weights(folders[1]))
@@ -110,7 +108,9 @@ def test_resume_ends_where_the_uninterrupted_run_ends(
 
 def test_resume_refuses_what_does_not_fit(settings: Settings[Stage2Config], tmp_path: Path) -> None:
     folder = fit(changed(settings, "optim", epochs=1), BASE)
-    wider = changed(changed(settings, "knobs", register_token_dim=64), "run", log_name="x", resume=str(folder / "checkpoint.pth"))
+    wider = changed(
+        changed(settings, "knobs", register_token_dim=64), "run", log_name="x", resume=str(folder / "checkpoint.pth")
+    )
     with pytest.raises(UserError, match="the checkpoint does not fit this model .*registers"):
         fit(wider, BASE)
     with pytest.raises(UserError, match="no such checkpoint"):
@@ -120,7 +120,9 @@ def test_resume_refuses_what_does_not_fit(settings: Settings[Stage2Config], tmp_
 def test_a_loss_that_is_not_finite_stops_the_run(settings: Settings[Stage2Config]) -> None:
     good = fit(changed(settings, "optim", epochs=1), BASE)
     wild = changed(changed(settings, "optim", lr=1e30, warmup_epochs=0), "run", resume="auto")
-    with pytest.raises(UserError, match=rf"the loss became (nan|inf) in epoch 1, step \d+; the last good checkpoint is {good}"):
+    with pytest.raises(
+        UserError, match=rf"the loss became (nan|inf) in epoch 1, step \d+; the last good checkpoint is {good}"
+    ):
         fit(wild, BASE)
 
 
@@ -147,14 +149,24 @@ def test_validation_is_one_gallery_whatever_the_batch(
     for batch in (256, 3):
         monkeypatch.setattr("experiments.stage2.engine_stage2.EVAL_BATCH", batch)
         found.append(evaluate(model, loss, inputs.splits["test"], torch.device("cpu")))
-    for name in ("tactile_vision_acc1", "text_vision_acc5", "tactile_text_loss", "tactile_text_chance1", "average_acc1"):
+    for name in (
+        "tactile_vision_acc1",
+        "text_vision_acc5",
+        "tactile_text_loss",
+        "tactile_text_chance1",
+        "average_acc1",
+    ):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
     assert found[0]["tactile_vision_chance1"] == pytest.approx(100 / 24)
 
 
 def test_the_best_checkpoint_ignores_the_pair_without_touch() -> None:
     """Trap 5."""
-    scores = {f"{p}_{k}": v for p, v in (("tactile_vision", 2.0), ("tactile_text", 4.0), ("text_vision", 90.0)) for k in ("acc1", "acc5")}
+    scores = {
+        f"{p}_{k}": v
+        for p, v in (("tactile_vision", 2.0), ("tactile_text", 4.0), ("text_vision", 90.0))
+        for k in ("acc1", "acc5")
+    }
     assert selection(scores) == {"acc1": 3.0, "acc5": 3.0}
     assert selection({"text_vision_acc1": 7.0, "average_acc1": 7.0, "average_acc5": 8.0}) == {"acc1": 7.0, "acc5": 8.0}
 

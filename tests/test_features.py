@@ -84,7 +84,9 @@ def test_reading_twice_encodes_once(world: Path, stage1: Stage1, store: FeatureS
     assert manifest.stat().st_mtime_ns == before
 
 
-def test_the_key_sees_everything_that_shapes_features(world: Path, stage1: Stage1, stage1_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_key_sees_everything_that_shapes_features(
+    world: Path, stage1: Stage1, stage1_checkpoint: Path, tmp_path: Path
+) -> None:
     def key(samples: dict[str, Samples], encoders: Stage1 = stage1, views: int = 2) -> str:
         return store_key(encoders, samples, views)[0]
 
@@ -95,7 +97,14 @@ def test_the_key_sees_everything_that_shapes_features(world: Path, stage1: Stage
         key(samples_of(world, seed=1)),
         key(samples_of(world), views=3),
         key(samples_of(world), load_stage1(stage1_checkpoint, features="pooled")),
-        key(make_samples(read_tvl(world), ImageOptions(64, 64, randomize_crop=True), TextOptions("", True, {"ridged": ["lined"]}), 0)),
+        key(
+            make_samples(
+                read_tvl(world),
+                ImageOptions(64, 64, randomize_crop=True),
+                TextOptions("", True, {"ridged": ["lined"]}),
+                0,
+            )
+        ),
     ]
     picture = world / read_tvl(world).test[0].vision
     stat = picture.stat()
@@ -125,7 +134,9 @@ def test_absent_captions_and_pictures_are_masks(world: Path, stage1: Stage1, tmp
     rows[2] = Row("hct", rows[2].vision, None, None, rows[2].caption, "g")
     samples = {"train": Samples(world, rows, ImageOptions(64, 64), TextOptions(), 0)}
     stored = open_or_encode(tmp_path, stage1, samples, 1, 0).splits["train"].read(torch.arange(4))
-    live = next(LiveSplit(stage1, samples["train"], 0, train=False).batches([torch.arange(4)], [torch.zeros(4, dtype=int)], CPU))
+    live = next(
+        LiveSplit(stage1, samples["train"], 0, train=False).batches([torch.arange(4)], [torch.zeros(4, dtype=int)], CPU)
+    )
     for features in (stored, live):
         assert features.modalities["text"].present.tolist() == [True, False, True, True]
         assert features.modalities["tactile"].present.tolist() == [True, True, False, True]

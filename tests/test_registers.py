@@ -23,7 +23,11 @@ def ones(*shape: int) -> torch.Tensor:
 def test_attention_equals_its_twin() -> None:
     torch.manual_seed(0)
     layer = Attention(BlockOptions(dim=6, num_heads=1))
-    z, keys, mask = torch.randn(2, 3, 6), torch.randn(2, 5, 6), torch.tensor([[True] * 5, [True, False, True, False, True]])
+    z, keys, mask = (
+        torch.randn(2, 3, 6),
+        torch.randn(2, 5, 6),
+        torch.tensor([[True] * 5, [True, False, True, False, True]]),
+    )
     k, v = layer.key_value(keys).chunk(2, dim=-1)
     for row in range(2):
         read = reference.attention(*(t[row].detach().numpy() for t in (layer.query(z), k, v)), mask[row].numpy())
@@ -70,7 +74,9 @@ def test_joint_reading_of_one_modality_is_that_modality() -> None:
     other, absent = stack(1), torch.zeros(2, dtype=torch.bool)
     both = joint_read([blocks, other], registers, [keys, torch.randn(2, 4, 16)], [mask, ones(2, 4)], kept, [present, absent])
     assert torch.allclose(alone, both)
-    mixed = joint_read([blocks, other], registers, [keys, torch.randn(2, 4, 16)], [mask, ones(2, 4)], kept, [present, present])
+    mixed = joint_read(
+        [blocks, other], registers, [keys, torch.randn(2, 4, 16)], [mask, ones(2, 4)], kept, [present, present]
+    )
     assert not torch.allclose(alone, mixed, atol=1e-2)
 
 

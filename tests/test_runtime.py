@@ -8,7 +8,18 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tvl_align.console import UserError
-from tvl_align.runtime import alone, gather, gather_with_grad, generator, mean_count, mean_over_processes, pick_device, provenance, rank, world_size
+from tvl_align.runtime import (
+    alone,
+    gather,
+    gather_with_grad,
+    generator,
+    mean_count,
+    mean_over_processes,
+    pick_device,
+    provenance,
+    rank,
+    world_size,
+)
 
 
 def _one_of_three(index: int, folder: str) -> None:

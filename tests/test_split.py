@@ -27,7 +27,7 @@ def test_no_group_on_both_sides_whatever_the_order(rows: list[Item], seed: int, 
     if len({r.group for r in rows}) > 1:
         assert val
     shuffled = list(rows)
-    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    rng.shuffle(shuffled)
     again = grouped_split(shuffled, 0.1, seed)
     assert {r.group for r in again[1]} == {r.group for r in val}
 

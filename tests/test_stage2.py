@@ -15,7 +15,7 @@ from tvl_align.encoders.tvl import Stage1, load_stage1
 
 def model(**changes: object) -> TVLStage2:
     torch.manual_seed(0)
-    return TVLStage2(SPECS, **({"register_token_dim": 32, "num_heads": 4} | changes))  # type: ignore[arg-type]
+    return TVLStage2(SPECS, **({"register_token_dim": 32, "num_heads": 4} | changes))
 
 
 def test_documented_defaults_give_a_finite_loss_and_gradients() -> None:
@@ -55,7 +55,9 @@ def test_a_pair_without_a_row_is_not_in_the_average() -> None:
     features = random_features(4)
     text = features.modalities["text"]
     none = Tokens(text.tokens, text.mask, text.pooled, torch.zeros(4, dtype=torch.bool))
-    numbers = Stage2Loss()(model().train()(Features(features.modalities | {"text": none}, features.caption_keys, features.rows)))
+    numbers = Stage2Loss()(
+        model().train()(Features(features.modalities | {"text": none}, features.caption_keys, features.rows))
+    )
     assert torch.allclose(numbers["overlapping_loss"], numbers["tactile_vision_loss"])
     assert torch.isfinite(numbers["total_loss"])
 
@@ -73,7 +75,11 @@ def test_complementary_tokens_get_no_alignment_and_overlapping_ones_no_preservat
     output: Output = model().train()(random_features(5), kept=torch.ones(5, 4, dtype=torch.bool))
     groups = {kind: list(output[f"{kind}_tokens"].values()) for kind in ("overlapping", "complementary")}
     numbers = Stage2Loss()(output)
-    for part, deaf in (("overlapping_loss", "complementary"), ("preservation", "overlapping"), ("complementary_reg", "overlapping")):
+    for part, deaf in (
+        ("overlapping_loss", "complementary"),
+        ("preservation", "overlapping"),
+        ("complementary_reg", "overlapping"),
+    ):
         grads = torch.autograd.grad(numbers[part], groups[deaf], retain_graph=True, allow_unused=True)
         assert all(g is None or not g.any() for g in grads), (part, deaf)
 
@@ -82,7 +88,9 @@ def test_pooling_uses_kept_overlapping_tokens_only() -> None:
     """Trap 14: a dropped register is not averaged in as a zero."""
     net, features = model().eval(), random_features(3)
     one = Stage2Loss()(net(features, kept=torch.tensor([[True, False, False, False]] * 3)))
-    first = Stage2Loss()(model(num_overlapping_tokens=1).eval()(features, kept=torch.tensor([[True, False, False, False]] * 3)))
+    first = Stage2Loss()(
+        model(num_overlapping_tokens=1).eval()(features, kept=torch.tensor([[True, False, False, False]] * 3))
+    )
     assert torch.allclose(one["overlapping_loss"], first["overlapping_loss"], atol=1e-5)
 
 
@@ -101,7 +109,7 @@ def test_shared_weights_are_one_set_of_blocks() -> None:
 
 def test_raw_inputs_and_their_features_give_the_same(stage1_checkpoint: object) -> None:
     """`forward` on images and text tokens is `forward` on what the frozen encoders make of them."""
-    stage1: Stage1 = load_stage1(stage1_checkpoint)  # type: ignore[arg-type]
+    stage1: Stage1 = load_stage1(stage1_checkpoint)
     net = TVLStage2(stage1, register_token_dim=32, num_heads=4).eval()
     batch = {
         "vision": torch.rand(2, 3, 64, 64),

@@ -44,7 +44,8 @@ def data(tmp_path: Path) -> Path:
         header = "url,tactile,tactile_background,caption"
         for split, kind in (("train", "contact"), ("test", "test")):
             body = [
-                f'{n},{n.replace("vision", "tactile")},{n.split("/")[0]}/tactile_bg_latent.jpg,"smooth, cup"' for n in rows[kind]
+                f'{n},{n.replace("vision", "tactile")},{n.split("/")[0]}/tactile_bg_latent.jpg,"smooth, cup"'
+                for n in rows[kind]
             ]
             (folder / f"{split}.csv").write_text("\n".join([header, *body]))
         for kind in ("contact", "not_contact"):
@@ -89,7 +90,9 @@ def test_no_row_of_validation_or_test_trains(data: Path) -> None:
 
 def test_header_decides_the_columns(data: Path) -> None:
     path = data / "ssvtp/train.csv"
-    path.write_text('caption,tactile,url\n"soft",images_tac/image_1_tac.jpg,images_rgb/image_0_rgb.jpg\r\n', encoding="utf-8-sig")
+    path.write_text(
+        'caption,tactile,url\n"soft",images_tac/image_1_tac.jpg,images_rgb/image_0_rgb.jpg\r\n', encoding="utf-8-sig"
+    )
     (row,) = [r for r in read_tvl(data, ["ssvtp"]).train + read_tvl(data, ["ssvtp"]).val]
     assert (row.vision, row.tactile) == ("ssvtp/images_rgb/image_0_rgb.jpg", "ssvtp/images_tac/image_1_tac.jpg")
     path.write_text("link,tactile\nx,y")
@@ -109,7 +112,7 @@ def test_unusable_rows_are_dropped_with_a_reason(data: Path) -> None:
     (data / "ssvtp/images_tac/image_3_tac.jpg").unlink()
     (data / "ssvtp/images_rgb/image_4_rgb.jpg").unlink()
     outside = "\nimages_rgb/../../secret_rgb.jpg,,x\n/etc/image_1_rgb.jpg,/etc/passwd,x\n../image_2_rgb.jpg,../x.jpg,x"
-    again = "\nimages_rgb/image_5_rgb.jpg,images_tac/image_5_tac.jpg,\"soft, word5.\"\nimages_rgb/image_6_rgb.jpg,,"
+    again = '\nimages_rgb/image_5_rgb.jpg,images_tac/image_5_tac.jpg,"soft, word5."\nimages_rgb/image_6_rgb.jpg,,'
     with (data / "ssvtp/train.csv").open("a") as file:
         file.write(outside + again)
     (data / "ssvtp/text/labels_6.txt").unlink(missing_ok=True)
@@ -131,7 +134,9 @@ def test_folder_names_above_the_data_do_not_matter(data: Path, tmp_path: Path) -
     moved.parent.mkdir(parents=True)
     shutil.move(data, moved)
     read = read_tvl(moved)
-    assert {r.tactile for r in read.test if r.dataset == "ssvtp"} == {f"ssvtp/images_tac/image_{n}_tac.jpg" for n in (10, 11)}
+    assert {r.tactile for r in read.test if r.dataset == "ssvtp"} == {
+        f"ssvtp/images_tac/image_{n}_tac.jpg" for n in (10, 11)
+    }
     assert not read.dropped
 
 

@@ -87,7 +87,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in self.active_modality_names:
             if name not in MODALITIES:
-                raise UserError(f"modality {name!r} is not supported: --active_modality_names takes {', '.join(MODALITIES)}.")
+                raise UserError(
+                    f"modality {name!r} is not supported: --active_modality_names takes {', '.join(MODALITIES)}."
+                )
         if len(set(self.active_modality_names)) < 2:
             raise UserError("registers align modalities: give --active_modality_names at least two of them.")
 
@@ -206,7 +208,7 @@ def to_plain(value: Any) -> Any:
 def from_plain(cls: type[T], plain: Mapping[str, Any]) -> T:
     """What `to_plain` wrote -> the dataclass; an unknown key is an error."""
     hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    known = {f.name for f in fields(cls)}
     unknown = sorted(plain.keys() - known)
     if unknown:
         raise UserError(f"unknown option {unknown[0]!r} for {cls.__name__}; was this run made by another version?")
@@ -222,4 +224,3 @@ def _restore(hint: Any, value: Any) -> Any:
     if isinstance(value, str) and (hint is Path or Path in options):
         return Path(value)
     return value
-

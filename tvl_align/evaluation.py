@@ -97,7 +97,7 @@ def linear_probes(
 ) -> list[float]:
     """`linear_probe` of several (train, test) feature pairs for the same labels, one core each."""
     jobs = (delayed(linear_probe)(train, train_labels, test, test_labels, seed) for train, test in groups)
-    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky")(jobs)  # type: ignore[return-value]
+    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky")(jobs)
 
 
 class AttentiveProbe(nn.Module):

@@ -97,9 +97,7 @@ class FeatureStore:
             raise UserError(f"{folder} has store format {self.manifest.get('format')}, not {FORMAT}; encode it again.")
         self.key: str = self.manifest["key"]
         self.specs = {name: FeatureSpec(**spec) for name, spec in self.manifest["modalities"].items()}
-        self.splits = {
-            name: StoredSplit(folder / name, self.specs, info) for name, info in self.manifest["splits"].items()
-        }
+        self.splits = {name: StoredSplit(folder / name, self.specs, info) for name, info in self.manifest["splits"].items()}
 
 
 def store_key(stage1: Stage1, samples: Mapping[str, Samples], views: int) -> tuple[str, dict[str, Any]]:
@@ -188,7 +186,13 @@ def _encode(
 
 
 def _encode_split(
-    folder: Path, name: str, stage1: Stage1, specs: Mapping[str, FeatureSpec], samples: Samples, views: int, workers: int
+    folder: Path,
+    name: str,
+    stage1: Stage1,
+    specs: Mapping[str, FeatureSpec],
+    samples: Samples,
+    views: int,
+    workers: int,
 ) -> None:
     """Encode one split; each process fills its own rows of the same tables."""
     count, device = len(samples), stage1.logit_scale.device
@@ -259,7 +263,7 @@ def load_pictures(
     batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
     loader = DataLoader(
         samples,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),

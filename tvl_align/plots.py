@@ -69,7 +69,9 @@ def heat_map(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
     figure, axes = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1))
     axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
     owners = ["shared" if len(e["ownership"]) > 1 else "unique" if e["ownership"] else "" for _, _, e in rows]
-    axes.set_yticks(range(len(rows)), [f"{m}: {f} ({o})" if o else f"{m}: {f}" for (m, f, _), o in zip(rows, owners, strict=True)])
+    axes.set_yticks(
+        range(len(rows)), [f"{m}: {f} ({o})" if o else f"{m}: {f}" for (m, f, _), o in zip(rows, owners, strict=True)]
+    )
     axes.set_xticks(range(len(GROUPS)), [g.replace("_", "\n") for g in GROUPS])
     axes.xaxis.tick_top()
     for (y, x), value in np.ndenumerate(values):

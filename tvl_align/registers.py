@@ -166,8 +166,7 @@ def pooled_overlapping(output: Output) -> dict[str, Tensor]:
     kept = output.get("nested_dropout_mask")
     tokens = output["overlapping_tokens"]
     return {
-        m: F.normalize(pool_kept(z, kept[:, : z.shape[1]] if kept is not None else None), dim=-1)
-        for m, z in tokens.items()
+        m: F.normalize(pool_kept(z, kept[:, : z.shape[1]] if kept is not None else None), dim=-1) for m, z in tokens.items()
     }
 
 

@@ -52,7 +52,7 @@ def _pretrain(argv: Sequence[str]) -> None:
 def _encode(argv: Sequence[str]) -> None:
     """Takes the flags of `train`, so that the store is the one that training will look for."""
     name, rest = _method(argv)
-    settings = parse(Settings[METHODS[name].knobs], rest, "tvl-align encode")  # type: ignore[name-defined]
+    settings = parse(Settings[METHODS[name].knobs], rest, "tvl-align encode")
     if settings.data.views == 0:
         raise UserError("--views 0 means no feature store; give --views 1 or more to encode one.")
     stage1, samples = load_samples(settings, make_accelerator(settings).device)
@@ -89,7 +89,7 @@ def train_method(name: str, argv: Sequence[str]) -> None:
     """Parse the flags of a method and train it: what every entry file calls."""
     _setup()
     method = METHODS[name]
-    settings = parse(Settings[method.knobs], argv)  # type: ignore[name-defined]
+    settings = parse(Settings[method.knobs], argv)
     try:
         fit(settings, method)
     finally:

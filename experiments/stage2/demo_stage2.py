@@ -43,7 +43,10 @@ def demo(config: DemoConfig) -> Path:
     """Returns the path of the page it wrote."""
     world, small, run = config.out / "world", config.out / "stage1", config.out / "runs" / "base"
     if not (world / "factors.json").is_file():
-        _timed(f"world: {config.train} + {config.test} synthetic samples", lambda: write_world(world, config.train, config.test, config.seed))
+        _timed(
+            f"world: {config.train} + {config.test} synthetic samples",
+            lambda: write_world(world, config.train, config.test, config.seed),
+        )
     if not (small / "checkpoint.pth").is_file():
         settings = PretrainConfig(world, small, epochs=config.pretrain_epochs, seed=config.seed)
         _timed(f"Stage 1: small encoders, {config.pretrain_epochs} epochs", lambda: pretrain(settings))

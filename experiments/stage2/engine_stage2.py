@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run trains on: feature sources by split, their shapes, the key of the store (None: on the fly), and its rows."""
+    """What a run trains on: feature sources by split, their shapes, the key of the store (None: on the fly), the rows."""
 
     splits: dict[str, FeatureSource]
     specs: dict[str, FeatureSpec]
@@ -86,9 +86,7 @@ def load_inputs(settings: Settings[Any], device: torch.device) -> Inputs:
 def load_samples(settings: Settings[Any], device: torch.device) -> tuple[Stage1, dict[str, Samples]]:
     """The frozen encoders on the device, and the rows of every split with the transforms these encoders need."""
     data, frozen = settings.data, settings.stage1
-    rows = read_tvl(
-        data.datasets_dir, data.datasets, settings.run.seed, data.use_not_contact, data.percent_not_contact
-    )
+    rows = read_tvl(data.datasets_dir, data.datasets, settings.run.seed, data.use_not_contact, data.percent_not_contact)
     stage1 = load_stage1(
         frozen.stage1_checkpoint,
         frozen.tactile_model,
@@ -141,13 +139,19 @@ def fit(settings: Settings[Any], method: Method) -> Path:
     wrapped = accelerator.prepare_model(model)
     for epoch in range(start, optim.epochs):
         began = time.perf_counter()
-        trained = train_one_epoch(wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, epoch)
+        trained = train_one_epoch(
+            wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, epoch
+        )
         validated = evaluate(model, loss, inputs.splits["val"], device)
         chosen = selection(validated)
         better = [k for k in best if chosen[k] > best[k]]
         best |= {k: chosen[k] for k in better}
         if run is not None:
-            metrics = {"epoch": epoch, "lr": schedule((epoch + 1) * updates - 1), "seconds": time.perf_counter() - began}
+            metrics = {
+                "epoch": epoch,
+                "lr": schedule((epoch + 1) * updates - 1),
+                "seconds": time.perf_counter() - began,
+            }
             metrics |= {f"train_{k}": v for k, v in trained.items()} | {f"val_{k}": v for k, v in validated.items()}
             content = {
                 "model": model.state_dict(),
@@ -193,7 +197,7 @@ def train_one_epoch(
     sums: dict[str, Tensor] = {}
     with progress(len(rows), f"epoch {epoch}", "step", quiet=not is_main()) as bar:
         for step, features in enumerate(source.batches(list(rows), list(views), accelerator.device)):
-            joined = model.draw_kept(batch * world_size(), generator(seed, epoch, step, 2))  # type: ignore[operator]
+            joined = model.draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
             kept = joined[rank() * batch : (rank() + 1) * batch]
             group, place = divmod(step, accum)
             update = place == accum - 1 or step == len(rows) - 1
@@ -297,13 +301,17 @@ def _restore(
 ) -> tuple[int, dict[str, float]]:
     made_by = checkpoint.get("implementation", {}).get("experiment_id")
     if made_by != method.implementation.experiment_id:
-        raise UserError(f"the checkpoint is of {made_by}, not of {method.implementation.experiment_id}; resume its own method.")
+        raise UserError(
+            f"the checkpoint is of {made_by}, not of {method.implementation.experiment_id}; resume its own method."
+        )
     try:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the checkpoint does not fit this model ({reason}); resume with the flags it was made with.") from error
+        raise UserError(
+            f"the checkpoint does not fit this model ({reason}); resume with the flags it was made with."
+        ) from error
     return checkpoint["epoch"] + 1, dict(checkpoint["best"])
 
 

@@ -82,9 +82,7 @@ class Stage2Loss(nn.Module):
         return torch.stack([reconstruction_error(r.predicted, r.target, r.mask) for r in rebuilt]).mean()
 
 
-def alignment(
-    pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]]
-) -> dict[str, Tensor]:
+def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """InfoNCE and in-batch accuracy of every pair, over the rows of all processes.
 
     pooled: {modality: (B, D)}, normalised. Returns `<pair>_loss`, `<pair>_acc1`, `<pair>_acc5` (percent, inside the

@@ -84,7 +84,9 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     device = pick_device(options.device)
     inputs = load_inputs(settings, device)
     if inputs.key != config["store"]:
-        raise UserError(f"the features of this run ({config['store']}) cannot be made again ({inputs.key}): its data changed.")
+        raise UserError(
+            f"the features of this run ({config['store']}) cannot be made again ({inputs.key}): its data changed."
+        )
     if "test" not in inputs.splits:
         raise UserError(f"{settings.data.datasets_dir} has no test split (test.csv), so there is nothing to measure on.")
     model = method.model(settings.knobs, inputs.specs).to(device)
@@ -161,7 +163,7 @@ def read_split(
     outputs: list[Output] = []
     error: dict[str, list[float]] = {}
     for features in _plain(source, rows, device):
-        registers = model.registers.shape[0]  # type: ignore[union-attr,index]
+        registers = model.registers.shape[0]
         kept = None if length is None else prefix(len(features), registers, length)
         output = model(features, kept=kept, joint=False)
         for name, r in output.get("reconstruction", {}).items():
@@ -209,7 +211,7 @@ def _pair(first: str, second: str, read: Readings, stage1: Mapping[str, Tensor])
 def _prefixes(model: nn.Module, test: FeatureSource, device: torch.device, names: Sequence[str]) -> list[dict[str, Any]]:
     """Acc@1 (mean over the pairs) and share of the frozen tokens' variance left, for every number of kept registers."""
     found = []
-    for k in range(1, model.registers.shape[0] + 1):  # type: ignore[union-attr,index]
+    for k in range(1, model.registers.shape[0] + 1):
         read = read_split(model, test, all_rows(test), device, k)
         scores = {
             pair_name(a, b): retrieval(
@@ -218,7 +220,12 @@ def _prefixes(model: nn.Module, test: FeatureSource, device: torch.device, names
             for a, b in combinations(names, 2)
         }
         found.append(
-            {"k": k, "acc1": float(np.mean(list(scores.values()))), "pairs": scores, "reconstructions": read.unexplained}
+            {
+                "k": k,
+                "acc1": float(np.mean(list(scores.values()))),
+                "pairs": scores,
+                "reconstructions": read.unexplained,
+            }
         )
         errors = list(read.unexplained.values())
         found[-1]["reconstruction"] = float(np.mean(errors)) if errors else None
@@ -250,8 +257,8 @@ def _factors(
     seed: int,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Probe every factor in every modality that may carry it. All groups are read from the same rows."""
-    names_train = [train.names[i] for i in rows.tolist()]  # type: ignore[attr-defined]
-    names_test = list(test.names)  # type: ignore[attr-defined]
+    names_train = [train.names[i] for i in rows.tolist()]
+    names_test = list(test.names)
     readings = {
         name: (read_split(m, train, rows, device), read_split(m, test, all_rows(test), device))
         for name, m in (("", model), ("untrained_", untrained))
@@ -263,9 +270,7 @@ def _factors(
         for modality in modalities:
             found[modality] = {}
             fit_rows, read_rows = _labelled(frozen, modality, labels, plan[modality], names_train, names_test)
-            truth = [
-                (labels.of(f, names_train)[fit_rows], labels.of(f, names_test)[read_rows]) for f in plan[modality]
-            ]
+            truth = [(labels.of(f, names_train)[fit_rows], labels.of(f, names_test)[read_rows]) for f in plan[modality]]
             a, b = frozen["train"].modalities[modality], frozen["test"].modalities[modality]
             attentive = attentive_probe(
                 a.tokens[fit_rows], a.mask[fit_rows], [t for t, _ in truth],
@@ -273,7 +278,10 @@ def _factors(
             )  # fmt: skip
             for factor, (y, y_test), ceiling in zip(plan[modality], truth, attentive, strict=True):
                 groups = {"stage1_pooled": (a.pooled, b.pooled)} | {
-                    who + group: (getattr(on_train, group)[modality].flatten(1), getattr(on_test, group)[modality].flatten(1))
+                    who + group: (
+                        getattr(on_train, group)[modality].flatten(1),
+                        getattr(on_test, group)[modality].flatten(1),
+                    )
                     for who, (on_train, on_test) in readings.items()
                     for group in ("overlapping", "complementary")
                 }

@@ -101,7 +101,7 @@ class TVLStage2(nn.Module):
         options = BlockOptions(register_token_dim, num_heads, mlp_ratio, drop_rate, attn_drop_rate, drop_path_rate)
         frozen = stage1_model if isinstance(stage1_model, Stage1) else None
         object.__setattr__(self, "stage1_model", frozen)  # not registered: frozen weights are nobody's parameters here
-        specs = frozen.specs if frozen is not None else dict(stage1_model)  # type: ignore[arg-type]
+        specs = frozen.specs if frozen is not None else dict(stage1_model)
         self.num_overlapping = num_overlapping_tokens
         self.nested_rate, self.nested_mode = nested_dropout_rate, nested_dropout_mode
         self.registers = nn.Parameter(torch.randn(num_register_tokens, register_token_dim) * 0.02)
@@ -113,7 +113,7 @@ class TVLStage2(nn.Module):
         self.decoders = nn.ModuleDict(decoders)
 
     def stack(self, modality: str) -> RegisterStack:
-        return self.stacks["shared" if "shared" in self.stacks else modality]  # type: ignore[return-value]
+        return self.stacks["shared" if "shared" in self.stacks else modality]
 
     def forward(self, batch: Batch | Features, kept: Tensor | None = None, joint: bool = True) -> Output:
         """Raw inputs or stored features -> Output (tvl_align.contract).

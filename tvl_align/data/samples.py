@@ -47,7 +47,9 @@ class Samples(Dataset[dict[str, Tensor]]):
         try:
             return self.pictures(self.rows[row], self._draw(row, view, "picture") if view else None)
         except OSError as error:
-            raise UserError(f"{self.rows[row].name} or its touch image cannot be read ({error}); mend or remove it.") from error
+            raise UserError(
+                f"{self.rows[row].name} or its touch image cannot be read ({error}); mend or remove it."
+            ) from error
 
     def sentence(self, row: int, view: int) -> str | None:
         """The sentence of a view; None where the row has no caption."""

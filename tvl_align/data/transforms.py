@@ -22,8 +22,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from tvl_align.data.tvl import CROP_FRACTION, Row, background_file
 from tvl_align.console import UserError
+from tvl_align.data.tvl import CROP_FRACTION, Row, background_file
 
 CROP_JITTER = 0.05
 DATA3_TOP = 200  # pixels; HCT's third part was filmed with the sensor lower in the picture

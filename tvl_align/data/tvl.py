@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from tvl_align.console import UserError
 from tvl_align.data.split import grouped_split
 from tvl_align.data.text import adjectives
-from tvl_align.console import UserError
 
 DATASETS = ("ssvtp", "hct")
 CROP_FRACTION = math.sqrt(2) * 0.18  # the side of the cropped part over the longer side of the photo
@@ -214,7 +214,7 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
             continue
         # Only the file's own relative name is looked at: a folder above it may well be called rgb too.
         derived = f"images_tac/image_{number[1]}_tac{PurePosixPath(url).suffix}"
-        tactile = cells["tactile"] if "tactile" in cells else derived
+        tactile = cells.get("tactile", derived)
         caption = cells.get("caption") or _first_line(folder / "text" / f"labels_{number[1]}.txt")
         group = f"ssvtp/{int(number[1])}"
         yield Row("ssvtp", _join(prefix, url), _join(prefix, tactile), None, _caption(caption), group)
@@ -239,7 +239,9 @@ def _read_hct(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
     path = folder / f"{split}.csv"
     if path.is_file():
         for cells in _read_csv(path, ["url", "tactile"]):
-            yield _hct_row(root, folder, cells["url"], cells["tactile"], cells.get("tactile_background"), cells.get("caption"))
+            yield _hct_row(
+                root, folder, cells["url"], cells["tactile"], cells.get("tactile_background"), cells.get("caption")
+            )
     elif split == "train":
         for vision, tactile, background in _read_pairs(folder / "contact.json"):
             yield _hct_row(root, folder, vision, tactile, background, None)
@@ -253,7 +255,13 @@ def _read_not_contact(root: Path, folder: Path) -> Iterator[Row | str]:
 
 
 def _hct_row(
-    root: Path, folder: Path, vision: str, tactile: str, background: str | None, caption: str | None, contact: bool = True
+    root: Path,
+    folder: Path,
+    vision: str,
+    tactile: str,
+    background: str | None,
+    caption: str | None,
+    contact: bool = True,
 ) -> Row:
     prefix = folder.relative_to(root).as_posix()
     trajectory = PurePosixPath(vision or tactile).parts[:1]

@@ -209,9 +209,7 @@ def _rgb_from_hue(hue: np.ndarray, saturation: float, value: float) -> np.ndarra
     return (value * (1 - saturation + saturation * np.clip(channel, 0, 1))).astype(np.float32)
 
 
-def photographs(
-    factors: dict[str, np.ndarray], heights: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
+def photographs(factors: dict[str, np.ndarray], heights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """What the camera sees: (B, S, S, 3). A slightly domed surface under one light, so that its direction shows."""
     x, y = _grid(size)
     count = len(heights)
@@ -240,9 +238,7 @@ def _footprint_distance(kind: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         case "bar":
             return np.maximum(np.abs(x) - 0.36, np.abs(y) - 0.8)
         case _:
-            return np.minimum(
-                np.maximum(np.abs(x) - 0.24, np.abs(y) - 0.74), np.maximum(np.abs(x) - 0.74, np.abs(y) - 0.24)
-            )
+            return np.minimum(np.maximum(np.abs(x) - 0.24, np.abs(y) - 0.74), np.maximum(np.abs(x) - 0.74, np.abs(y) - 0.24))
 
 
 @cache
@@ -278,9 +274,7 @@ def _gel(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return table, basis, idle
 
 
-def touches(
-    factors: dict[str, np.ndarray] | None, heights: np.ndarray, size: int, rng: np.random.Generator
-) -> np.ndarray:
+def touches(factors: dict[str, np.ndarray] | None, heights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """What the gel sensor sees: (B, S, S, 3), registered with the photo. `factors=None`: nothing touches the gel."""
     table, basis, idle = _gel(size)
     if factors is None:
@@ -306,7 +300,7 @@ def render(factors: dict[str, np.ndarray], size: int, seed: int) -> tuple[np.nda
     rng = np.random.default_rng(seed)
     heights = height_maps(factors, size, rng)
     pictures = photographs(factors, heights, size, rng), touches(factors, heights, size, rng)
-    return tuple((image * 255 + 0.5).astype(np.uint8) for image in pictures)  # type: ignore[return-value]
+    return tuple((image * 255 + 0.5).astype(np.uint8) for image in pictures)
 
 
 def _photo_canvas(photo: np.ndarray) -> tuple[np.ndarray, int]:
@@ -431,9 +425,7 @@ def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], size: int
             (root / f"ssvtp/text/labels_{row['number']}.txt").write_text(row["caption"] + "\n", encoding="utf-8")
     (root / "ssvtp/synonyms.json").write_text(json.dumps(synonyms(), indent=1) + "\n", encoding="utf-8")
     for data in ("data1", "data2"):
-        part = {
-            split: [row for row in rows if row["vision"].startswith(f"hct/{data}/")] for split, rows in tables.items()
-        }
+        part = {split: [row for row in rows if row["vision"].startswith(f"hct/{data}/")] for split, rows in tables.items()}
         for row in (row for rows in part.values() for row in rows):
             background = root / _background(row["vision"])
             background.write_bytes(idle_gel)
@@ -442,9 +434,12 @@ def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], size: int
             lines = [[*_hct_paths(row), row["caption"]] for row in part[split]]
             _write_csv(root / f"hct/{data}/{split}.csv", columns, lines)
         for name, split in (("contact", "train"), ("not_contact", "idle")):
-            lists = dict(zip(("vision", "tactile", "background"), zip(*map(_hct_paths, part[split])), strict=True))
+            columns = zip(*map(_hct_paths, part[split]), strict=True)
+            lists = dict(zip(("vision", "tactile", "background"), columns, strict=True))
             (root / f"hct/{data}/{name}.json").write_text(json.dumps(lists, indent=1) + "\n", encoding="utf-8")
-    truth = [[split, row["vision"], *(row[name] for name in FACTORS)] for split in ("train", "test") for row in tables[split]]
+    truth = [
+        [split, row["vision"], *(row[name] for name in FACTORS)] for split in ("train", "test") for row in tables[split]
+    ]
     _write_csv(root / "factors.csv", ["split", "vision", *FACTORS], truth)
     legend = {name: {"levels": factor.levels, "ownership": factor.ownership} for name, factor in FACTORS.items()}
     about = {"synthetic": True, "seed": seed, "image_size": size, "factors": legend}

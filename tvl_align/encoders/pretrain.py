@@ -211,7 +211,11 @@ def _losses(
     everyone, own = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
     same = own | positive_pairs(keys, keys)
     contrast = photo.new_zeros(())
-    for a, b, positives, valid in ((vision, tactile, own, everyone), (vision, text, same, has_text), (tactile, text, same, has_text)):
+    for a, b, positives, valid in (
+        (vision, tactile, own, everyone),
+        (vision, text, same, has_text),
+        (tactile, text, same, has_text),
+    ):
         both = info_nce(a, b, scale, positives, valid, valid) + info_nce(b, a, scale, positives, valid, valid)
         contrast = contrast + both / 6 / valid.sum().clamp(min=1)
     errors = [targets["vision"](vision_tokens, photo), targets["tactile"](touch_tokens, touch)]

@@ -276,7 +276,9 @@ def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> N
     ]
     faults = [f"{kind}: {_few(keys)}" for kind, keys in _named(missing, unexpected, shapes) if keys]
     if faults:
-        raise UserError(f"{path} does not fit these encoders, {'; '.join(faults)}; check --tactile_model and --common_latent_dim.")
+        raise UserError(
+            f"{path} does not fit these encoders, {'; '.join(faults)}; check --tactile_model and --common_latent_dim."
+        )
     stage1.load_state_dict(dict(state), strict=False)  # strict for all but the CLIP weights, just checked
 
 
