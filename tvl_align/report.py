@@ -13,6 +13,7 @@ from rich.table import Table
 from tvl_align import plots
 from tvl_align.data.transforms import preview
 from tvl_align.data.tvl import Row
+from tvl_align.evaluation import way
 
 
 def write_page(run: Path) -> Path:
@@ -60,5 +61,12 @@ def print_table(results: dict[str, Any], synthetic: bool) -> None:
             table.add_row(f"{pair.replace('_', '-')} Acc@{k}", f"{n[f'acc{k}']:.1f}", f"{n[f'stage1_acc{k}']:.1f}", chance)
     for name, value in results.get("summary", {}).items():
         table.add_row(name.replace("_", " ") + " (way to Stage 1)", f"{value:.0f}", "100", "0")
+    if results["factors"]:
+        lowest, name = min(
+            (way(entry["stage1"], entry["chance"]), f"{modality}: {factor}")
+            for modality, factors in results["factors"].items()
+            for factor, entry in factors.items()
+        )
+        table.add_row(f"lowest ceiling, {name} (way to 100)", "", f"{lowest:.0f}", "0")
     table.add_row("shuffled partners Acc@1", f"{results['controls']['shuffled_acc1']:.2f}", "", "")
     Console().print(table)

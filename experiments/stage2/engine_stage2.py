@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     rows = list(evaluation_rows(len(source)).split(EVAL_BATCH))
     collected: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
-    with alone():
+    with progress(len(rows), "validate", "batch", quiet=not is_main()) as bar, alone():
         for features in source.batches(rows, [torch.zeros_like(r) for r in rows], device):
             output = model(features, joint=False)
             for name, value in loss(output).items():
@@ -252,12 +253,14 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
             for name, part in (parts | {"keys": output["caption_keys"]}).items():
                 collected.setdefault(name, []).append(part)
             scale = float(output["logit_scale"])
+            bar.update()
     everything = {name: gather(torch.cat(parts)) for name, parts in collected.items()}
     totals = mean_over_processes(sums)
     numbers = {name: float(total) * world_size() / len(source) for name, total in totals.items()}
-    pairs = [name.removesuffix("_loss") for name in numbers if name.endswith("_loss") and "_" in name[:-5]]
-    for pair in pairs:
-        first, second = pair.split("_")
+    modalities = [name.removeprefix("pooled/") for name in collected if name.startswith("pooled/")]
+    scored = [pair for pair in combinations(modalities, 2) if f"{pair_name(*pair)}_loss" in numbers]
+    pairs = [pair_name(*pair) for pair in scored]
+    for (first, second), pair in zip(scored, pairs, strict=True):
         found = retrieval(
             everything[f"pooled/{first}"],
             everything[f"pooled/{second}"],

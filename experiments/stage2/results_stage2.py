@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor, nn
 
 from experiments.stage2.engine_stage2 import load_inputs
@@ -37,7 +38,7 @@ EXAMPLES = 8  # test rows shown on the page
 class EvaluateConfig:
     """Measure a run on the official test split."""
 
-    run: Path
+    run: tyro.conf.Positional[Path]
     """Run folder: <output_dir>/<log_name>."""
     checkpoint: str = "checkpoint.pth"
     """Checkpoint in the run folder: the last epoch, or checkpoint-acc1.pth, checkpoint-acc5.pth."""
