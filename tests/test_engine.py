@@ -13,7 +13,7 @@ from experiments.stage2.engine_stage2 import Run, evaluate, fit, load_inputs, se
 from experiments.stage2.loss_stage2 import Stage2Loss
 from experiments.stage2.methods import METHODS
 from experiments.stage2.tvl_stage2 import Stage2Config
-from tvl_align.checkpoint import load_checkpoint
+from tvl_align.checkpoint import load_checkpoint, save_checkpoint
 from tvl_align.config import DataConfig, OptimConfig, RunConfig, Settings, Stage1Config
 from tvl_align.console import UserError
 
@@ -104,6 +104,17 @@ def test_resume_ends_where_the_uninterrupted_run_ends(
     assert torch.equal(weights(folder), weights(whole))
     assert without_times(metrics(folder)) == without_times(metrics(whole))
     assert load_checkpoint(folder / "checkpoint.pth")["best"] == load_checkpoint(whole / "checkpoint.pth")["best"]
+
+
+def test_the_best_so_far_survives_resume(settings: Settings[Stage2Config]) -> None:
+    """Trap 16: a worse epoch after resume does not become the best."""
+    folder = fit(changed(settings, "optim", epochs=1), BASE)
+    content = load_checkpoint(folder / "checkpoint.pth") | {"best": {"acc1": 99.0, "acc5": 99.0}}
+    save_checkpoint(folder / "checkpoint.pth", content)
+    fit(changed(settings, "run", resume="auto"), BASE)
+    assert load_checkpoint(folder / "checkpoint-acc1.pth")["epoch"] == 0
+    last = load_checkpoint(folder / "checkpoint.pth")
+    assert (last["epoch"], last["best"]) == (2, {"acc1": 99.0, "acc5": 99.0})
 
 
 def test_resume_refuses_what_does_not_fit(settings: Settings[Stage2Config], tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def attentive_probe(
     test_mask: Tensor,
     test_labels: Sequence[np.ndarray],
     seed: int = 0,
-    epochs: int = 15,
+    steps: int = 600,
 ) -> list[float]:
     """Test accuracy in percent of an attentive probe for each factor, trained together on (M, T, W) tokens.
 
@@ -142,14 +142,16 @@ def attentive_probe(
     optimizer = make_adamw(probe.named_parameters(), weight_decay=0.05)
     batch = min(128, len(train))
     per_epoch = len(train) // batch
-    schedule = Schedule(2e-3, per_epoch * epochs, warmup=per_epoch // 2)
+    schedule = Schedule(2e-3, steps, warmup=steps // 20)
     targets = torch.from_numpy(np.stack(train_labels)).long()
-    for epoch in range(epochs):
-        order = torch.randperm(len(train), generator=generator(seed, epoch))[: per_epoch * batch]
-        for step, rows in enumerate(order.split(batch)):
-            answers = probe(train[rows].float(), train_mask[rows])
-            losses = [F.cross_entropy(a, targets[i][rows]) for i, a in enumerate(answers)]
-            descend(torch.stack(losses).sum(), optimizer, schedule(epoch * per_epoch + step))
+    for step in range(steps):
+        epoch, at = divmod(step, per_epoch)
+        if at == 0:
+            order = torch.randperm(len(train), generator=generator(seed, epoch))
+        rows = order[at * batch : (at + 1) * batch]
+        answers = probe(train[rows].float(), train_mask[rows])
+        losses = [F.cross_entropy(a, targets[i][rows]) for i, a in enumerate(answers)]
+        descend(torch.stack(losses).sum(), optimizer, schedule(step))
     with torch.no_grad():
         parts = [probe(t.float(), m) for t, m in zip(test.split(CHUNK), test_mask.split(CHUNK), strict=True)]
     guesses = [torch.cat([part[i] for part in parts]).argmax(1).numpy() for i in range(len(classes))]

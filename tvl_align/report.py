@@ -60,13 +60,13 @@ def print_table(results: dict[str, Any], synthetic: bool) -> None:
             chance = f"{n['chance1']:.2f}" if k == 1 else ""
             table.add_row(f"{pair.replace('_', '-')} Acc@{k}", f"{n[f'acc{k}']:.1f}", f"{n[f'stage1_acc{k}']:.1f}", chance)
     for name, value in results.get("summary", {}).items():
-        table.add_row(name.replace("_", " ") + " (way to Stage 1)", f"{value:.0f}", "100", "0")
+        table.add_row(name.replace("_", " ") + " (way)", f"{value:.0f}", "100", "0")
     if results["factors"]:
         lowest, name = min(
-            (way(entry["stage1"], entry["chance"]), f"{modality}: {factor}")
+            (way(entry["stage1"], entry["chance"]), f"{modality} {factor}")
             for modality, factors in results["factors"].items()
             for factor, entry in factors.items()
         )
-        table.add_row(f"lowest ceiling, {name} (way to 100)", "", f"{lowest:.0f}", "0")
+        table.add_row(f"lowest ceiling: {name}", "", f"{lowest:.0f}", "0")
     table.add_row("shuffled partners Acc@1", f"{results['controls']['shuffled_acc1']:.2f}", "", "")
     Console().print(table)

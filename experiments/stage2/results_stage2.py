@@ -44,7 +44,7 @@ class EvaluateConfig:
     """Checkpoint in the run folder: the last epoch, or checkpoint-acc1.pth, checkpoint-acc5.pth."""
     labels: Path | None = None
     """CSV with a vision column and one per factor; default: factors.csv beside the data, where there is one."""
-    probe_rows: int = 2000
+    probe_rows: int = 3000
     """Training rows that probes are fitted on, at most: the first so many of a seeded order."""
     device: str | None = None
     """cuda or cpu; default: cuda where there is one, else cpu."""
