@@ -1,10 +1,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check
+.PHONY: demo compare test check
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
+
+compare: .venv/ready  ## every method, three seeds, one report
+	$(BIN)/tvl-align contest
 
 test: .venv/ready  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvl_align.console import UserError
-from tvl_align.evaluation import attentive_probe, linear_probe, linear_probes, read_labels, retrieval, way
+from tvl_align.evaluation import attentive_probe, linear_probe, linear_probes, read_labels, retrieval, tvl_protocol, way
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -57,6 +57,18 @@ def test_absent_rows_are_not_in_the_gallery_and_an_empty_one_is_nan() -> None:
 
 def test_fewer_than_five_candidates() -> None:
     assert retrieval(unit(3, 0), unit(3, 1), torch.ones(3, dtype=torch.bool)).acc5 == 100
+
+
+def test_the_protocol_of_tvl_equals_its_twin() -> None:
+    x, y, text = unit(20, 0), unit(20, 1), unit(20, 2)
+    for threshold in (0.2, 0.6):
+        for k in (1, 5, 50):
+            hits = []
+            for a, b in ((x, y), (y, x)):
+                for i in range(20):
+                    order = sorted(range(20), key=lambda j: -float(a[i] @ b[j]))[:k]
+                    hits.append(any(float(text[i] @ text[j]) > threshold for j in order))
+            assert tvl_protocol(x, y, text, threshold, k, chunk=7) == pytest.approx(100 * np.mean(hits))
 
 
 def labelled(rows: int, seed: int, signal: float) -> tuple[torch.Tensor, np.ndarray]:

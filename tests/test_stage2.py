@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from experiments.stage2.loss_stage2 import Stage2Loss, pair_name
+from experiments.stage2.loss_stage2 import Stage2Loss
 from experiments.stage2.test_modules import SPECS, random_features
 from experiments.stage2.tvl_stage2 import TVLStage2
+from tvl_align.alignment import pair_name
 from tvl_align.console import UserError
 from tvl_align.contract import Features, Output, Tokens
 from tvl_align.encoders.tvl import Stage1, load_stage1

@@ -16,6 +16,8 @@ import tyro
 from tvl_align.console import UserError
 from tvl_align.contract import MODALITIES
 from tvl_align.encoders.tvl import FeatureKind
+from tvl_align.nested import NestedMode
+from tvl_align.registers import BlockOptions
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -129,7 +131,9 @@ class RunConfig:
     device: str | None = None
     """cuda or cpu; default: cuda where there is one, else cpu."""
     seed: int = 0
-    """Seed of split, order, views, dropout and initial weights."""
+    """Seed of the split and of the stored views, and of what the run draws itself unless --draw_seed says otherwise."""
+    draw_seed: int | None = None
+    """Seed of order, view choice, dropout and initial weights; default: --seed. Runs that differ in it share a store."""
     resume: str = ""
     """Go on from a checkpoint: a path, or no value for the run folder's own."""
     start_epoch: int = 0
@@ -144,6 +148,53 @@ class RunConfig:
     """Accepted; torchrun sets the rank."""
     dist_url: str = "env://"
     """Accepted; torchrun sets the address."""
+
+    @property
+    def own_seed(self) -> int:
+        """The seed of what the run draws itself."""
+        return self.seed if self.draw_seed is None else self.draw_seed
+
+
+@dataclass(frozen=True)
+class RegisterConfig:
+    """The registers and their loss: the knobs every method has."""
+
+    num_register_tokens: int = 4
+    """Registers in all."""
+    num_overlapping_tokens: int = 3
+    """The first so many registers are aligned across modalities; the rest is complementary."""
+    register_token_dim: int = 768
+    """Width of a register."""
+    num_cross_attn_layers: int = 2
+    """Blocks through which registers read the frozen tokens."""
+    num_heads: int = 8
+    """Attention heads; must divide the width."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLPs, in register widths."""
+    drop_rate: float = 0.0
+    """Dropout probability of projections and MLPs."""
+    attn_drop_rate: float = 0.0
+    """Dropout probability of attention weights."""
+    drop_path_rate: float = 0.0
+    """Stochastic-depth probability of every residual branch."""
+    nested_dropout_rate: float = 0.5
+    """Drop probability of the last register; it rises linearly from 0 for the first."""
+    nested_dropout_mode: NestedMode = "nested"
+    """nested: what is kept is always a prefix; independent: every register is drawn alone."""
+    complementary_reg_weight: float = 0.01
+    """Weight of the L2 norm and diversity penalty on complementary tokens."""
+    preservation_weight: float = 0.0
+    """Weight of rebuilding the frozen tokens from all registers; 0: the documented formula exactly."""
+    disable_vision_text_loss: bool = False
+    """Leave the pair vision-text out of the loss."""
+    disable_tactile_text_loss: bool = False
+    """Leave the pair tactile-text out of the loss."""
+
+    @property
+    def block(self) -> BlockOptions:
+        """The shape of a register block."""
+        rates = self.drop_rate, self.attn_drop_rate, self.drop_path_rate
+        return BlockOptions(self.register_token_dim, self.num_heads, self.mlp_ratio, *rates)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.runtime import generator
 
 CHUNK = 1024
+TVL_THRESHOLDS = (0.6356450319, 0.8591097295, 0.8927201033, 0.9208499491)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,22 @@ def retrieval(
             log_probability = (scale * scores).log_softmax(1)
             loss -= (torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1)).sum().item() / 2
     return Retrieval(100 * hits1 / count, 100 * hits5 / count, 100 * share / count, loss / count, count)
+
+
+def tvl_protocol(x: Tensor, y: Tensor, text: Tensor, threshold: float, k: int, chunk: int = CHUNK) -> float:
+    """Acc@k as TVL counts a pair with text (Fu et al. 2024): every row whose caption is similar enough is right.
+
+    x, y (M, D) and the frozen text features (M, E), all L2-normalised; positives of i: all j with text_i . text_j above
+    the threshold. Percent, the mean of rows and columns. Hubs are rewarded here: read it beside the other numbers.
+    """
+    hits = 0.0
+    for queries, gallery in ((x, y), (y, x)):
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            nearest = (queries[part] @ gallery.T).topk(min(k, len(x)), dim=1).indices
+            similar = text[part] @ text.T > threshold
+            hits += similar.gather(1, nearest).any(1).sum().item() / 2
+    return 100 * hits / max(len(x), 1)
 
 
 def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray, seed: int = 0) -> float:

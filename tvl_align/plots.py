@@ -89,3 +89,61 @@ def samples(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
         for axis in axes[:, column]:
             axis.axis("off")
     return png(figure)
+
+
+def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> bytes:
+    """`heat_map` of several methods side by side: overlapping and complementary columns of each."""
+    some = next(iter(methods.values()))
+    rows = [(m, f) for m, table in some.items() for f in table]
+    columns = [(name, group) for name in methods for group in GROUPS[:2]]
+
+    def value(name: str, group: str, modality: str, factor: str) -> float:
+        entry = methods[name][modality][factor]
+        return way(entry[group], entry["chance"], entry["stage1"])
+
+    values = np.array([[value(name, group, m, f) for name, group in columns] for m, f in rows])
+    figure, axes = plt.subplots(figsize=(1.5 * len(columns) + 3, 0.36 * len(rows) + 1.2))
+    axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    owners = ["shared" if len(some[m][f]["ownership"]) > 1 else "unique" for m, f in rows]
+    axes.set_yticks(range(len(rows)), [f"{m}: {f} ({o})" for (m, f), o in zip(rows, owners, strict=True)])
+    axes.set_xticks(range(len(columns)), [f"{name}\n{group}" for name, group in columns], fontsize=7)
+    axes.xaxis.tick_top()
+    for (y, x), number in np.ndenumerate(values):
+        axes.text(x, y, f"{number:.0f}", ha="center", va="center", color="white" if number < 60 else "black", fontsize=9)
+    return png(figure)
+
+
+def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
+    """Mean Acc@1 and reconstruction error against the share of registers kept, one line a method (mean over seeds)."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
+    for name, runs in methods.items():
+        ks = [p["k"] for p in runs[0]]
+        left.plot(ks, np.mean([[p["acc1"] for p in run] for run in runs], axis=0), marker="o", label=name)
+        if runs[0][0]["reconstruction"] is not None:
+            right.plot(ks, np.mean([[p["reconstruction"] for p in run] for run in runs], axis=0), marker="o", label=name)
+    left.set(xlabel="registers kept", ylabel="test Acc@1, mean over pairs (%)", ylim=(0, None))
+    right.set(xlabel="registers kept", ylabel="variance of frozen tokens left (%)", ylim=(0, 105))
+    left.legend(frameon=False, fontsize=7)
+    return png(figure)
+
+
+def methods_curves(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], pair: str) -> bytes:
+    """Validation Acc@1 of one pair over the epochs, one line a method (mean over seeds)."""
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    for name, runs in methods.items():
+        scores = [[m.get(f"val_{pair}_acc1", np.nan) for m in run] for run in runs]
+        length = min(map(len, scores))
+        axes.plot(range(1, length + 1), np.mean([s[:length] for s in scores], axis=0), label=name)
+    axes.set(xlabel="epoch", ylabel=f"validation {pair.replace('_', '-')} Acc@1 (%)", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=7)
+    return png(figure)
+
+
+def confusion(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
+    """Columns of three pictures: the touch image, its own photo, the photo retrieved."""
+    figure, axes = plt.subplots(3, len(rows), figsize=(1.3 * len(rows), 4), squeeze=False)
+    for column, pictures in enumerate(rows):
+        for axis, picture in zip(axes[:, column], pictures, strict=True):
+            axis.imshow(picture)
+            axis.axis("off")
+    return png(figure)

@@ -40,7 +40,7 @@ class BlockOptions:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) bool, False = not there."""
+    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) or (B, N, M) bool, False = not there."""
 
     def __init__(self, options: BlockOptions) -> None:
         super().__init__()
@@ -53,7 +53,8 @@ class Attention(nn.Module):
         q = rearrange(self.query(z), "b n (h d) -> b h n d", h=self.heads)
         k, v = rearrange(self.key_value(keys), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         drop = self.attn_drop if self.training else 0.0
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=drop)
+        mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
         return self.out(rearrange(read, "b h n d -> b n (h d)"))
 
 
@@ -91,10 +92,11 @@ class KeyReader(nn.Module):
 
 
 class RegisterStack(nn.Module):
-    """A modality's blocks with their final norm."""
+    """A modality's blocks with their final norm. `causal`: a register sees itself and those before it, no later one."""
 
-    def __init__(self, options: BlockOptions, layers: int) -> None:
+    def __init__(self, options: BlockOptions, layers: int, causal: bool = False) -> None:
         super().__init__()
+        self.causal = causal
         self.blocks = nn.ModuleList(RegisterBlock(options, self_attention=i > 0) for i in range(layers))
         self.norm = nn.LayerNorm(options.dim)
 
@@ -121,9 +123,12 @@ def joint_read(
     weights = torch.stack([p.to(z.dtype) for p in present])
     weights = (weights / weights.sum(0).clamp(min=1))[..., None, None]
     safe = [mask | ~mask.any(1, keepdim=True) for mask in masks]  # an absent row attends to noise, with weight 0
+    among = kept | ~kept.any(1, keepdim=True)  # where a whole group is dropped, its output is zero all the same
+    if stacks[0].causal:
+        among = among[:, None, :] & torch.ones(kept.shape[1], kept.shape[1], dtype=torch.bool, device=kept.device).tril()
     for layer in range(len(stacks[0].blocks)):
         updates = [
-            weight * stack.blocks[layer](z, key, mask, kept)
+            weight * stack.blocks[layer](z, key, mask, among)
             for stack, key, mask, weight in zip(stacks, keys, safe, weights, strict=True)
         ]
         z = torch.stack(updates).sum(0) if len(updates) > 1 else updates[0]

@@ -19,9 +19,8 @@ from tvl_align.evaluation import way
 def write_page(run: Path) -> Path:
     """results.json + metrics.jsonl of a run folder -> report.html in it, which opens without a network."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     pictures = {
-        "curves": plots.curves([json.loads(line) for line in lines], list(results["retrieval"])),
+        "curves": plots.curves(read_metrics(run), list(results["retrieval"])),
         "order": plots.against_k(results["prefix"]),
     }
     if results["factors"]:
@@ -29,11 +28,21 @@ def write_page(run: Path) -> Path:
     strip = _strip(Path(results["root"]), [Row(**row) for row in results["examples"]])
     if strip:
         pictures["strip"] = plots.samples(strip)
-    urls = {name: "data:image/png;base64," + base64.b64encode(image).decode() for name, image in pictures.items()}
+    urls = {name: as_url(image) for name, image in pictures.items()}
     pages = Environment(loader=PackageLoader("tvl_align"), autoescape=select_autoescape())
     page = pages.get_template("run.html").render(r=results, synthetic=is_synthetic(Path(results["root"])), **urls)
     (run / "report.html").write_text(page, encoding="utf-8")
     return run / "report.html"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run folder."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def as_url(image: bytes) -> str:
+    """PNG bytes as a URL that needs no network."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
 def is_synthetic(root: Path) -> bool:

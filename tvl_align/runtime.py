@@ -113,6 +113,15 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
+def joint_noise(like: Tensor) -> Tensor:
+    """Standard normal noise for (B, ...) rows: drawn for the joined batch, of which each process takes its rows.
+
+    From torch's global generator, which the engine seeds alike on all processes, so 2 processes add what 1 would add.
+    """
+    drawn = torch.randn(world_size() * len(like), *like.shape[1:], dtype=like.dtype, device=like.device)
+    return drawn[rank() * len(like) : (rank() + 1) * len(like)]
+
+
 def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Detached mean of named scalars over all processes, in one call."""
     stacked = torch.stack([v.detach().float() for v in values.values()])

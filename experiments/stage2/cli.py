@@ -1,19 +1,23 @@
-"""The `tvl-align` command: world | pretrain | encode | train | evaluate | demo."""
+"""The `tvl-align` command: world | pretrain | encode | train | evaluate | compare | contest | demo."""
 
 import difflib
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import tyro
 
+from experiments.stage2.contest_stage2 import ContestConfig, contest
 from experiments.stage2.demo_stage2 import DemoConfig, demo
 from experiments.stage2.engine_stage2 import fit, load_samples, make_accelerator
 from experiments.stage2.methods import METHODS
 from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
+from tvl_align.compare import write_comparison
 from tvl_align.config import Settings, parse
 from tvl_align.console import UserError, says_it_plainly
 from tvl_align.data.world import write_world
@@ -70,6 +74,25 @@ def _evaluate(argv: Sequence[str]) -> None:
     print(evaluate_run(parse(EvaluateConfig, argv, "tvl-align evaluate")))
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare runs of any methods and seeds that were made on the same data."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders that `evaluate` has measured."""
+    out: Path = Path("comparison")
+    """Where report.html and report.md are written."""
+
+
+def _compare(argv: Sequence[str]) -> None:
+    config = parse(CompareConfig, argv, "tvl-align compare")
+    print(write_comparison(config.runs, config.out, shlex.join(["tvl-align", "compare", *argv])))
+
+
+def _contest(argv: Sequence[str]) -> None:
+    contest(parse(ContestConfig, argv, "tvl-align contest"))
+
+
 def _demo(argv: Sequence[str]) -> None:
     demo(parse(DemoConfig, argv, "tvl-align demo"))
 
@@ -80,6 +103,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "encode": ("compute the frozen features once (same flags as train)", _encode),
     "train": ("train Stage 2 (--method base by default)", _train),
     "evaluate": ("measure a run on the test split and write its page", _evaluate),
+    "compare": ("rank measured runs on one page", _compare),
+    "contest": ("every method, several seeds, one synthetic world", _contest),
     "demo": ("all of the above on a synthetic world, in minutes", _demo),
 }
 

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -18,11 +18,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from experiments.stage2.loss_stage2 import pair_name
+from tvl_align.alignment import pair_name
 from tvl_align.checkpoint import keep_as, load_checkpoint, save_checkpoint
 from tvl_align.config import Settings, notes, to_plain
 from tvl_align.console import UserError, progress
-from tvl_align.contract import FeatureSpec, Method
+from tvl_align.contract import Features, FeatureSpec, Method
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
 from tvl_align.data.text import PROMPT
 from tvl_align.data.transforms import ImageOptions
@@ -124,7 +124,7 @@ def fit(settings: Settings[Any], method: Method) -> Path:
     for name in ("train", "val"):
         if name not in inputs.splits or not len(inputs.splits[name]):
             raise UserError(f"{settings.data.datasets_dir} leaves no {name} rows; it needs at least two trajectories.")
-    seed_everything(settings.run.seed)
+    seed_everything(settings.run.own_seed)
     model = method.model(settings.knobs, inputs.specs).to(device)
     loss = method.loss(settings.knobs, settings.data.active_modality_names)
     optim = settings.optim
@@ -143,6 +143,8 @@ def fit(settings: Settings[Any], method: Method) -> Path:
         trained = train_one_epoch(
             wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, epoch
         )
+        if epoch == optim.epochs - 1:
+            calibrate(model, inputs.splits["train"], device)
         validated = evaluate(model, loss, inputs.splits["val"], device)
         chosen = selection(validated)
         better = [k for k in best if chosen[k] > best[k]]
@@ -188,12 +190,12 @@ def train_one_epoch(
 
     `wrapped` is the model as it synchronises gradients, `model` the same parameters without the wrapping.
     """
-    seed, batch, accum = settings.run.seed, settings.optim.batch_size, settings.optim.accum_iter
+    seed, batch, accum = settings.run.own_seed, settings.optim.batch_size, settings.optim.accum_iter
     weights = balanced_weights(source.datasets) if settings.data.importance_sampling else None
     rows = epoch_batches(len(source), batch, seed, epoch, weights)
     views = epoch_views(len(rows), batch, source.views, seed, epoch)
     updates = math.ceil(len(rows) / accum)
-    seed_everything(generator(seed, epoch, rank(), 3).initial_seed())  # dropout inside the blocks, where it is on
+    seed_everything(generator(seed, epoch, 3).initial_seed())  # dropout and noise inside models, where there are any
     wrapped.train()
     sums: dict[str, Tensor] = {}
     with progress(len(rows), f"epoch {epoch}", "step", quiet=not is_main()) as bar:
@@ -221,6 +223,26 @@ def train_one_epoch(
             bar.set_postfix(loss=f"{float(means['total_loss']):.3f}", refresh=False)
             bar.update()
     return {name: float(total) / len(rows) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, source: FeatureSource, device: torch.device) -> None:
+    """Let a model that has closed forms (`calibrate(batches)`) fit them on all training rows, plain view, once at the end.
+
+    Every process reads all rows, so that all end with the same numbers.
+    """
+    if not hasattr(model, "calibrate"):
+        return
+    model.eval()
+    rows = list(torch.arange(len(source)).split(EVAL_BATCH))
+
+    def batches() -> Iterator[Features]:
+        with progress(len(rows), "calibrate", "batch", quiet=not is_main()) as bar, alone():
+            for features in source.batches(rows, [torch.zeros_like(r) for r in rows], device):
+                yield features
+                bar.update()
+
+    model.calibrate(batches)
 
 
 def _check_finite(value: float, epoch: int, step: int, folder: Path) -> None:

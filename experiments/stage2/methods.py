@@ -4,8 +4,13 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from experiments.stage2.cursor import RegisterTokenLoss, RegisterTokenModule
+from experiments.stage2.cursor.register_tokens import CursorConfig
 from experiments.stage2.loss_stage2 import Stage2Loss
 from experiments.stage2.tvl_stage2 import Stage2Config, TVLStage2
+from experiments.stage2.variants.disentangled import Disentangled, DisentangledConfig, DisentangledLoss
+from experiments.stage2.variants.flextok import FlexTok, FlexTokConfig, FlexTokLoss
+from experiments.stage2.variants.matryoshka import Matryoshka, MatryoshkaConfig, MatryoshkaLoss
 from tvl_align.contract import FeatureSpec, Implementation, Method
 
 
@@ -41,4 +46,28 @@ def _base_loss(knobs: Stage2Config, modalities: Sequence[str]) -> nn.Module:
 
 METHODS: dict[str, Method] = {
     "base": Method(Implementation("stage2_base", "1", "STAGE2"), Stage2Config, _base_model, _base_loss),
+    "cursor": Method(
+        Implementation("cursor_flux_talk_register_tokens", "1", "CURSOR"),
+        CursorConfig,
+        lambda knobs, specs: RegisterTokenModule(specs, knobs),
+        RegisterTokenLoss,
+    ),
+    "flextok": Method(
+        Implementation("stage2_flextok", "1", "FLEXTOK"),
+        FlexTokConfig,
+        lambda knobs, specs: FlexTok(specs, knobs),
+        FlexTokLoss,
+    ),
+    "matryoshka": Method(
+        Implementation("stage2_matryoshka", "1", "MATRYOSHKA"),
+        MatryoshkaConfig,
+        lambda knobs, specs: Matryoshka(specs, knobs),
+        MatryoshkaLoss,
+    ),
+    "disentangled": Method(
+        Implementation("stage2_disentangled", "1", "DISENTANGLED"),
+        DisentangledConfig,
+        lambda knobs, specs: Disentangled(specs, knobs),
+        DisentangledLoss,
+    ),
 }

@@ -17,13 +17,23 @@ import tyro
 from torch import Tensor, nn
 
 from experiments.stage2.engine_stage2 import load_inputs
-from experiments.stage2.loss_stage2 import pair_name
 from experiments.stage2.methods import METHODS
+from tvl_align.alignment import pair_name
 from tvl_align.checkpoint import load_checkpoint
 from tvl_align.config import DataConfig, OptimConfig, RunConfig, Settings, Stage1Config, from_plain
 from tvl_align.console import UserError, progress
 from tvl_align.contract import Features, Method, Output
-from tvl_align.evaluation import Labels, attentive_probe, linear_probes, read_labels, retrieval, way
+from tvl_align.data.samples import Samples
+from tvl_align.evaluation import (
+    TVL_THRESHOLDS,
+    Labels,
+    attentive_probe,
+    linear_probes,
+    read_labels,
+    retrieval,
+    tvl_protocol,
+    way,
+)
 from tvl_align.features import FeatureSource
 from tvl_align.nested import prefix
 from tvl_align.registers import pooled_overlapping
@@ -92,7 +102,7 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         raise UserError(f"{settings.data.datasets_dir} has no test split (test.csv), so there is nothing to measure on.")
     model = method.model(settings.knobs, inputs.specs).to(device)
     model.load_state_dict(load_checkpoint(options.run / options.checkpoint)["model"])
-    seed_everything(settings.run.seed + 1)
+    seed_everything(settings.run.own_seed + 1)
     untrained = method.model(settings.knobs, inputs.specs).to(device)
     train, test = inputs.splits["train"], inputs.splits["test"]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.run.seed))
@@ -101,7 +111,7 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     results: dict[str, Any] = {
         "method": config["implementation"]["experiment_id"],
         "version": config["implementation"]["version"],
-        "seed": settings.run.seed,
+        "seed": settings.run.own_seed,
         "gallery": len(test),
         "checkpoint": options.checkpoint,
         "root": str(inputs.samples["test"].root.resolve()),
@@ -111,11 +121,13 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     }
     names = list(inputs.specs)
     read = read_split(model, test, all_rows(test), device)
-    pooled = {m: t.pooled for m, t in frozen["test"].modalities.items()}
+    pooled = {m: t.pooled.cpu() for m, t in frozen["test"].modalities.items()}
     for first, second in combinations(names, 2):
         results["retrieval"][pair_name(first, second)] = _pair(first, second, read, pooled)
+    results["tvl_protocol"] = _tvl_protocol(read, pooled, names)
     results["prefix"] = _prefixes(model, test, device, names)
     results["controls"] = {"shuffled_acc1": _shuffled(read, names, settings.run.seed)}
+    results["confusions"] = _confusions(read, inputs.samples["test"]) if {"vision", "tactile"} <= set(names) else []
     path = options.labels or settings.data.datasets_dir / "factors.csv"
     if options.labels is not None or path.is_file():
         labels = read_labels(path)
@@ -209,10 +221,30 @@ def _pair(first: str, second: str, read: Readings, stage1: Mapping[str, Tensor])
     }
 
 
+def _tvl_protocol(read: Readings, stage1: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+    """TVL's own Acc@1 and Acc@5 for every pair with text, from registers and from the frozen features."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for other in (name for name in names if name != "text" and "text" in names):
+        valid = read.present[other] & read.present["text"]
+        text = stage1["text"][valid]
+        sources = {"": read.pooled, "stage1_": stage1}
+        found[pair_name(other, "text")] = [
+            {"threshold": threshold}
+            | {
+                f"{who}acc{k}": tvl_protocol(of[other][valid], of["text"][valid], text, threshold, k)
+                for who, of in sources.items()
+                for k in (1, 5)
+            }
+            for threshold in TVL_THRESHOLDS
+        ]
+    return found
+
+
 def _prefixes(model: nn.Module, test: FeatureSource, device: torch.device, names: Sequence[str]) -> list[dict[str, Any]]:
     """Acc@1 (mean over the pairs) and share of the frozen tokens' variance left, for every number of kept registers."""
     found = []
-    for k in range(1, model.registers.shape[0] + 1):
+    count = model.registers.shape[0]
+    for k in [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]:  # many: powers of two
         read = read_split(model, test, all_rows(test), device, k)
         scores = {
             pair_name(a, b): retrieval(
@@ -231,6 +263,15 @@ def _prefixes(model: nn.Module, test: FeatureSource, device: torch.device, names
         errors = list(read.unexplained.values())
         found[-1]["reconstruction"] = float(np.mean(errors)) if errors else None
     return found
+
+
+def _confusions(read: Readings, samples: Samples) -> list[dict[str, Any]]:
+    """The first touch images for which another photo is retrieved: which row asked, which was found."""
+    valid = (read.present["tactile"] & read.present["vision"]).nonzero().squeeze(1)
+    found = (read.pooled["tactile"][valid] @ read.pooled["vision"][valid].T).argmax(1)
+    wrong = (found != torch.arange(len(found))).nonzero().squeeze(1)[:EXAMPLES].tolist()
+    pairs = [(int(valid[i]), int(valid[found[i]])) for i in wrong]
+    return [{"query": asdict(samples.rows[a]), "found": asdict(samples.rows[b])} for a, b in pairs]
 
 
 def _shuffled(read: Readings, names: Sequence[str], seed: int) -> float:

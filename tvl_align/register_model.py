@@ -1,0 +1,155 @@
+"""The model that methods share: registers, one reading of each modality, an optional decoder. A method is a setting of it.
+
+Shapes as in tvl_align.contract.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tvl_align.console import UserError
+from tvl_align.contract import Batch, Features, FeatureSpec, Output, Reconstruction, Tokens
+from tvl_align.encoders.tvl import Stage1
+from tvl_align.losses import MAX_LOGIT_SCALE
+from tvl_align.nested import NestedMode, draw_kept
+from tvl_align.registers import BlockOptions, KeyReader, RegisterStack, TokenDecoder, joint_read, token_target
+
+Keys = Literal["tokens", "pooled"]
+
+
+class RegisterModel(nn.Module):
+    """Registers over frozen features.
+
+    stage1: the frozen encoders, or the shapes of their features. It is never a sub-module: no weights of it in
+    `state_dict`, none in an optimizer. registers: N; overlapping: No < N. keys: what registers attend to, the token
+    sequence or the one pooled vector. share_weights: the same blocks for every modality. separate_groups: a block stack
+    of its own for overlapping and complementary registers, which then never see each other. causal: a register sees no
+    later one. preservation: build decoders of the frozen tokens.
+    Raises UserError: N <= No, or a width that the heads do not divide.
+    """
+
+    def __init__(
+        self,
+        stage1: Stage1 | Mapping[str, FeatureSpec],
+        options: BlockOptions,
+        registers: int,
+        overlapping: int,
+        layers: int,
+        nested_rate: float,
+        nested_mode: NestedMode = "nested",
+        keys: Keys = "tokens",
+        share_weights: bool = False,
+        separate_groups: bool = False,
+        causal: bool = False,
+        preservation: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 < overlapping < registers:
+            raise UserError(
+                f"{registers} registers cannot hold {overlapping} overlapping tokens and a complementary one; "
+                "give --num_register_tokens a larger number than --num_overlapping_tokens (at least 1)."
+            )
+        if causal and nested_mode != "nested":
+            raise UserError("causal registers need --nested_dropout_mode nested: a gap would still be seen by later ones.")
+        frozen = stage1 if isinstance(stage1, Stage1) else None
+        object.__setattr__(self, "stage1_model", frozen)  # not registered: frozen weights are nobody's parameters here
+        specs = frozen.specs if frozen is not None else dict(stage1)
+        self.num_overlapping, self.key_kind, self.causal = overlapping, keys, causal
+        self.nested_rate, self.nested_mode = nested_rate, nested_mode
+        self.registers = nn.Parameter(torch.randn(registers, options.dim) * 0.02)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if keys == "pooled":
+            specs = {m: FeatureSpec(spec.pooled_width, 1, spec.pooled_width) for m, spec in specs.items()}
+        self.readers = nn.ModuleDict({m: KeyReader(spec, options.dim) for m, spec in specs.items()})
+        self.groups = [slice(0, overlapping), slice(overlapping, registers)] if separate_groups else [slice(0, registers)]
+        owners = ["shared"] if share_weights else list(specs)
+        self.stacks = nn.ModuleDict(
+            {o: nn.ModuleList(RegisterStack(options, layers, causal) for _ in self.groups) for o in owners}
+        )
+        decoders = {m: TokenDecoder(spec, options.dim) for m, spec in specs.items()} if preservation else {}
+        self.decoders = nn.ModuleDict(decoders)
+
+    def forward(self, batch: Batch | Features, kept: Tensor | None = None, joint: bool = True) -> Output:
+        """Raw inputs or stored features -> Output (tvl_align.contract).
+
+        kept: (B, N) bool nested-dropout mask. None: drawn in training (from torch's global generator), all kept in
+        evaluation. joint: also compute `register_tokens`, which no loss reads.
+        """
+        features = self.features(batch)
+        dropping = kept is not None or self.training
+        if kept is None:
+            kept = torch.ones(len(features), len(self.registers), dtype=torch.bool)
+            if self.training:
+                kept = self.draw_kept(len(features))
+        kept = kept.to(self.registers.device)
+        names = list(features.modalities)
+        tokens, masks = zip(*(self._keys(features.modalities[name]) for name in names), strict=True)
+        keys = [self.readers[name](t) for name, t in zip(names, tokens, strict=True)]
+        # With causal registers a prefix is what it is whether or not later ones are read, so all of them are.
+        reading = torch.ones_like(kept) if self.causal else kept
+        read = {n: self.read([n], [k], [m], reading) for n, k, m in zip(names, keys, masks, strict=True)}
+        split = self.num_overlapping
+        over, comp = self.settle({n: z[:, :split] for n, z in read.items()}, {n: z[:, split:] for n, z in read.items()})
+        over = {n: z * kept[:, :split, None].to(z.dtype) for n, z in over.items()}
+        comp = {n: z * kept[:, split:, None].to(z.dtype) for n, z in comp.items()}
+        output: Output = {
+            "overlapping_tokens": over,
+            "complementary_tokens": comp,
+            "stage1_features": {name: m.pooled for name, m in features.modalities.items()},
+            "logit_scale": self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
+            "present": {name: m.present for name, m in features.modalities.items()},
+            "caption_keys": features.caption_keys,
+            "features": features,
+            "reconstruction": {
+                n: self.rebuild(n, over[n], comp[n], kept, t, m)
+                for n, t, m in zip(names, tokens, masks, strict=True)
+                if n in self.decoders
+            },
+        }
+        if dropping:
+            output["nested_dropout_mask"] = kept
+        if joint:
+            output["register_tokens"] = self.read(names, keys, masks, kept)
+        return output
+
+    def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """(B, N) bool: a nested-dropout mask for training."""
+        return draw_kept(batch, len(self.registers), self.nested_rate, self.nested_mode, generator)
+
+    def features(self, batch: Batch | Features) -> Features:
+        """What the registers read: features as they are, raw inputs through the frozen encoders; always float32."""
+        if not isinstance(batch, Features):
+            if self.stage1_model is None:
+                raise UserError("this model was built for stored features; give it a Stage-1 model to encode raw inputs.")
+            batch = self.stage1_model.encode(batch)
+        unknown = [name for name in batch.modalities if name not in self.readers]
+        if unknown:
+            raise UserError(f"modality {unknown[0]!r} is not one this model was built for: {', '.join(self.readers)}.")
+        return batch.float()
+
+    def _keys(self, modality: Tokens) -> tuple[Tensor, Tensor]:
+        if self.key_kind == "pooled":
+            return modality.pooled[:, None], modality.present[:, None]
+        return modality.tokens, modality.mask & modality.present[:, None]
+
+    def read(self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor) -> Tensor:
+        """Registers that attend to the named modalities, to all of them at once: (B, N, D), dropped ones zero."""
+        present = [mask.any(1) for mask in masks]
+        owners = [self.stacks["shared" if "shared" in self.stacks else name] for name in names]
+        parts = [
+            joint_read([owner[i] for owner in owners], self.registers[g], keys, masks, kept[:, g], present)
+            for i, g in enumerate(self.groups)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def settle(self, over: dict[str, Tensor], comp: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What becomes of overlapping and complementary tokens after they were read; here nothing."""
+        return over, comp
+
+    def rebuild(self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
+        """Overlapping tokens are given to the decoder but not changed by it: what they lack, complementary ones hold."""
+        memory = torch.cat([over.detach(), comp], dim=1)
+        return Reconstruction(self.decoders[name](memory, kept, tokens.shape[1]), token_target(tokens), mask)
