@@ -36,13 +36,15 @@ RIDGE = 1e-4
 class DisentangledConfig(RegisterConfig):
     """The registers and their loss."""
 
+    num_register_tokens: int = 6
+    """Registers in all."""
     complementary_reg_weight: float = 0.0
     """Weight of the L2 norm and diversity penalty on complementary tokens."""
     preservation_weight: float = 1.0
     """Weight of rebuilding the frozen tokens from all registers."""
     bottleneck: int = 24
     """Rank of an overlapping token (at most the register width over the number of overlapping tokens)."""
-    noise: float = 0.3
+    noise: float = 0.6
     """Standard deviation of the noise on bottleneck units (of unit variance) in training."""
     threshold: float = 0.4
     """Canonical correlation below which a direction of the overlapping tokens counts as unique and is removed."""
