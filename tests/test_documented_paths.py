@@ -35,9 +35,9 @@ def run(command: str, folder: Path = ROOT, expect: int = 0) -> str:
     return said
 
 
-def documented(heading: str) -> str:
-    """The first indented or fenced command after a heading of the README, on one line."""
-    text = (ROOT / "README.md").read_text()
+def documented(heading: str, page: Path = ROOT / "README.md") -> str:
+    """The first fenced command after a heading of a page, on one line."""
+    text = page.read_text()
     block = re.search(rf"{re.escape(heading)}.*?```bash\n(.*?)```", text, re.S)
     assert block is not None, heading
     return " ".join(block[1].replace("\\\n", " ").split())
@@ -63,6 +63,23 @@ def test_the_documented_training(world: Path, stage1_checkpoint: Path, tmp_path:
     assert "already holds a run" in run(command, STAGE2, expect=1 if "torchrun" in command else 2)
     said = run(command.replace("--epochs 1 ", "--epochs 2 ") + " --resume", STAGE2)
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1]
+
+
+def test_the_documented_training_of_cursor(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    """From its own folder, with its own flags and any of the base's."""
+    folder = STAGE2 / "cursor"
+    command = documented("**Usage**", folder / "README.md").replace(
+        "--stage1_checkpoint P", f"--stage1_checkpoint {stage1_checkpoint}"
+    )
+    command = command.replace("--output_dir O", f"--output_dir {tmp_path}").replace("--epochs 100", "--epochs 1")
+    more = (
+        f"--datasets_dir {world} --register_token_dim 64 --views 1 --preservation_weight 0.5 --shuffle_text --num_workers 1"
+    )
+    said = run(f"{command} {more}", folder)
+    assert "[CURSOR] cursor_flux_talk_register_tokens v1" in said
+    assert "[CURSOR] epoch 1/1" in said
+    made = json.loads((tmp_path / "cursor_flux_talk" / "config.json").read_text())
+    assert made["implementation"] == {"experiment_id": "cursor_flux_talk_register_tokens", "version": "1", "tag": "CURSOR"}
 
 
 def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
