@@ -12,7 +12,6 @@ from tvl_align.config import (
     OptimConfig,
     RunConfig,
     Settings,
-    Stage1Config,
     from_plain,
     notes,
     parse,
@@ -88,10 +87,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for name in flat(given()):
         assert f"--{name}" in said
-    for group in (Stage1Config, Stage2Config, DataConfig, OptimConfig, RunConfig):
-        source = Path(__import__(group.__module__, fromlist=["x"]).__file__).read_text()
-        for option in fields(group):
-            assert f"    {option.name}: " in source
+    assert said.count("(default:") + said.count("(required)") >= len(flat(given()))
 
 
 def test_json_and_back() -> None:

@@ -59,12 +59,8 @@ TOY = '''"""toy_registers v1. One line: shared weights."""
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
-
-from tvl_align.alignment import active_pairs, alignment, total
 from tvl_align.config import RegisterConfig
 from tvl_align.register_model import RegisterModel
-from tvl_align.registers import pooled_overlapping
 
 
 @dataclass(frozen=True)
@@ -74,17 +70,7 @@ class ToyConfig(RegisterConfig):
 
 class Toy(RegisterModel):
     def __init__(self, specs, knobs):
-        count, over = knobs.num_register_tokens, knobs.num_overlapping_tokens
-        super().__init__(specs, knobs.block, count, over, 1, 0.5, share_weights=True)
-
-
-class ToyLoss(nn.Module):
-    def __init__(self, knobs, modalities):
-        super().__init__()
-        self.pairs = active_pairs(modalities)
-
-    def forward(self, output) -> dict[str, Tensor]:
-        return total(alignment(pooled_overlapping(output), output, self.pairs), output, 0.01, 0.0)
+        super().__init__(specs, knobs, share_weights=True)
 '''
 
 
@@ -97,12 +83,14 @@ def test_the_five_steps_add_a_method(tmp_path: Path) -> None:
     methods = stage2 / "methods.py"
     entry = (
         '    "toy": Method(Implementation("toy_registers", "1", "TOY"), ToyConfig, '
-        "lambda knobs, specs: Toy(specs, knobs), ToyLoss),\n}"
+        "lambda knobs, specs: Toy(specs, knobs), RegisterLoss),\n}"
     )
     text = methods.read_text().rstrip()
     assert text.endswith("}")
-    head = "from experiments.stage2.toy.toy import Toy, ToyConfig, ToyLoss\n"
-    methods.write_text(text[:-1].replace("from torch import nn\n", "from torch import nn\n" + head, 1) + entry + "\n")
+    head = "from experiments.stage2.toy.toy import Toy, ToyConfig\n"
+    anchor = "from tvl_align.alignment import RegisterLoss\n"
+    assert anchor in text
+    methods.write_text(text[:-1].replace(anchor, head + anchor, 1) + entry + "\n")
     done = subprocess.run([sys.executable, stage2 / "test_modules.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ok  toy: two processes" in done.stdout

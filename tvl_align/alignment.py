@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tvl_align.config import RegisterConfig
 from tvl_align.console import UserError
 from tvl_align.contract import Output
 from tvl_align.losses import batch_hits, diversity, info_nce, positive_pairs, reconstruction_error, token_norm
+from tvl_align.registers import pooled_overlapping
 from tvl_align.runtime import gather, gather_with_grad, rank, world_size
 
 
@@ -101,3 +103,24 @@ def total(numbers: dict[str, Tensor], output: Output, reg_weight: float, preserv
     reg, kept = complementary_regularisation(output), preservation(output)
     weighted = numbers["overlapping_loss"] + reg_weight * reg + preservation_weight * kept
     return numbers | {"complementary_reg": reg, "preservation": kept, "total_loss": weighted}
+
+
+class RegisterLoss(nn.Module):
+    """total = overlapping + complementary_reg_weight * complementary_reg + preservation_weight * preservation.
+
+    overlapping: symmetric InfoNCE between the pooled overlapping tokens of each active pair, averaged over the pairs that
+    ran. Called with a model's Output; returns named scalars, `total_loss` among them. It has no parameters.
+    Raises UserError for fewer than two modalities, and when both switches together leave no pair.
+    """
+
+    def __init__(self, knobs: RegisterConfig, modalities: Sequence[str]) -> None:
+        super().__init__()
+        self.pairs = active_pairs(modalities, knobs.disable_vision_text_loss, knobs.disable_tactile_text_loss)
+        self.weights = knobs.complementary_reg_weight, knobs.preservation_weight
+
+    def forward(self, output: Output) -> dict[str, Tensor]:
+        return total(self.align(output), output, *self.weights)
+
+    def align(self, output: Output) -> dict[str, Tensor]:
+        """What a method may do another way: the alignment and its numbers, `overlapping_loss` among them."""
+        return alignment(pooled_overlapping(output), output, self.pairs)

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tvl_align.config import RegisterConfig
 from tvl_align.console import UserError
 from tvl_align.contract import Batch, Features, FeatureSpec, Output, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.losses import MAX_LOGIT_SCALE
-from tvl_align.nested import NestedMode, draw_kept
-from tvl_align.registers import BlockOptions, KeyReader, RegisterStack, TokenDecoder, joint_read, token_target
+from tvl_align.nested import draw_kept
+from tvl_align.registers import KeyReader, RegisterStack, TokenDecoder, joint_read, token_target
 
 Keys = Literal["tokens", "pooled"]
 
@@ -24,22 +25,18 @@ class RegisterModel(nn.Module):
     """Registers over frozen features.
 
     stage1: the frozen encoders, or the shapes of their features. It is never a sub-module: no weights of it in
-    `state_dict`, none in an optimizer. registers: N; overlapping: No < N. keys: what registers attend to, the token
-    sequence or the one pooled vector. share_weights: the same blocks for every modality. separate_groups: a block stack
-    of its own for overlapping and complementary registers, which then never see each other. causal: a register sees no
-    later one. preservation: build decoders of the frozen tokens.
-    Raises UserError: N <= No, or a width that the heads do not divide.
+    `state_dict`, none in an optimizer. knobs: how many registers, how wide, how dropped. keys: what registers attend to,
+    the token sequence or the one pooled vector. share_weights: the same blocks for every modality. separate_groups: a
+    block stack of its own for overlapping and complementary registers, which then never see each other. causal: a
+    register sees no later one. preservation: build decoders of the frozen tokens.
+    Raises UserError: N <= No, a width that the heads do not divide, causal registers with gaps between them.
     """
 
     def __init__(
         self,
         stage1: Stage1 | Mapping[str, FeatureSpec],
-        options: BlockOptions,
-        registers: int,
-        overlapping: int,
-        layers: int,
-        nested_rate: float,
-        nested_mode: NestedMode = "nested",
+        knobs: RegisterConfig,
+        *,
         keys: Keys = "tokens",
         share_weights: bool = False,
         separate_groups: bool = False,
@@ -47,18 +44,19 @@ class RegisterModel(nn.Module):
         preservation: bool = False,
     ) -> None:
         super().__init__()
+        registers, overlapping, options = knobs.num_register_tokens, knobs.num_overlapping_tokens, knobs.block
         if not 0 < overlapping < registers:
             raise UserError(
                 f"{registers} registers cannot hold {overlapping} overlapping tokens and a complementary one; "
                 "give --num_register_tokens a larger number than --num_overlapping_tokens (at least 1)."
             )
-        if causal and nested_mode != "nested":
+        if causal and knobs.nested_dropout_mode != "nested":
             raise UserError("causal registers need --nested_dropout_mode nested: a gap would still be seen by later ones.")
         frozen = stage1 if isinstance(stage1, Stage1) else None
         object.__setattr__(self, "stage1_model", frozen)  # not registered: frozen weights are nobody's parameters here
         specs = frozen.specs if frozen is not None else dict(stage1)
         self.num_overlapping, self.key_kind, self.causal = overlapping, keys, causal
-        self.nested_rate, self.nested_mode = nested_rate, nested_mode
+        self.nested_rate, self.nested_mode = knobs.nested_dropout_rate, knobs.nested_dropout_mode
         self.registers = nn.Parameter(torch.randn(registers, options.dim) * 0.02)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if keys == "pooled":
@@ -66,6 +64,7 @@ class RegisterModel(nn.Module):
         self.readers = nn.ModuleDict({m: KeyReader(spec, options.dim) for m, spec in specs.items()})
         self.groups = [slice(0, overlapping), slice(overlapping, registers)] if separate_groups else [slice(0, registers)]
         owners = ["shared"] if share_weights else list(specs)
+        layers = knobs.num_cross_attn_layers
         self.stacks = nn.ModuleDict(
             {o: nn.ModuleList(RegisterStack(options, layers, causal) for _ in self.groups) for o in owners}
         )

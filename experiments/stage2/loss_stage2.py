@@ -11,16 +11,15 @@ Negatives come from all processes, with the gradients of one process on the join
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
-
-from tvl_align.alignment import active_pairs, alignment, total
-from tvl_align.contract import MODALITIES, Output
-from tvl_align.registers import pooled_overlapping
+from tvl_align.alignment import RegisterLoss
+from tvl_align.config import RegisterConfig
+from tvl_align.contract import MODALITIES
 
 
-class Stage2Loss(nn.Module):
+class Stage2Loss(RegisterLoss):
     """Called with a model's Output; returns named scalars, `total_loss` among them. It has no parameters.
 
+    `num_overlapping_tokens` is part of the documented signature; the output itself says how many there are.
     Raises UserError for fewer than two modalities, and when both switches together leave no pair.
     """
 
@@ -33,11 +32,11 @@ class Stage2Loss(nn.Module):
         disable_vision_text_loss: bool = False,
         disable_tactile_text_loss: bool = False,
     ) -> None:
-        super().__init__()
-        self.pairs = active_pairs(active_modalities, disable_vision_text_loss, disable_tactile_text_loss)
-        self.num_overlapping = num_overlapping_tokens
-        self.reg_weight, self.preservation_weight = complementary_reg_weight, preservation_weight
-
-    def forward(self, output: Output) -> dict[str, Tensor]:
-        numbers = alignment(pooled_overlapping(output), output, self.pairs)
-        return total(numbers, output, self.reg_weight, self.preservation_weight)
+        knobs = RegisterConfig(
+            num_overlapping_tokens=num_overlapping_tokens,
+            complementary_reg_weight=complementary_reg_weight,
+            preservation_weight=preservation_weight,
+            disable_vision_text_loss=disable_vision_text_loss,
+            disable_tactile_text_loss=disable_tactile_text_loss,
+        )
+        super().__init__(knobs, active_modalities)

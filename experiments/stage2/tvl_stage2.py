@@ -7,13 +7,13 @@ Each modality is read separately: its own key reader over its token sequence, an
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 
 from tvl_align.config import RegisterConfig
 from tvl_align.contract import FeatureSpec
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.nested import NestedMode
 from tvl_align.register_model import RegisterModel
-from tvl_align.registers import BlockOptions
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,23 @@ class TVLStage2(RegisterModel):
         preservation: bool = True,
         share_weights: bool = False,
     ) -> None:
-        super().__init__(
-            stage1_model,
-            BlockOptions(register_token_dim, num_heads, mlp_ratio, drop_rate, attn_drop_rate, drop_path_rate),
-            num_register_tokens,
-            num_overlapping_tokens,
-            num_cross_attn_layers,
-            nested_dropout_rate,
-            nested_dropout_mode,
-            share_weights=share_weights,
-            preservation=preservation,
+        knobs = RegisterConfig(
+            num_register_tokens=num_register_tokens,
+            num_overlapping_tokens=num_overlapping_tokens,
+            register_token_dim=register_token_dim,
+            num_cross_attn_layers=num_cross_attn_layers,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+            drop_path_rate=drop_path_rate,
+            nested_dropout_rate=nested_dropout_rate,
+            nested_dropout_mode=nested_dropout_mode,
         )
+        super().__init__(stage1_model, knobs, share_weights=share_weights, preservation=preservation)
+
+    @classmethod
+    def of(cls, knobs: Stage2Config, specs: Mapping[str, FeatureSpec]) -> "TVLStage2":
+        """The model of a run: the knobs whose names are in the signature above, and decoders where they are needed."""
+        shape = {name: value for name, value in vars(knobs).items() if name in signature(cls).parameters}
+        return cls(specs, preservation=knobs.preservation_weight > 0, **shape)

@@ -8,7 +8,6 @@ from tvl_align.contract import FeatureSpec
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.nested import NestedMode
 from tvl_align.register_model import RegisterModel
-from tvl_align.registers import BlockOptions
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,4 @@ class RegisterTokenModule(RegisterModel):
     """
 
     def __init__(self, stage1_model: Stage1 | Mapping[str, FeatureSpec], knobs: CursorConfig) -> None:
-        block: BlockOptions = knobs.block
-        super().__init__(
-            stage1_model,
-            block,
-            knobs.num_register_tokens,
-            knobs.num_overlapping_tokens,
-            knobs.num_cross_attn_layers,
-            knobs.nested_dropout_rate,
-            knobs.nested_dropout_mode,
-            keys="pooled",
-            share_weights=True,
-        )
+        super().__init__(stage1_model, knobs, keys="pooled", share_weights=True)

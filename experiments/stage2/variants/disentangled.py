@@ -13,18 +13,17 @@ Three mechanisms, each with its reason:
 2 and 3 are closed forms on running covariances of the tokens: no labels, and no gradient through the covariances.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tvl_align.alignment import active_pairs, alignment, total
 from tvl_align.config import RegisterConfig
-from tvl_align.contract import Features, FeatureSpec, Output, Reconstruction
+from tvl_align.contract import Features, FeatureSpec, Reconstruction
 from tvl_align.register_model import RegisterModel
-from tvl_align.registers import pooled_overlapping, token_target
+from tvl_align.registers import token_target
 from tvl_align.runtime import joint_noise, mean_count
 
 MOMENTUM = 0.98  # of the running covariances, per step
@@ -54,18 +53,7 @@ class Disentangled(RegisterModel):
     """See the module's docstring. Overlapping tokens have width D and rank `bottleneck`."""
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: DisentangledConfig) -> None:
-        super().__init__(
-            specs,
-            knobs.block,
-            knobs.num_register_tokens,
-            knobs.num_overlapping_tokens,
-            knobs.num_cross_attn_layers,
-            knobs.nested_dropout_rate,
-            knobs.nested_dropout_mode,
-            separate_groups=True,
-            causal=True,
-            preservation=knobs.preservation_weight > 0,
-        )
+        super().__init__(specs, knobs, separate_groups=True, causal=True, preservation=knobs.preservation_weight > 0)
         width, dim, count = knobs.bottleneck, knobs.register_token_dim, knobs.num_overlapping_tokens
         width = min(width, dim // count)
         self.noise, self.threshold, self.names = knobs.noise, knobs.threshold, list(specs)
@@ -258,16 +246,3 @@ class LinearDecoder(nn.Module):
 
     def forward(self, memory: Tensor, length: int) -> Tensor:
         return self.map(memory).unflatten(1, (self.spec.tokens, self.spec.width))[:, :length]
-
-
-class DisentangledLoss(nn.Module):
-    """total = overlapping + complementary_reg_weight * complementary_reg + preservation_weight * preservation."""
-
-    def __init__(self, knobs: DisentangledConfig, modalities: Sequence[str]) -> None:
-        super().__init__()
-        self.pairs = active_pairs(modalities, knobs.disable_vision_text_loss, knobs.disable_tactile_text_loss)
-        self.reg_weight, self.preservation_weight = knobs.complementary_reg_weight, knobs.preservation_weight
-
-    def forward(self, output: Output) -> dict[str, Tensor]:
-        numbers = alignment(pooled_overlapping(output), output, self.pairs)
-        return total(numbers, output, self.reg_weight, self.preservation_weight)

@@ -4,17 +4,15 @@ After FlexTok (Bachmann et al. 2025, arXiv:2502.13967): per sample one prefix le
 outputs after it are masked. The first 8 registers are aligned across modalities, the other 24 are complementary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tvl_align.alignment import active_pairs, alignment, total
 from tvl_align.config import RegisterConfig
-from tvl_align.contract import FeatureSpec, Output
+from tvl_align.contract import FeatureSpec
 from tvl_align.register_model import RegisterModel
-from tvl_align.registers import pooled_overlapping
 
 
 @dataclass(frozen=True)
@@ -35,17 +33,7 @@ class FlexTok(RegisterModel):
     """Causal registers over the token sequences, own blocks per modality."""
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: FlexTokConfig) -> None:
-        super().__init__(
-            specs,
-            knobs.block,
-            knobs.num_register_tokens,
-            knobs.num_overlapping_tokens,
-            knobs.num_cross_attn_layers,
-            knobs.nested_dropout_rate,
-            knobs.nested_dropout_mode,
-            causal=True,
-            preservation=knobs.preservation_weight > 0,
-        )
+        super().__init__(specs, knobs, causal=True, preservation=knobs.preservation_weight > 0)
 
     def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         count = len(self.registers)
@@ -53,16 +41,3 @@ class FlexTok(RegisterModel):
         lengths = powers[torch.randint(len(powers), (batch, 1), generator=generator)]
         whole = torch.rand(batch, 1, generator=generator) >= self.nested_rate
         return torch.arange(count) < torch.where(whole, count, lengths)
-
-
-class FlexTokLoss(nn.Module):
-    """total = overlapping + complementary_reg_weight * complementary_reg + preservation_weight * preservation."""
-
-    def __init__(self, knobs: FlexTokConfig, modalities: Sequence[str]) -> None:
-        super().__init__()
-        self.pairs = active_pairs(modalities, knobs.disable_vision_text_loss, knobs.disable_tactile_text_loss)
-        self.reg_weight, self.preservation_weight = knobs.complementary_reg_weight, knobs.preservation_weight
-
-    def forward(self, output: Output) -> dict[str, Tensor]:
-        numbers = alignment(pooled_overlapping(output), output, self.pairs)
-        return total(numbers, output, self.reg_weight, self.preservation_weight)
