@@ -1,6 +1,7 @@
 """Results -> figures, as PNG bytes. Nothing is computed here."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from tvl_align.evaluation import way
 
@@ -106,11 +108,16 @@ def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str
     axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
     owners = ["shared" if len(some[m][f]["ownership"]) > 1 else "unique" for m, f in rows]
     axes.set_yticks(range(len(rows)), [f"{m}: {f} ({o})" for (m, f), o in zip(rows, owners, strict=True)])
-    axes.set_xticks(range(len(columns)), [f"{name}\n{group}" for name, group in columns], fontsize=7)
+    axes.set_xticks(range(len(columns)), [f"{_wrapped(name)}\n{group}" for name, group in columns], fontsize=7)
     axes.xaxis.tick_top()
     for (y, x), number in np.ndenumerate(values):
         axes.text(x, y, f"{number:.0f}", ha="center", va="center", color="white" if number < 60 else "black", fontsize=9)
     return png(figure)
+
+
+def _wrapped(name: str) -> str:
+    """A method's name on lines short enough for a column."""
+    return textwrap.fill(name.replace("_", " "), 18)
 
 
 def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
@@ -121,6 +128,8 @@ def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
         left.plot(ks, np.mean([[p["acc1"] for p in run] for run in runs], axis=0), marker="o", label=name)
         if runs[0][0]["reconstruction"] is not None:
             right.plot(ks, np.mean([[p["reconstruction"] for p in run] for run in runs], axis=0), marker="o", label=name)
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="registers kept", ylabel="test Acc@1, mean over pairs (%)", ylim=(0, None))
     right.set(xlabel="registers kept", ylabel="variance of frozen tokens left (%)", ylim=(0, 105))
     left.legend(frameon=False, fontsize=7)
