@@ -28,7 +28,7 @@ from tvl_align.runtime import joint_noise, mean_count
 
 MOMENTUM = 0.98  # of the running covariances, per step
 REFRESH = 20  # steps between two solutions of the closed forms
-RIDGE = 1e-4
+RIDGE = 1e-3  # of the erasure, in mean variances of its regressors
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class DisentangledConfig(RegisterConfig):
     """Rank of an overlapping token (at most the register width over the number of overlapping tokens)."""
     noise: float = 0.6
     """Standard deviation of the noise on bottleneck units (of unit variance) in training."""
-    threshold: float = 0.4
-    """Canonical correlation below which a direction of the overlapping tokens counts as unique and is removed."""
+    threshold: float = 0.8
+    """Canonical correlation (on training rows, where it is flattered) below which a direction of the overlapping tokens
+    counts as unique and is removed."""
 
 
 class Disentangled(RegisterModel):
