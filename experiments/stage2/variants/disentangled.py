@@ -28,7 +28,7 @@ from tvl_align.runtime import joint_noise, mean_count
 
 MOMENTUM = 0.98  # of the running covariances, per step
 REFRESH = 20  # steps between two solutions of the closed forms
-RIDGE = 1e-3  # of the erasure, in mean variances of its regressors
+RIDGE = 1e-3  # relative: added to, or smallest eigenvalue of, a covariance before it is inverted
 
 
 @dataclass(frozen=True)
