@@ -123,11 +123,11 @@ def _wrapped(name: str) -> str:
 def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
     """Mean Acc@1 and reconstruction error against the share of registers kept, one line a method (mean over seeds)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
-    for name, runs in methods.items():
-        ks = [p["k"] for p in runs[0]]
-        left.plot(ks, np.mean([[p["acc1"] for p in run] for run in runs], axis=0), marker="o", label=name)
+    for i, (name, runs) in enumerate(methods.items()):
+        ks, style = [p["k"] for p in runs[0]], {"marker": "o", "label": name, "color": f"C{i}"}
+        left.plot(ks, np.mean([[p["acc1"] for p in run] for run in runs], axis=0), **style)
         if runs[0][0]["reconstruction"] is not None:
-            right.plot(ks, np.mean([[p["reconstruction"] for p in run] for run in runs], axis=0), marker="o", label=name)
+            right.plot(ks, np.mean([[p["reconstruction"] for p in run] for run in runs], axis=0), **style)
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.set(xlabel="registers kept", ylabel="test Acc@1, mean over pairs (%)", ylim=(0, None))

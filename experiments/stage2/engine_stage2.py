@@ -143,8 +143,7 @@ def fit(settings: Settings[Any], method: Method) -> Path:
         trained = train_one_epoch(
             wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, epoch
         )
-        if epoch == optim.epochs - 1:
-            calibrate(model, inputs.splits["train"], device)
+        calibrate(model, inputs.splits["train"], device)
         validated = evaluate(model, loss, inputs.splits["val"], device)
         chosen = selection(validated)
         better = [k for k in best if chosen[k] > best[k]]
@@ -227,7 +226,7 @@ def train_one_epoch(
 
 @torch.no_grad()
 def calibrate(model: nn.Module, source: FeatureSource, device: torch.device) -> None:
-    """Let a model that has closed forms (`calibrate(batches)`) fit them on all training rows, plain view, once at the end.
+    """Let a model that has closed forms (`calibrate(batches)`) fit them on all training rows, plain view, each epoch.
 
     Every process reads all rows, so that all end with the same numbers.
     """
