@@ -159,6 +159,8 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
         assert {"acc1", "acc5", "chance1", "stage1_acc1"} <= numbers.keys()
     assert set(results["summary"]) == {"shared_retention", "unique_retention", "unique_leak", "shared_leak"}
     assert [p["k"] for p in results["prefix"]] == [1, 2, 3, 4]
+    assert all({"k", "acc1", "shared_retention", "reconstruction"} <= p.keys() for p in results["prefix"])
+    assert results["prefix"][-1]["shared_retention"] == pytest.approx(results["summary"]["shared_retention"])
     assert "world:" not in run(command)
 
 

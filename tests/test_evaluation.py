@@ -83,7 +83,7 @@ def test_linear_probe_reads_signal_and_not_noise() -> None:
         (x, y), (x_test, y_test) = labelled(400, 0, signal), labelled(200, 1, signal)
         score = linear_probe(x, y, x_test, y_test)
         assert low <= score <= high
-        assert linear_probes([(x, x_test), (x, x_test)], y, y_test) == [score, score]
+        assert linear_probes([(x, y, x_test, y_test)] * 2) == [score, score]
 
 
 def test_attentive_probe_finds_what_is_in_one_token_of_many() -> None:

@@ -53,6 +53,22 @@ def test_only_training_has_augmented_views(store: FeatureStore) -> None:
     assert {name: split.views for name, split in store.splits.items()} == {"train": 2, "val": 0, "test": 0}
 
 
+def test_without_augmentation_pictures_are_encoded_once_and_sentences_vary(
+    world: Path, stage1: Stage1, tmp_path: Path
+) -> None:
+    images, text = ImageOptions(64, 64, augment=False), TextOptions("", True, {"ridged": ["lined"]})
+    samples = make_samples(read_tvl(world), images, text, 0)
+    assert torch.equal(samples["train"][3, 0]["vision"], samples["train"][3, 2]["vision"])
+    split = open_or_encode(tmp_path, stage1, samples, 4, 0).splits["train"]
+    index = split.index
+    assert all(bool((index[m] == index[m][:, :1]).all()) for m in ("vision", "tactile"))
+    assert len(index["vision"].unique()) == len(split)
+    assert bool((index["text"] != index["text"][:, :1]).any())
+    rows = torch.arange(5)
+    plain, other = split.read(rows, torch.zeros(5, dtype=torch.long)), split.read(rows, torch.full((5,), 4))
+    assert torch.equal(plain.modalities["tactile"].tokens, other.modalities["tactile"].tokens)
+
+
 def test_evaluation_views_do_not_depend_on_the_seed(world: Path) -> None:
     one, other = samples_of(world, seed=0), samples_of(world, seed=9)
     for name in ("val", "test"):

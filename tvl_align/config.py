@@ -71,6 +71,9 @@ class DataConfig:
     """Subtract the idle touch image of each trajectory."""
     shared_geometry: bool = True
     """Draw flips and quarter turns once for photo and touch; --no_shared_geometry draws them apart, as TVL does."""
+    augment_pictures: bool = True
+    """Flip, turn and jitter the pictures of training views; --no_augment_pictures encodes them once, and only the
+    sentences of views vary."""
     shuffle_text: bool = False
     """Shuffle the adjectives of training captions."""
     no_text_prompt: bool = False

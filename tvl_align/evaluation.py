@@ -109,12 +109,10 @@ def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
     return 100 * float(model(chosen).fit(x, train_labels).score(x_test, test_labels))
 
 
-def linear_probes(
-    groups: Sequence[tuple[Tensor, Tensor]], train_labels: np.ndarray, test_labels: np.ndarray, seed: int = 0
-) -> list[float]:
-    """`linear_probe` of several (train, test) feature pairs for the same labels, one core each."""
-    jobs = (delayed(linear_probe)(train, train_labels, test, test_labels, seed) for train, test in groups)
-    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky")(jobs)
+def linear_probes(jobs: Sequence[tuple[Tensor, np.ndarray, Tensor, np.ndarray]], seed: int = 0) -> list[float]:
+    """`linear_probe` of several (train, train_labels, test, test_labels), one core each."""
+    work = (delayed(linear_probe)(*job, seed) for job in jobs)
+    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky")(work)
 
 
 class AttentiveProbe(nn.Module):

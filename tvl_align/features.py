@@ -20,6 +20,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -196,17 +197,18 @@ def _encode_split(
 ) -> None:
     """Encode one split; each process fills its own rows of the same tables."""
     count, device = len(samples), stage1.logit_scale.device
-    jobs = [(row, view) for row in range(count) for view in range(views + 1)]
+    drawn_views = views + 1 if samples.pictures.options.augment else 1  # of pictures; sentences always vary
+    jobs = [(row, view) for row in range(count) for view in range(drawn_views)]
     index = {m: torch.full((count, views + 1), -1, dtype=torch.int64) for m in stage1.modalities}
     sizes: dict[str, int] = {}
     for modality, lacks in (("vision", "vision"), ("tactile", "tactile")):
         if modality in index:
             there = torch.tensor([getattr(row, lacks) is not None for row in samples.rows])
-            index[modality][there] = torch.arange(int(there.sum()) * (views + 1)).view(-1, views + 1)
-            sizes[modality] = int(there.sum()) * (views + 1)
+            sizes[modality] = int(there.sum()) * drawn_views
+            index[modality][there] = torch.arange(sizes[modality]).view(-1, drawn_views)
     sentences: dict[str, int] = {}
     drawn = torch.full((count, views + 1), -1, dtype=torch.int64)
-    for row, view in jobs:
+    for row, view in product(range(count), range(views + 1)):
         sentence = samples.sentence(row, view)
         if sentence is not None:
             drawn[row, view] = sentences.setdefault(sentence, len(sentences))

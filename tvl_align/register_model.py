@@ -61,6 +61,7 @@ class RegisterModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if keys == "pooled":
             specs = {m: FeatureSpec(spec.pooled_width, 1, spec.pooled_width) for m, spec in specs.items()}
+        self.specs = dict(specs)
         self.readers = nn.ModuleDict({m: KeyReader(spec, options.dim) for m, spec in specs.items()})
         self.groups = [slice(0, overlapping), slice(overlapping, registers)] if separate_groups else [slice(0, registers)]
         owners = ["shared"] if share_weights else list(specs)
@@ -91,7 +92,8 @@ class RegisterModel(nn.Module):
         reading = torch.ones_like(kept) if self.causal else kept
         read = {n: self.read([n], [k], [m], reading) for n, k, m in zip(names, keys, masks, strict=True)}
         split = self.num_overlapping
-        over, comp = self.settle({n: z[:, :split] for n, z in read.items()}, {n: z[:, split:] for n, z in read.items()})
+        over, comp = {n: z[:, :split] for n, z in read.items()}, {n: z[:, split:] for n, z in read.items()}
+        over, comp = self.settle(over, comp, features)
         over = {n: z * kept[:, :split, None].to(z.dtype) for n, z in over.items()}
         comp = {n: z * kept[:, split:, None].to(z.dtype) for n, z in comp.items()}
         output: Output = {
@@ -144,7 +146,9 @@ class RegisterModel(nn.Module):
         ]
         return torch.cat(parts, dim=1)
 
-    def settle(self, over: dict[str, Tensor], comp: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def settle(
+        self, over: dict[str, Tensor], comp: dict[str, Tensor], features: Features
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What becomes of overlapping and complementary tokens after they were read; here nothing."""
         return over, comp
 

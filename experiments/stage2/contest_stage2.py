@@ -4,15 +4,21 @@ Parts that are already in the folder are not made again, so an interrupted conte
 """
 
 import json
-from dataclasses import dataclass, replace
+import os
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+from joblib import Parallel, delayed
 
 from experiments.stage2.demo_stage2 import DemoConfig, prepare, small_settings, timed
-from experiments.stage2.engine_stage2 import fit
+from experiments.stage2.engine_stage2 import fit, load_inputs
 from experiments.stage2.methods import METHODS
 from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
 from tvl_align.compare import write_comparison
+from tvl_align.config import Settings
 from tvl_align.console import UserError
+from tvl_align.runtime import pick_device
 
 
 @dataclass(frozen=True)
@@ -25,16 +31,18 @@ class ContestConfig:
     """Methods to train."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs; world and Stage 1 keep seed 0."""
-    train: int = 5000
+    train: int = 20_000
     """Training samples of the world (one in ten of their groups validates)."""
     test: int = 1000
     """Test samples of the world."""
-    pretrain_epochs: int = 12
+    pretrain_epochs: int = 3
     """Epochs of the small Stage 1."""
-    epochs: int = 10
+    epochs: int = 3
     """Epochs of Stage 2, the same for every method."""
-    views: int = 2
-    """Augmented views of every training row."""
+    views: int = 4
+    """Views of every training row beside the plain one; only their sentences differ."""
+    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Runs at a time; the cores are shared among them."""
 
 
 def contest(config: ContestConfig) -> Path:
@@ -46,18 +54,25 @@ def contest(config: ContestConfig) -> Path:
         config.out, config.train, config.test, config.pretrain_epochs, config.epochs, config.views, probe_rows=3000
     )
     world, checkpoint = prepare(shared)
-    runs = []
-    for name in config.methods:
-        for seed in config.seeds:
-            settings = small_settings(shared, world, checkpoint, name, f"{name}-{seed}")
-            # The split and the views keep seed 0, so that all runs share one store; what a run draws itself has its own.
-            settings = replace(settings, run=replace(settings.run, draw_seed=seed))
-            runs.append(settings.folder)
-            if (settings.folder / "results.json").is_file():
-                continue
-            timed(f"{name}, seed {seed}: {config.epochs} epochs", lambda s=settings, n=name: fit(s, METHODS[n]))
-            measure = EvaluateConfig(settings.folder, probe_rows=shared.probe_rows)
-            timed(f"{name}, seed {seed}: test split", lambda m=measure: evaluate_run(m))
-    page = write_comparison(runs, config.out, "make compare")
+    # The split and the views keep seed 0, so that all runs share one store; what a run draws itself has its own.
+    runs = {
+        (name, seed): small_settings(shared, world, checkpoint, name, f"{name}-{seed}")
+        for seed in config.seeds
+        for name in config.methods
+    }
+    settings = {key: replace(s, run=replace(s.run, draw_seed=key[1])) for key, s in runs.items()}
+    first = next(iter(settings.values()))
+    timed("features", lambda: load_inputs(first, pick_device(None)))
+    todo = [key for key, s in settings.items() if not (s.folder / "results.json").is_file()]
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    work = (delayed(_run)(settings[key], key[0], shared.probe_rows) for key in todo)
+    Parallel(n_jobs=config.jobs, inner_max_num_threads=threads, backend="loky")(work)
+    page = write_comparison([s.folder for s in settings.values()], config.out, "make compare")
     print(json.dumps({"runs": len(runs), "report": str(page.resolve())}))
     return page
+
+
+def _run(settings: Settings[Any], name: str, probe_rows: int) -> None:
+    label = settings.folder.name
+    timed(f"{label}: {settings.optim.epochs} epochs", lambda: fit(settings, METHODS[name]))
+    timed(f"{label}: test split", lambda: evaluate_run(EvaluateConfig(settings.folder, probe_rows=probe_rows)))

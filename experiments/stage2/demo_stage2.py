@@ -24,16 +24,16 @@ class DemoConfig:
 
     out: Path = Path("demo")
     """Folder for the world, Stage 1, features and the run."""
-    train: int = 5000
+    train: int = 10_000
     """Training samples of the world (one in ten of their groups validates)."""
     test: int = 1000
     """Test samples of the world."""
-    pretrain_epochs: int = 12
+    pretrain_epochs: int = 6
     """Epochs of the small Stage 1."""
-    epochs: int = 10
+    epochs: int = 3
     """Epochs of Stage 2."""
-    views: int = 2
-    """Augmented views of every training row."""
+    views: int = 4
+    """Views of every training row beside the plain one; only their sentences differ."""
     seed: int = 0
     """Seed of everything."""
     probe_rows: int = 3000
@@ -70,7 +70,15 @@ def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: st
     return Settings(
         Stage1Config(checkpoint),
         METHODS[method].knobs(register_token_dim=256),
-        DataConfig(world, views=config.views, no_text_prompt=True, shuffle_text=True, replace_synonyms=True, num_workers=2),
+        DataConfig(
+            world,
+            views=config.views,
+            augment_pictures=False,  # the small Stage 1 never saw a turned picture
+            no_text_prompt=True,
+            shuffle_text=True,
+            replace_synonyms=True,
+            num_workers=2,
+        ),
         OptimConfig(batch_size=128, epochs=config.epochs, warmup_epochs=1, lr=1e-3),
         RunConfig(config.out / "runs", name, seed=config.seed, resume="auto" if trained else ""),
     )

@@ -47,6 +47,7 @@ from tvl_align.runtime import (
 from tvl_align.sampling import balanced_weights, epoch_batches, epoch_views, evaluation_rows
 
 EVAL_BATCH = 256
+CALIBRATION_ROWS = 20_000
 log = logging.getLogger(__name__)
 
 
@@ -104,6 +105,7 @@ def load_samples(settings: Settings[Any], device: torch.device) -> tuple[Stage1,
         data.color_jitter,
         data.subtract_background is not None,
         data.shared_geometry,
+        data.augment_pictures,
     )
     synonyms = find_synonyms(rows.root, data.keep_k_synonyms) if data.replace_synonyms else {}
     text = TextOptions("" if data.no_text_prompt else PROMPT, data.shuffle_text, synonyms)
@@ -226,14 +228,14 @@ def train_one_epoch(
 
 @torch.no_grad()
 def calibrate(model: nn.Module, source: FeatureSource, device: torch.device) -> None:
-    """Let a model that has closed forms (`calibrate(batches)`) fit them on all training rows, plain view, each epoch.
+    """Let a model that has closed forms (`calibrate(batches)`) fit them on training rows, plain view, after each epoch.
 
-    Every process reads all rows, so that all end with the same numbers.
+    At most CALIBRATION_ROWS rows, evenly spaced; every process reads all of these, so that all end with the same numbers.
     """
     if not hasattr(model, "calibrate"):
         return
     model.eval()
-    rows = list(torch.arange(len(source)).split(EVAL_BATCH))
+    rows = list(torch.arange(0, len(source), math.ceil(len(source) / CALIBRATION_ROWS)).split(EVAL_BATCH))
 
     def batches() -> Iterator[Features]:
         with progress(len(rows), "calibrate", "batch", quiet=not is_main()) as bar, alone():

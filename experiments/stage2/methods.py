@@ -10,7 +10,7 @@ from tvl_align.alignment import RegisterLoss
 from tvl_align.contract import Implementation, Method
 
 METHODS: dict[str, Method] = {
-    "base": Method(Implementation("stage2_base", "1", "STAGE2"), Stage2Config, TVLStage2.of, RegisterLoss),
+    "base": Method(Implementation("stage2_base", "2", "STAGE2"), Stage2Config, TVLStage2.of, RegisterLoss),
     "cursor": Method(
         Implementation("cursor_flux_talk_register_tokens", "1", "CURSOR"),
         CursorConfig,
@@ -30,7 +30,7 @@ METHODS: dict[str, Method] = {
         MatryoshkaLoss,
     ),
     "disentangled": Method(
-        Implementation("stage2_disentangled", "1", "DISENTANGLED"),
+        Implementation("stage2_disentangled", "2", "DISENTANGLED"),
         DisentangledConfig,
         lambda knobs, specs: Disentangled(specs, knobs),
         RegisterLoss,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,7 +46,7 @@ EXAMPLES = 8  # test rows shown on the page
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure a run on the official test split."""
+    """Measure a run, on the official test split."""
 
     run: tyro.conf.Positional[Path]
     """Run folder: <output_dir>/<log_name>."""
@@ -56,6 +56,8 @@ class EvaluateConfig:
     """CSV with a vision column and one per factor; default: factors.csv beside the data, where there is one."""
     probe_rows: int = 3000
     """Training rows that probes are fitted on, at most: the first so many of a seeded order."""
+    split: Literal["test", "val"] = "test"
+    """Split to measure on. val: for choosing settings; writes results-val.json and no page."""
     device: str | None = None
     """cuda or cpu; default: cuda where there is one, else cpu."""
 
@@ -90,7 +92,10 @@ def load_run(folder: Path) -> tuple[Settings[Any], Method, dict[str, Any]]:
 
 
 def evaluate_run(options: EvaluateConfig) -> Path:
-    """Measure a run; writes results.json and report.html into its folder and returns the page's path."""
+    """Measure a run; writes results.json and report.html into its folder and returns the page's path.
+
+    With `--split val` it writes and returns results-val.json.
+    """
     settings, method, config = load_run(options.run)
     device = pick_device(options.device)
     inputs = load_inputs(settings, device)
@@ -98,13 +103,14 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         raise UserError(
             f"the features of this run ({config['store']}) cannot be made again ({inputs.key}): its data changed."
         )
-    if "test" not in inputs.splits:
-        raise UserError(f"{settings.data.datasets_dir} has no test split (test.csv), so there is nothing to measure on.")
+    if options.split not in inputs.splits:
+        raise UserError(f"{settings.data.datasets_dir} has no {options.split} rows, so there is nothing to measure on.")
     model = method.model(settings.knobs, inputs.specs).to(device)
     model.load_state_dict(load_checkpoint(options.run / options.checkpoint)["model"])
     seed_everything(settings.run.own_seed + 1)
     untrained = method.model(settings.knobs, inputs.specs).to(device)
-    train, test = inputs.splits["train"], inputs.splits["test"]
+    train, test = inputs.splits["train"], inputs.splits[options.split]
+    samples = inputs.samples[options.split]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.run.seed))
     rows = order[: options.probe_rows].sort().values
     frozen = {"train": stage1_features(train, rows, device), "test": stage1_features(test, all_rows(test), device)}
@@ -112,10 +118,11 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         "method": config["implementation"]["experiment_id"],
         "version": config["implementation"]["version"],
         "seed": settings.run.own_seed,
+        "split": options.split,
         "gallery": len(test),
         "checkpoint": options.checkpoint,
-        "root": str(inputs.samples["test"].root.resolve()),
-        "examples": [asdict(row) for row in inputs.samples["test"].rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]],
+        "root": str(samples.root.resolve()),
+        "examples": [asdict(row) for row in samples.rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]],
         "retrieval": {},
         "factors": {},
     }
@@ -125,17 +132,19 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     for first, second in combinations(names, 2):
         results["retrieval"][pair_name(first, second)] = _pair(first, second, read, pooled)
     results["tvl_protocol"] = _tvl_protocol(read, pooled, names)
-    results["prefix"] = _prefixes(model, test, device, names)
     results["controls"] = {"shuffled_acc1": _shuffled(read, names, settings.run.seed)}
-    results["confusions"] = _confusions(read, inputs.samples["test"]) if {"vision", "tactile"} <= set(names) else []
-    path = options.labels or settings.data.datasets_dir / "factors.csv"
+    results["confusions"] = _confusions(read, samples) if {"vision", "tactile"} <= set(names) else []
+    path, probes = options.labels or settings.data.datasets_dir / "factors.csv", None
     if options.labels is not None or path.is_file():
-        labels = read_labels(path)
-        results["factors"] = _factors(model, untrained, train, rows, test, frozen, labels, device, settings.run.seed)
+        probes = Probes(read_labels(path), train, rows, test, frozen, settings.run.seed)
+        results["factors"] = _factors(model, untrained, probes, device)
         results["summary"] = summary(results["factors"])
+    results["prefix"] = _prefixes(model, test, device, names, probes, results["factors"])
     results |= {"run": config, "evaluated_by": provenance()}
-    (options.run / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return write_page(options.run)
+    on_test = options.split == "test"
+    written = options.run / ("results.json" if on_test else f"results-{options.split}.json")
+    written.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return write_page(options.run) if on_test else written
 
 
 def all_rows(source: FeatureSource) -> Tensor:
@@ -240,8 +249,16 @@ def _tvl_protocol(read: Readings, stage1: Mapping[str, Tensor], names: Sequence[
     return found
 
 
-def _prefixes(model: nn.Module, test: FeatureSource, device: torch.device, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Acc@1 (mean over the pairs) and share of the frozen tokens' variance left, for every number of kept registers."""
+def _prefixes(
+    model: nn.Module,
+    test: FeatureSource,
+    device: torch.device,
+    names: Sequence[str],
+    probes: "Probes | None",
+    factors: Mapping[str, Mapping[str, Mapping[str, Any]]],
+) -> list[dict[str, Any]]:
+    """For every number k of kept registers: Acc@1 (mean over the pairs), shared retention (where there are labels), and
+    the share of the frozen tokens' variance left (where the method rebuilds them)."""
     found = []
     count = model.registers.shape[0]
     for k in [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]:  # many: powers of two
@@ -252,17 +269,37 @@ def _prefixes(model: nn.Module, test: FeatureSource, device: torch.device, names
             ).acc1
             for a, b in combinations(names, 2)
         }
-        found.append(
-            {
-                "k": k,
-                "acc1": float(np.mean(list(scores.values()))),
-                "pairs": scores,
-                "reconstructions": read.unexplained,
-            }
-        )
         errors = list(read.unexplained.values())
-        found[-1]["reconstruction"] = float(np.mean(errors)) if errors else None
+        entry = {
+            "k": k,
+            "acc1": float(np.mean(list(scores.values()))),
+            "shared_retention": None,
+            "reconstruction": float(np.mean(errors)) if errors else None,
+            "pairs": scores,
+            "reconstructions": read.unexplained,
+        }
+        if probes is not None:
+            on_train = read_split(model, probes.train, probes.rows, device, k)
+            entry["shared_retention"] = _shared_retention(on_train, read, probes, factors)
+        found.append(entry)
     return found
+
+
+def _shared_retention(
+    on_train: Readings, on_test: Readings, probes: "Probes", factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> float | None:
+    """The summary's number, from the overlapping tokens of these readings."""
+    jobs, ends = [], []
+    for modality, entries in factors.items():
+        fit_rows, read_rows = probes.rows_of(modality, list(entries))
+        for factor, entry in entries.items():
+            if len(entry["ownership"]) > 1:
+                y, y_test = probes.truth(factor, fit_rows, read_rows)
+                x, x_test = (r.overlapping[modality].flatten(1) for r in (on_train, on_test))
+                jobs.append((x[fit_rows], y, x_test[read_rows], y_test))
+                ends.append((entry["chance"], entry["stage1"]))
+    scores = linear_probes(jobs, probes.seed)
+    return float(np.mean([way(s, *e) for s, e in zip(scores, ends, strict=True)])) if scores else None
 
 
 def _confusions(read: Readings, samples: Samples) -> list[dict[str, Any]]:
@@ -287,22 +324,45 @@ def _shuffled(read: Readings, names: Sequence[str], seed: int) -> float:
     return float(np.mean(scores))
 
 
+@dataclass(frozen=True)
+class Probes:
+    """What every probe shares: labels, the training rows it is fitted on, the rows it reads, their frozen features."""
+
+    labels: Labels
+    train: FeatureSource
+    rows: Tensor
+    test: FeatureSource
+    frozen: Mapping[str, Features]
+    seed: int
+
+    def rows_of(self, modality: str, factors: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(M,) bool masks of the fitted and the read rows that have this modality and every one of its labels."""
+        masks = []
+        for split, names in (("train", self._names), ("test", list(self.test.names))):
+            known = np.all([self.labels.of(f, names) >= 0 for f in factors], axis=0)
+            masks.append(self.frozen[split].modalities[modality].present & torch.from_numpy(known))
+        return masks[0], masks[1]
+
+    def truth(self, factor: str, fit_rows: Tensor, read_rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The levels of a factor in the masked rows."""
+        y, y_test = self.labels.of(factor, self._names), self.labels.of(factor, list(self.test.names))
+        return y[fit_rows.numpy()], y_test[read_rows.numpy()]
+
+    @property
+    def _names(self) -> list[str]:
+        return [self.train.names[i] for i in self.rows.tolist()]
+
+
 def _factors(
-    model: nn.Module,
-    untrained: nn.Module,
-    train: FeatureSource,
-    rows: Tensor,
-    test: FeatureSource,
-    frozen: Mapping[str, Features],
-    labels: Labels,
-    device: torch.device,
-    seed: int,
+    model: nn.Module, untrained: nn.Module, probes: Probes, device: torch.device
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Probe every factor in every modality that may carry it. All groups are read from the same rows."""
-    names_train = [train.names[i] for i in rows.tolist()]
-    names_test = list(test.names)
+    labels, frozen = probes.labels, probes.frozen
     readings = {
-        name: (read_split(m, train, rows, device), read_split(m, test, all_rows(test), device))
+        name: (
+            read_split(m, probes.train, probes.rows, device),
+            read_split(m, probes.test, all_rows(probes.test), device),
+        )
         for name, m in (("", model), ("untrained_", untrained))
     }
     modalities = list(readings[""][0].overlapping)
@@ -311,12 +371,13 @@ def _factors(
     with progress(sum(map(len, plan.values())), "probe", "factor") as bar:
         for modality in modalities:
             found[modality] = {}
-            fit_rows, read_rows = _labelled(frozen, modality, labels, plan[modality], names_train, names_test)
-            truth = [(labels.of(f, names_train)[fit_rows], labels.of(f, names_test)[read_rows]) for f in plan[modality]]
+            fit_rows, read_rows = probes.rows_of(modality, plan[modality])
+            truth = [probes.truth(f, fit_rows, read_rows) for f in plan[modality]]
             a, b = frozen["train"].modalities[modality], frozen["test"].modalities[modality]
             attentive = attentive_probe(
                 a.tokens[fit_rows], a.mask[fit_rows], [t for t, _ in truth],
-                _fitted(b.tokens, a.tokens)[read_rows], _fitted(b.mask, a.mask)[read_rows], [t for _, t in truth], seed,
+                _fitted(b.tokens, a.tokens)[read_rows], _fitted(b.mask, a.mask)[read_rows], [t for _, t in truth],
+                probes.seed,
             )  # fmt: skip
             for factor, (y, y_test), ceiling in zip(plan[modality], truth, attentive, strict=True):
                 groups = {"stage1_pooled": (a.pooled, b.pooled)} | {
@@ -327,8 +388,8 @@ def _factors(
                     for who, (on_train, on_test) in readings.items()
                     for group in ("overlapping", "complementary")
                 }
-                scores = linear_probes([(x[fit_rows], t[read_rows]) for x, t in groups.values()], y, y_test, seed)
-                entry: dict[str, Any] = dict(zip(groups, scores, strict=True))
+                jobs = [(x[fit_rows], y, t[read_rows], y_test) for x, t in groups.values()]
+                entry: dict[str, Any] = dict(zip(groups, linear_probes(jobs, probes.seed), strict=True))
                 entry |= {
                     "ownership": list(labels.ownership[factor]),
                     "chance": 100 * float(np.bincount(y_test).max() / len(y_test)),
@@ -343,17 +404,6 @@ def _fitted(x: Tensor, like: Tensor) -> Tensor:
     """Cut or zero-pad the token axis of x to that of `like`."""
     missing = like.shape[1] - x.shape[1]
     return x[:, : like.shape[1]] if missing <= 0 else torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], 1)
-
-
-def _labelled(
-    frozen: Mapping[str, Features], modality: str, labels: Labels, factors: Sequence[str], *names: list[str]
-) -> tuple[Tensor, Tensor]:
-    """The rows of train and test that have this modality and every one of its labels."""
-    masks = []
-    for split, rows in zip(("train", "test"), names, strict=True):
-        known = np.all([labels.of(f, rows) >= 0 for f in factors], axis=0)
-        masks.append(frozen[split].modalities[modality].present & torch.from_numpy(known))
-    return masks[0], masks[1]
 
 
 def summary(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:

@@ -1,32 +1,30 @@
-"""stage2_base v1. TVLStage2, the base model: a few registers on top of the frozen Stage 1.
+"""stage2_base v2. TVLStage2, the base model: a few registers on top of the frozen Stage 1, shared and unique kept apart.
 
 Each modality is read separately: its own key reader over its token sequence, and by default its own blocks
 (`share_weights` ties them). The registers are shared: the same learnable queries ask every modality. The first
-`num_overlapping_tokens` are aligned across modalities by the loss, the rest are complementary.
+`num_overlapping_tokens` are aligned across modalities by the loss, the rest are complementary; how the two are kept apart
+is told in tvl_align.separated_model.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
 
-from tvl_align.config import RegisterConfig
 from tvl_align.contract import FeatureSpec
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.nested import NestedMode
-from tvl_align.register_model import RegisterModel
+from tvl_align.separated_model import SeparatedConfig, SeparatedModel
 
 
 @dataclass(frozen=True)
-class Stage2Config(RegisterConfig):
+class Stage2Config(SeparatedConfig):
     """The registers and their loss."""
 
-    preservation_weight: float = 1.0
-    """Weight of rebuilding the frozen tokens from all registers; 0: the documented formula exactly."""
     share_weights: bool = False
     """Use the same blocks for every modality."""
 
 
-class TVLStage2(RegisterModel):
+class TVLStage2(SeparatedModel):
     """Registers over frozen features; `forward` takes raw inputs or stored features (see RegisterModel).
 
     Args:
@@ -36,6 +34,7 @@ class TVLStage2(RegisterModel):
         nested_dropout_rate: drop probability of the last register (see tvl_align.nested).
         preservation: build the decoders that the preservation term of the loss needs.
         share_weights: tie the blocks of all modalities.
+        bottleneck, noise, canonical: see tvl_align.separated_model.SeparatedConfig.
     Raises:
         UserError: N <= No, or D not divisible by the heads.
     """
@@ -56,8 +55,11 @@ class TVLStage2(RegisterModel):
         nested_dropout_mode: NestedMode = "nested",
         preservation: bool = True,
         share_weights: bool = False,
+        bottleneck: int = 24,
+        noise: float = 0.6,
+        canonical: int = 60,
     ) -> None:
-        knobs = RegisterConfig(
+        knobs = SeparatedConfig(
             num_register_tokens=num_register_tokens,
             num_overlapping_tokens=num_overlapping_tokens,
             register_token_dim=register_token_dim,
@@ -69,8 +71,12 @@ class TVLStage2(RegisterModel):
             drop_path_rate=drop_path_rate,
             nested_dropout_rate=nested_dropout_rate,
             nested_dropout_mode=nested_dropout_mode,
+            preservation_weight=float(preservation),
+            bottleneck=bottleneck,
+            noise=noise,
+            canonical=canonical,
         )
-        super().__init__(stage1_model, knobs, share_weights=share_weights, preservation=preservation)
+        super().__init__(stage1_model, knobs, share_weights=share_weights)
 
     @classmethod
     def of(cls, knobs: Stage2Config, specs: Mapping[str, FeatureSpec]) -> "TVLStage2":

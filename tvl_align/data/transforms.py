@@ -43,6 +43,7 @@ class ImageOptions:
     color_jitter: bool = False
     subtract_background: bool = False
     shared_geometry: bool = True
+    augment: bool = True
 
 
 @lru_cache(maxsize=4)
@@ -91,9 +92,9 @@ class Pictures:
     def __call__(self, row: Row, seed: int | None = None) -> dict[str, Tensor]:
         """{"vision": (3, S, S), "tactile": (3, S', S')}, without what the row lacks.
 
-        `seed=None` is the plain view. Otherwise every draw follows from the seed alone.
+        `seed=None` is the plain view, and the only one without `augment`. Otherwise every draw follows from the seed alone.
         """
-        if seed is None:
+        if seed is None or not self.options.augment:
             return self._views(row, None, Geometry(), Geometry())
         rng = random.Random(seed)
         photo = Geometry.draw(rng)
