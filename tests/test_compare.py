@@ -31,7 +31,7 @@ def test_the_page_and_its_markdown(folder: Path, tmp_path: Path) -> None:
     for document in (html, text):
         for part in (
             "cursor_flux_talk_register_tokens v1",
-            "stage2_disentangled v1",
+            "stage2_disentangled v2",
             "Stage 1, frozen",
             "chance",
             "0, 1",

@@ -155,13 +155,22 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     results = json.loads((page.parent / "results.json").read_text())
     assert results["gallery"] == 40
     assert results["controls"]["shuffled_acc1"] < 15
+    assert results["controls"]["untrained_acc1"] < 20
     for numbers in results["retrieval"].values():
         assert {"acc1", "acc5", "chance1", "stage1_acc1"} <= numbers.keys()
     assert set(results["summary"]) == {"shared_retention", "unique_retention", "unique_leak", "shared_leak"}
     assert [p["k"] for p in results["prefix"]] == [1, 2, 3, 4]
     assert all({"k", "acc1", "shared_retention", "reconstruction"} <= p.keys() for p in results["prefix"])
-    assert results["prefix"][-1]["shared_retention"] == pytest.approx(results["summary"]["shared_retention"])
+    assert results["prefix"][-1]["shared_retention"] == pytest.approx(results["summary"]["shared_retention"], nan_ok=True)
     assert "world:" not in run(command)
+    checkpoint = tmp_path / "stage1" / "checkpoint.pth"
+    wrong = torch.load(checkpoint, weights_only=True)
+    name = next(k for k, v in wrong["model"].items() if v.is_floating_point() and v.ndim > 1)
+    wrong["model"][name] += 1.0
+    torch.save(wrong, checkpoint)
+    stores = set((tmp_path / "runs" / "features").iterdir())
+    assert "Stage-1 checkpoint" in run(f"tvl-align evaluate {page.parent}", expect=2)
+    assert set((tmp_path / "runs" / "features").iterdir()) == stores  # refused before anything was encoded
 
 
 def called(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -77,10 +77,13 @@ def separate(separations: Mapping[str, Separation], units: Mapping[str, Tensor],
 
 
 def least_squares(x: Tensor, y: Tensor) -> Tensor:
-    """(B, F), (B, G) -> (F, G): ridge regression of y on x, both centred, in double precision."""
+    """(B, F), (B, G) -> (F, G): ridge regression of y on x, both centred, in double precision.
+
+    The ridge grows where rows are scarcer than numbers, so that rounding is never amplified; with many rows it is RIDGE.
+    """
     x, y = centred(x.double()), centred(y.double())
-    inner = x.T @ x
-    inner += RIDGE * inner.diagonal().mean().clamp(min=1e-12) * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    inner, ridge = x.T @ x, RIDGE + (x.shape[1] / len(x)) ** 2
+    inner += ridge * inner.diagonal().mean().clamp(min=1e-12) * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     return torch.linalg.solve(inner, x.T @ y).float()
 
 

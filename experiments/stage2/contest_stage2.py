@@ -37,7 +37,7 @@ class ContestConfig:
     """Test samples of the world."""
     pretrain_epochs: int = 3
     """Epochs of the small Stage 1."""
-    epochs: int = 3
+    epochs: int = 2
     """Epochs of Stage 2, the same for every method."""
     views: int = 4
     """Views of every training row beside the plain one; only their sentences differ."""

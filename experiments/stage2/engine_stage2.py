@@ -29,7 +29,7 @@ from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.evaluation import retrieval
-from tvl_align.features import FeatureSource, LiveSplit, open_or_encode
+from tvl_align.features import FeatureSource, LiveSplit, open_or_encode, store_key
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.registers import pooled_overlapping
 from tvl_align.runtime import (
@@ -74,10 +74,18 @@ def make_accelerator(settings: Settings[Any]) -> Accelerator:
     )
 
 
-def load_inputs(settings: Settings[Any], device: torch.device) -> Inputs:
-    """Read the data, load the encoders, open the feature store (filled first where it is missing)."""
+def load_inputs(settings: Settings[Any], device: torch.device, expected: str | None = None) -> Inputs:
+    """Read the data, load the encoders, open the feature store (filled first where it is missing).
+
+    expected: the key the store must have. Raises UserError where data or Stage-1 checkpoint now give another one.
+    """
     stage1, samples = load_samples(settings, device)
     data = settings.data
+    if expected is not None and (key := store_key(stage1, samples, data.views)[0]) != expected:
+        raise UserError(
+            f"{settings.stage1.stage1_checkpoint} and {data.datasets_dir} now give the features {key}, not the {expected} "
+            "of this run: the Stage-1 checkpoint, the data or a package changed since; put back what was there."
+        )
     if data.views == 0:
         splits = {n: LiveSplit(stage1, s, data.num_workers, train=n == "train") for n, s in samples.items() if len(s)}
         return Inputs(dict(splits), stage1.specs, None, samples)

@@ -98,11 +98,7 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     """
     settings, method, config = load_run(options.run)
     device = pick_device(options.device)
-    inputs = load_inputs(settings, device)
-    if inputs.key != config["store"]:
-        raise UserError(
-            f"the features of this run ({config['store']}) cannot be made again ({inputs.key}): its data changed."
-        )
+    inputs = load_inputs(settings, device, config["store"])
     if options.split not in inputs.splits:
         raise UserError(f"{settings.data.datasets_dir} has no {options.split} rows, so there is nothing to measure on.")
     model = method.model(settings.knobs, inputs.specs).to(device)
@@ -132,7 +128,11 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     for first, second in combinations(names, 2):
         results["retrieval"][pair_name(first, second)] = _pair(first, second, read, pooled)
     results["tvl_protocol"] = _tvl_protocol(read, pooled, names)
-    results["controls"] = {"shuffled_acc1": _shuffled(read, names, settings.run.seed)}
+    random_read = read_split(untrained, test, all_rows(test), device)
+    results["controls"] = {
+        "shuffled_acc1": _shuffled(read, names, settings.run.seed),
+        "untrained_acc1": float(np.mean([_pair(a, b, random_read, pooled)["acc1"] for a, b in combinations(names, 2)])),
+    }
     results["confusions"] = _confusions(read, samples) if {"vision", "tactile"} <= set(names) else []
     path, probes = options.labels or settings.data.datasets_dir / "factors.csv", None
     if options.labels is not None or path.is_file():
