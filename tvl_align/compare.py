@@ -157,11 +157,12 @@ def _markdown(facts: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[st
             [
                 str(p["k"]),
                 _spread([r["prefix"][i]["acc1"] for r in runs]),
+                _maybe([r["prefix"][i]["shared_retention"] for r in runs]),
                 _maybe([r["prefix"][i]["reconstruction"] for r in runs]),
             ]
             for i, p in enumerate(runs[0]["prefix"])
         ]
-        parts.append(f"{method}: order\n\n" + table(["registers", "mean Acc@1", "variance left"], ks))
+        parts.append(f"{method}: order\n\n" + table(["registers", "mean Acc@1", "shared retention", "variance left"], ks))
     parts.append("\n".join(f"- {m}, seed {s}, {c[:12]}: `{command}`" for m, s, _, command, c in facts["commands"]))
     return "\n\n".join([*parts, f"Made by `{facts['command']}`."]) + "\n"
 

@@ -121,18 +121,23 @@ def _wrapped(name: str) -> str:
 
 
 def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
-    """Mean Acc@1 and reconstruction error against the share of registers kept, one line a method (mean over seeds)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
-    for i, (name, runs) in enumerate(methods.items()):
-        ks, style = [p["k"] for p in runs[0]], {"marker": "o", "label": name, "color": f"C{i}"}
-        left.plot(ks, np.mean([[p["acc1"] for p in run] for run in runs], axis=0), **style)
-        if runs[0][0]["reconstruction"] is not None:
-            right.plot(ks, np.mean([[p["reconstruction"] for p in run] for run in runs], axis=0), **style)
-    for axes in (left, right):
+    """Mean Acc@1, shared retention and reconstruction error against the number of registers kept, one line a method (mean
+    over seeds)."""
+    panels = {
+        "acc1": "test Acc@1, mean over pairs (%)",
+        "shared_retention": "shared retention (%)",
+        "reconstruction": "variance of frozen tokens left (%)",
+    }
+    figure, row = plt.subplots(1, len(panels), figsize=(14, 3.4))
+    for axes, (what, label) in zip(row, panels.items(), strict=True):
+        for i, (name, runs) in enumerate(methods.items()):
+            if all(p[what] is not None for run in runs for p in run):
+                ks = [p["k"] for p in runs[0]]
+                scores = np.mean([[p[what] for p in run] for run in runs], axis=0)
+                axes.plot(ks, scores, marker="o", label=name, color=f"C{i}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set(xlabel="registers kept", ylabel="test Acc@1, mean over pairs (%)", ylim=(0, None))
-    right.set(xlabel="registers kept", ylabel="variance of frozen tokens left (%)", ylim=(0, 105))
-    left.legend(frameon=False, fontsize=7)
+        axes.set(xlabel="registers kept", ylabel=label, ylim=(0, None))
+    row[0].legend(frameon=False, fontsize=7)
     return png(figure)
 
 
