@@ -16,7 +16,7 @@ from tvl_align.console import UserError
 from tvl_align.data.transforms import preview
 from tvl_align.data.tvl import Row
 from tvl_align.evaluation import way
-from tvl_align.report import as_url, is_synthetic, read_metrics
+from tvl_align.report import as_url, is_synthetic, number, read_metrics
 
 MAIN = "tactile_vision"
 SUMMARY = ("shared_retention", "unique_retention", "unique_leak", "shared_leak")
@@ -47,13 +47,18 @@ def load_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
     return found
 
 
+def main_pair(results: Mapping[str, Any]) -> str:
+    """The pair that ranks methods: touch and vision, where there are both."""
+    return MAIN if MAIN in results["retrieval"] else next(iter(results["retrieval"]))
+
+
 def by_method(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Runs of each method, in the order of their touch-vision Acc@1, best first."""
+    """Runs of each method, in the order of the main pair's Acc@1, best first."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
         groups.setdefault(f"{result['method']} v{result['version']}", []).append(result)
-    first_pair = MAIN if MAIN in results[0]["retrieval"] else next(iter(results[0]["retrieval"]))
-    order = sorted(groups, key=lambda m: -np.mean([r["retrieval"][first_pair]["acc1"] for r in groups[m]]))
+    pair = main_pair(results[0])
+    order = sorted(groups, key=lambda m: -np.mean([r["retrieval"][pair]["acc1"] for r in groups[m]]))
     return {name: groups[name] for name in order}
 
 
@@ -70,7 +75,7 @@ def leaderboard(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list
         cells += [_spread([r["summary"][name] for r in runs]) for name in SUMMARY if name in some.get("summary", {})]
         cells.append(_spread([100 * r["prefix"][0]["acc1"] / max(r["prefix"][-1]["acc1"], 1e-9) for r in runs]))
         rows.append(cells)
-    stage1 = ["Stage 1, frozen", "", *(_spread([n["stage1_acc1"]]) for n in some["retrieval"].values())]
+    stage1 = ["Stage 1, frozen", "", *(number(n["stage1_acc1"]) for n in some["retrieval"].values())]
     chance = ["chance", "", *(f"{n['chance1']:.2f}" for n in some["retrieval"].values())]
     return columns, [*rows, *(row + [""] * (len(columns) - len(row)) for row in (stage1, chance))]
 
@@ -101,7 +106,9 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
     root = Path(results[0]["root"])
     figures = {"score": as_url(plots.methods_against_k({m: [r["prefix"] for r in rs] for m, rs in groups.items()}))}
     figures["curves"] = as_url(
-        plots.methods_curves({m: [read_metrics(Path(r["folder"])) for r in rs] for m, rs in groups.items()}, MAIN)
+        plots.methods_curves(
+            {m: [read_metrics(Path(r["folder"])) for r in rs] for m, rs in groups.items()}, main_pair(results[0])
+        )
     )
     if results[0]["factors"]:
         figures["heat"] = as_url(plots.methods_heat_map({m: mean_factors(rs) for m, rs in groups.items()}))

@@ -27,8 +27,8 @@ T = TypeVar("T")
 class Stage1Config:
     """The frozen encoders."""
 
-    stage1_checkpoint: Path
-    """TVL checkpoint (.pth) with the touch encoder."""
+    stage1_checkpoint: Path | None = None
+    """TVL checkpoint (.pth) with the touch encoder; needed unless --store is given."""
     tactile_model: str = "vit_tiny_patch16_224"
     """Touch encoder of the checkpoint: vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224 or resnet18."""
     common_latent_dim: int | None = None
@@ -52,9 +52,11 @@ class DataConfig:
     datasets: tuple[str, ...] = ("ssvtp", "hct")
     """Data sets to use."""
     active_modality_names: tuple[str, ...] = MODALITIES
-    """Modalities to use: two or three of vision, tactile, text."""
+    """Modalities to use: two or three of vision, tactile, text; of a --store: any of its own, by default all."""
     views: int = 4
     """Augmented views of every training row in the feature store; 0: no store, encode on the fly in every step."""
+    store: Path | None = None
+    """Train on this feature store as it is (`tvl-align features import`); encoders and data sets are not read."""
     feature_dir: Path | None = None
     """Folder of feature stores; default: <output_dir>/features."""
     importance_sampling: bool = False
@@ -91,7 +93,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name in self.active_modality_names:
-            if name not in MODALITIES:
+            if self.store is None and name not in MODALITIES:
                 raise UserError(
                     f"modality {name!r} is not supported: --active_modality_names takes {', '.join(MODALITIES)}."
                 )
@@ -209,6 +211,10 @@ class Settings(Generic[K]):
     data: tyro.conf.OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     optim: tyro.conf.OmitArgPrefixes[OptimConfig] = field(default_factory=OptimConfig)
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.stage1.stage1_checkpoint is None and self.data.store is None:
+            raise UserError("give --stage1_checkpoint FILE, or --store FOLDER with features of your own.")
 
     @property
     def folder(self) -> Path:

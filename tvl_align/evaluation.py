@@ -193,18 +193,20 @@ class Labels:
 
 
 def read_labels(path: Path) -> Labels:
-    """A CSV with a row-name column (`vision`) and one column per factor; `factors.json` beside it names the owners."""
+    """A CSV with a row-name column (`vision` or `row`) and one per factor; a .json of its name beside it names owners."""
     if not path.is_file():
         raise UserError(f"no such label file: {path}; --labels takes a CSV with a vision column and one per factor.")
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
-        columns = [c for c in reader.fieldnames or () if c not in ("split", "vision")]
-        if "vision" not in (reader.fieldnames or ()) or not columns:
-            raise UserError(f"{path} needs a vision column and a column per factor (it has: {reader.fieldnames}).")
+        given = list(reader.fieldnames or ())
+        key = next((c for c in ("vision", "row") if c in given), None)
+        columns = [c for c in given if c not in ("split", key)]
+        if key is None or not columns:
+            raise UserError(f"{path} needs a vision column (or row) and a column per factor (it has: {given}).")
         rows = list(reader)
     levels = {c: sorted({row[c] for row in rows if row[c]}) for c in columns}
     place = {c: {name: i for i, name in enumerate(names)} for c, names in levels.items()}
-    values = {row["vision"]: {c: place[c][row[c]] for c in columns if row[c]} for row in rows}
+    values = {row[key]: {c: place[c][row[c]] for c in columns if row[c]} for row in rows}
     about = path.with_suffix(".json")
     legend: Mapping[str, dict[str, list[str]]] = {}
     if about.is_file():

@@ -13,6 +13,7 @@ reused in silence. Layout:
 Text tables hold each distinct sentence once. Only training rows have views beyond the plain one.
 """
 
+import csv
 import hashlib
 import json
 import logging
@@ -24,11 +25,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from tvl_align.arrays import SPLITS, Arrays, View, check_arrays
 from tvl_align.console import UserError, progress
 from tvl_align.contract import Batch, Features, FeatureSpec, Tokens
 from tvl_align.data.samples import Samples
@@ -99,6 +102,92 @@ class FeatureStore:
         self.key: str = self.manifest["key"]
         self.specs = {name: FeatureSpec(**spec) for name, spec in self.manifest["modalities"].items()}
         self.splits = {name: StoredSplit(folder / name, self.specs, info) for name, info in self.manifest["splits"].items()}
+
+    def only(self, names: Sequence[str]) -> "FeatureStore":
+        """Restrict it to some of its modalities, in the order given."""
+        unknown = [name for name in names if name not in self.specs]
+        if unknown:
+            raise UserError(f"{self.folder} has no modality {unknown[0]!r}; it holds {', '.join(self.specs)}.")
+        self.specs = {name: self.specs[name] for name in names}
+        for split in self.splits.values():
+            split.tables = {name: split.tables[name] for name in names if name in split.tables}
+        return self
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any] | Arrays, out: Path, **options: Any) -> "FeatureStore":
+        """A store of any two or more modalities: {name: (N, T, W) or (N, W)}; `out` is a new or empty folder.
+
+        options: labels, owners, pooled, mask, present, split, groups, names, seed, as in tvl_align.arrays.check_arrays.
+        A store that already holds exactly this is opened. Raises UserError for wrong arrays and for another store there.
+        """
+        checked = arrays if isinstance(arrays, Arrays) else check_arrays(arrays, **options)
+        key = _arrays_key(checked)
+        if (out / "manifest.json").is_file():
+            store = cls(out)
+            if store.key != key:
+                raise UserError(f"{out} already holds another store ({store.key}); give another folder.")
+            return store
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty; give a new folder for the store.")
+        out.mkdir(parents=True, exist_ok=True)
+        shapes = {
+            name: FeatureSpec(view.tokens.shape[2], view.tokens.shape[1], view.pooled.shape[1])
+            for name, view in checked.views.items()
+        }
+        splits: dict[str, Any] = {}
+        for split in SPLITS:
+            rows = np.flatnonzero(checked.split == split)
+            if len(rows):
+                names = [checked.names[i] for i in rows]
+                splits[split] = {
+                    "views": 0,
+                    "names": names,
+                    "datasets": ["arrays"] * len(rows),
+                    "captions": [None] * len(rows),
+                }
+                _write_arrays(out / split, checked.views, rows, shapes)
+        if checked.labels:
+            _write_labels(out, checked)
+        manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits, "ingredients": {}}
+        manifest |= {"modalities": {m: asdict(spec) for m, spec in shapes.items()}, "made_by": provenance()}
+        (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        return cls(out)
+
+
+def _arrays_key(arrays: Arrays) -> str:
+    digest = hashlib.sha256(repr((FORMAT, arrays.names, arrays.split.tolist(), arrays.owners)).encode())
+    for name, view in arrays.views.items():
+        digest.update(name.encode())
+        for x in vars(view).values():
+            digest.update(repr(x.shape).encode() + np.ascontiguousarray(x).tobytes())
+    for name, column in arrays.labels.items():
+        digest.update(repr((name, column.tolist())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _write_arrays(folder: Path, views: Mapping[str, View], rows: np.ndarray, shapes: Mapping[str, FeatureSpec]) -> None:
+    index = {}
+    for name, view in views.items():
+        here = rows[view.present[rows]]
+        place = torch.full((len(rows), 1), -1, dtype=torch.int64)
+        place[torch.from_numpy(view.present[rows])] = torch.arange(len(here))[:, None]
+        index[name] = place
+        if len(here):
+            table = _empty_table(len(here), shapes[name]).memmap_like(folder / name)
+            table["tokens"].copy_(torch.from_numpy(view.tokens[here]).half())
+            table["mask"].copy_(torch.from_numpy(view.mask[here]))
+            table["pooled"].copy_(torch.from_numpy(view.pooled[here]))
+    keys = torch.arange(len(rows))[:, None, None].expand(-1, 1, 2).contiguous()  # no row says what another says
+    TensorDict({**index, "caption_keys": keys}, batch_size=[len(rows)]).memmap(folder / "index")
+
+
+def _write_labels(folder: Path, arrays: Arrays) -> None:
+    with (folder / "labels.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", *arrays.labels])
+        writer.writerows(zip(arrays.names, *(column.tolist() for column in arrays.labels.values()), strict=True))
+    owners = {name: {"ownership": list(arrays.owners[name])} for name in arrays.labels if name in arrays.owners}
+    (folder / "labels.json").write_text(json.dumps({"factors": owners}), encoding="utf-8")
 
 
 def store_key(stage1: Stage1, samples: Mapping[str, Samples], views: int) -> tuple[str, dict[str, Any]]:

@@ -50,6 +50,11 @@ def is_synthetic(root: Path) -> bool:
     return about.is_file() and bool(json.loads(about.read_text(encoding="utf-8")).get("synthetic"))
 
 
+def number(value: float | None, digits: int = 1) -> str:
+    """A number as tables show it; None, where there is nothing to compare with, is a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def _strip(root: Path, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray, str]]:
     rows = []
     for row in examples:
@@ -67,7 +72,7 @@ def print_table(results: dict[str, Any], synthetic: bool) -> None:
     for pair, n in results["retrieval"].items():
         for k in (1, 5):
             chance = f"{n['chance1']:.2f}" if k == 1 else ""
-            table.add_row(f"{pair.replace('_', '-')} Acc@{k}", f"{n[f'acc{k}']:.1f}", f"{n[f'stage1_acc{k}']:.1f}", chance)
+            table.add_row(f"{pair.replace('_', '-')} Acc@{k}", f"{n[f'acc{k}']:.1f}", number(n[f"stage1_acc{k}"]), chance)
     for name, value in results.get("summary", {}).items():
         table.add_row(name.replace("_", " ") + " (way)", f"{value:.0f}", "100", "0")
     if results["factors"]:

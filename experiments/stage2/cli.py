@@ -1,4 +1,4 @@
-"""The `tvl-align` command: world | pretrain | encode | train | evaluate | compare | contest | demo."""
+"""The `tvl-align` command: world | pretrain | encode | features | train | evaluate | compare | contest | demo."""
 
 import difflib
 import logging
@@ -17,12 +17,13 @@ from experiments.stage2.demo_stage2 import DemoConfig, demo
 from experiments.stage2.engine_stage2 import fit, load_samples, make_accelerator
 from experiments.stage2.methods import METHODS
 from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
+from tvl_align.arrays import read_npz
 from tvl_align.compare import write_comparison
 from tvl_align.config import Settings, parse
 from tvl_align.console import UserError, says_it_plainly
 from tvl_align.data.world import write_world
 from tvl_align.encoders.pretrain import PretrainConfig, pretrain
-from tvl_align.features import open_or_encode
+from tvl_align.features import FeatureStore, open_or_encode
 from tvl_align.runtime import is_main
 
 
@@ -57,12 +58,36 @@ def _encode(argv: Sequence[str]) -> None:
     """Takes the flags of `train`, so that the store is the one that training will look for."""
     name, rest = _method(argv)
     settings = parse(Settings[METHODS[name].knobs], rest, "tvl-align encode")
+    if settings.data.store is not None:
+        raise UserError(f"{settings.data.store} is already a store; train on it with --store.")
     if settings.data.views == 0:
         raise UserError("--views 0 means no feature store; give --views 1 or more to encode one.")
     stage1, samples = load_samples(settings, make_accelerator(settings).device)
     store = open_or_encode(settings.feature_dir, stage1, samples, settings.data.views, settings.data.num_workers)
     if is_main():
         print(store.folder)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a feature store from arrays of any two or more modalities (the names in the file: tvl_align/arrays.py)."""
+
+    npz: Path
+    """File of numpy.savez."""
+    out: Path
+    """New or empty folder for the store."""
+    seed: int = 0
+    """Seed of the split, where the file has none."""
+
+
+def _features(argv: Sequence[str]) -> None:
+    if list(argv[:1]) != ["import"]:
+        raise UserError("usage: tvl-align features import --npz FILE --out STORE")
+    config = parse(ImportConfig, argv[1:], "tvl-align features import")
+    store = FeatureStore.from_arrays(read_npz(config.npz, config.seed), config.out)
+    rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())
+    print(f"{', '.join(store.specs)}: {rows} rows")
+    print(store.folder)
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -101,6 +126,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "world": ("write a synthetic world in the TVL format", _world),
     "pretrain": ("train a small Stage 1 on a folder in the TVL format", _pretrain),
     "encode": ("compute the frozen features once (same flags as train)", _encode),
+    "features": ("import features of your own: any modalities, no Stage 1", _features),
     "train": ("train Stage 2 (--method base by default)", _train),
     "evaluate": ("measure a run on the test split and write its page", _evaluate),
     "compare": ("rank measured runs on one page", _compare),

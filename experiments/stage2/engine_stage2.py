@@ -22,14 +22,14 @@ from tvl_align.alignment import pair_name
 from tvl_align.checkpoint import keep_as, load_checkpoint, save_checkpoint
 from tvl_align.config import Settings, notes, to_plain
 from tvl_align.console import UserError, progress
-from tvl_align.contract import Features, FeatureSpec, Method
+from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
 from tvl_align.data.text import PROMPT
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.evaluation import retrieval
-from tvl_align.features import FeatureSource, LiveSplit, open_or_encode, store_key
+from tvl_align.features import FeatureSource, FeatureStore, LiveSplit, open_or_encode, store_key
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.registers import pooled_overlapping
 from tvl_align.runtime import (
@@ -79,6 +79,8 @@ def load_inputs(settings: Settings[Any], device: torch.device, expected: str | N
 
     expected: the key the store must have. Raises UserError where data or Stage-1 checkpoint now give another one.
     """
+    if settings.data.store is not None:
+        return _imported(settings, expected)
     stage1, samples = load_samples(settings, device)
     data = settings.data
     if expected is not None and (key := store_key(stage1, samples, data.views)[0]) != expected:
@@ -93,9 +95,21 @@ def load_inputs(settings: Settings[Any], device: torch.device, expected: str | N
     return Inputs(dict(store.splits), store.specs, store.key, samples)
 
 
+def _imported(settings: Settings[Any], expected: str | None) -> Inputs:
+    """A store of the user's own features."""
+    assert settings.data.store is not None
+    store, names = FeatureStore(settings.data.store), settings.data.active_modality_names
+    if expected is not None and store.key != expected:
+        raise UserError(f"{store.folder} now holds the store {store.key}, not the {expected} of this run; put that back.")
+    store = store if names == MODALITIES else store.only(names)
+    return Inputs(dict(store.splits), store.specs, store.key, {})
+
+
 def load_samples(settings: Settings[Any], device: torch.device) -> tuple[Stage1, dict[str, Samples]]:
     """The frozen encoders on the device, and the rows of every split with the transforms these encoders need."""
     data, frozen = settings.data, settings.stage1
+    if frozen.stage1_checkpoint is None:
+        raise UserError("encoding needs --stage1_checkpoint FILE.")
     rows = read_tvl(data.datasets_dir, data.datasets, settings.run.seed, data.use_not_contact, data.percent_not_contact)
     stage1 = load_stage1(
         frozen.stage1_checkpoint,
@@ -133,10 +147,11 @@ def fit(settings: Settings[Any], method: Method) -> Path:
     inputs = load_inputs(settings, device)
     for name in ("train", "val"):
         if name not in inputs.splits or not len(inputs.splits[name]):
-            raise UserError(f"{settings.data.datasets_dir} leaves no {name} rows; it needs at least two trajectories.")
+            where = settings.data.store or settings.data.datasets_dir
+            raise UserError(f"{where} leaves no {name} rows; it needs at least two trajectories (or groups).")
     seed_everything(settings.run.own_seed)
     model = method.model(settings.knobs, inputs.specs).to(device)
-    loss = method.loss(settings.knobs, settings.data.active_modality_names)
+    loss = method.loss(settings.knobs, list(inputs.specs))
     optim = settings.optim
     lr = optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * world_size() / 256
     steps = len(epoch_batches(len(inputs.splits["train"]), optim.batch_size, 0, 0))

@@ -53,7 +53,7 @@ class EvaluateConfig:
     checkpoint: str = "checkpoint.pth"
     """Checkpoint in the run folder: the last epoch, or checkpoint-acc1.pth, checkpoint-acc5.pth."""
     labels: Path | None = None
-    """CSV with a vision column and one per factor; default: factors.csv beside the data, where there is one."""
+    """CSV with a vision column and one per factor; default: what came with the data, where there are labels."""
     probe_rows: int = 3000
     """Training rows that probes are fitted on, at most: the first so many of a seeded order."""
     split: Literal["test", "val"] = "test"
@@ -100,13 +100,14 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     device = pick_device(options.device)
     inputs = load_inputs(settings, device, config["store"])
     if options.split not in inputs.splits:
-        raise UserError(f"{settings.data.datasets_dir} has no {options.split} rows, so there is nothing to measure on.")
+        where = settings.data.store or settings.data.datasets_dir
+        raise UserError(f"{where} has no {options.split} rows, so there is nothing to measure on.")
     model = method.model(settings.knobs, inputs.specs).to(device)
     model.load_state_dict(load_checkpoint(options.run / options.checkpoint)["model"])
     seed_everything(settings.run.own_seed + 1)
     untrained = method.model(settings.knobs, inputs.specs).to(device)
     train, test = inputs.splits["train"], inputs.splits[options.split]
-    samples = inputs.samples[options.split]
+    samples = inputs.samples.get(options.split)  # None: features of the user's own, whose pictures are not known
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.run.seed))
     rows = order[: options.probe_rows].sort().values
     frozen = {"train": stage1_features(train, rows, device), "test": stage1_features(test, all_rows(test), device)}
@@ -117,8 +118,8 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         "split": options.split,
         "gallery": len(test),
         "checkpoint": options.checkpoint,
-        "root": str(samples.root.resolve()),
-        "examples": [asdict(row) for row in samples.rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]],
+        "root": str((samples.root if samples else settings.data.store or Path()).resolve()),
+        "examples": [asdict(row) for row in samples.rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]] if samples else [],
         "retrieval": {},
         "factors": {},
     }
@@ -127,14 +128,15 @@ def evaluate_run(options: EvaluateConfig) -> Path:
     pooled = {m: t.pooled.cpu() for m, t in frozen["test"].modalities.items()}
     for first, second in combinations(names, 2):
         results["retrieval"][pair_name(first, second)] = _pair(first, second, read, pooled)
-    results["tvl_protocol"] = _tvl_protocol(read, pooled, names)
+    results["tvl_protocol"] = _tvl_protocol(read, pooled, names) if samples else {}
     random_read = read_split(untrained, test, all_rows(test), device)
     results["controls"] = {
         "shuffled_acc1": _shuffled(read, names, settings.run.seed),
         "untrained_acc1": float(np.mean([_pair(a, b, random_read, pooled)["acc1"] for a, b in combinations(names, 2)])),
     }
-    results["confusions"] = _confusions(read, samples) if {"vision", "tactile"} <= set(names) else []
-    path, probes = options.labels or settings.data.datasets_dir / "factors.csv", None
+    results["confusions"] = _confusions(read, samples) if samples and {"vision", "tactile"} <= set(names) else []
+    beside = settings.data.store / "labels.csv" if settings.data.store else settings.data.datasets_dir / "factors.csv"
+    path, probes = options.labels or beside, None
     if options.labels is not None or path.is_file():
         probes = Probes(read_labels(path), train, rows, test, frozen, settings.run.seed)
         results["factors"] = _factors(model, untrained, probes, device)
@@ -217,16 +219,18 @@ def _keys(first: str, second: str, read: Readings) -> Tensor | None:
     return read.keys if "text" in (first, second) else None
 
 
-def _pair(first: str, second: str, read: Readings, stage1: Mapping[str, Tensor]) -> dict[str, float]:
+def _pair(first: str, second: str, read: Readings, stage1: Mapping[str, Tensor]) -> dict[str, float | None]:
     valid, keys = read.present[first] & read.present[second], _keys(first, second, read)
     ours = retrieval(read.pooled[first], read.pooled[second], valid, keys, read.scale)
-    frozen = retrieval(stage1[first].cpu(), stage1[second].cpu(), valid, keys, read.scale)
+    one, other = stage1[first].cpu(), stage1[second].cpu()
+    comparable = one.shape[1] == other.shape[1]  # features of unrelated encoders have no common space
+    frozen = retrieval(one, other, valid, keys, read.scale) if comparable else None
     return {
         "acc1": ours.acc1,
         "acc5": ours.acc5,
         "chance1": ours.chance1,
-        "stage1_acc1": frozen.acc1,
-        "stage1_acc5": frozen.acc5,
+        "stage1_acc1": frozen.acc1 if frozen else None,
+        "stage1_acc5": frozen.acc5 if frozen else None,
     }
 
 
