@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from tvl_align.canonical import CanonicalReadout
+from tvl_align.canonical import CanonicalReadout, _whitening
 from tvl_align.contract import FeatureSpec, Tokens
 from tvl_align.evaluation import retrieval
 
@@ -77,6 +77,14 @@ def test_however_the_rows_are_cut() -> None:
     for m, t in data.items():
         one, other = whole(m, t.tokens, t.mask), parts(m, t.tokens, t.mask)
         assert torch.allclose(correlation(one, other).abs(), torch.ones(3), atol=1e-3)
+
+
+def test_few_rows_give_the_whitening_of_the_whole_decomposition() -> None:
+    rows = torch.randn(20, 60, generator=torch.Generator().manual_seed(0))
+    rows -= rows.mean(0)
+    covariance = rows.T @ rows / 20
+    sketched, whole = _whitening(covariance, 19), _whitening(covariance, 60)[:, :19]
+    assert torch.allclose(sketched @ sketched.T, whole @ whole.T, atol=1e-3 * float((whole @ whole.T).abs().max()))
 
 
 def test_zero_until_fitted_and_with_too_few_rows() -> None:

@@ -72,7 +72,7 @@ class CanonicalReadout(nn.Module):
         covariance = moments.div_(count).addr_(mean, mean, alpha=-1)
         parts = dict(zip(self.names, torch.arange(sum(sizes), device=mean.device).split(sizes), strict=True))
         parts = {m: slice(int(at[0]), int(at[-1]) + 1) for m, at in parts.items()}
-        white = {m: _whitening(covariance[at, at]) for m, at in parts.items()}
+        white = {m: _whitening(covariance[at, at], count - 1) for m, at in parts.items()}
         maps, strength = _maxvar(white, covariance, parts, self.rank)
         for m, map_ in maps.items():
             own = covariance[parts[m], parts[m]]
@@ -83,10 +83,19 @@ class CanonicalReadout(nn.Module):
         self.fitted.fill_(True)
 
 
-def _whitening(covariance: Tensor) -> Tensor:
-    """(F, F) -> (F, K): the leading principal directions, each over its standard deviation, small ones held back."""
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0)[:COMPONENTS].clamp(min=0), vectors.flip(1)[:, :COMPONENTS]
+def _whitening(covariance: Tensor, rank: int) -> Tensor:
+    """(F, F) of the given rank at most -> (F, K): leading principal directions, each over its standard deviation, small
+    ones held back."""
+    size = len(covariance)
+    kept = min(COMPONENTS, rank, size)
+    if rank < size // 2:  # few rows: the range of the covariance, found by a random sketch, is exact and much cheaper
+        sketch = torch.randn(size, rank, generator=torch.Generator().manual_seed(0)).to(covariance)
+        span = torch.linalg.qr(covariance @ sketch)[0]
+        values, vectors = torch.linalg.eigh(span.T @ covariance @ span)
+        vectors = span @ vectors
+    else:
+        values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0)[:kept].clamp(min=0), vectors.flip(1)[:, :kept]
     return vectors / (values + RIDGE * covariance.diagonal().mean() + 1e-12).sqrt()
 
 

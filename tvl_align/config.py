@@ -110,7 +110,7 @@ class OptimConfig:
     epochs: int = 100
     """Passes over the training rows."""
     accum_iter: int = 1
-    """Batches whose gradients are averaged for one step."""
+    """Batches of one step: its gradient is that of all their rows as one batch, in the memory of one of them."""
     weight_decay: float = 0.05
     """Decoupled weight decay of AdamW; not on norms, biases and registers."""
     lr: float | None = None

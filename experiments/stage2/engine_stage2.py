@@ -4,10 +4,11 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from tvl_align.accumulation import large_batch_gradient
 from tvl_align.alignment import pair_name
 from tvl_align.checkpoint import keep_as, load_checkpoint, save_checkpoint
 from tvl_align.config import Settings, notes, to_plain
 from tvl_align.console import UserError, progress
-from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method
+from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method, Output
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
 from tvl_align.data.text import PROMPT
 from tvl_align.data.transforms import ImageOptions
@@ -222,31 +224,50 @@ def train_one_epoch(
     seed_everything(generator(seed, epoch, 3).initial_seed())  # dropout and noise inside models, where there are any
     wrapped.train()
     sums: dict[str, Tensor] = {}
+    batches = source.batches(list(rows), list(views), accelerator.device)
     with progress(len(rows), f"epoch {epoch}", "step", quiet=not is_main()) as bar:
-        for step, features in enumerate(source.batches(list(rows), list(views), accelerator.device)):
-            joined = model.draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
-            kept = joined[rank() * batch : (rank() + 1) * batch]
-            group, place = divmod(step, accum)
-            update = place == accum - 1 or step == len(rows) - 1
-            share = min(accum, len(rows) - group * accum)
-            with nullcontext() if update else accelerator.no_sync(wrapped):
-                with accelerator.autocast():
-                    output = wrapped(features, kept=kept, joint=False)
-                numbers = loss(output)
-                descend(
-                    numbers["total_loss"] / share,
-                    optimizer,
-                    schedule(epoch * updates + group),
-                    accelerator.backward,
-                    update,
-                )
+        for group in range(updates):
+            parts = []
+            for step, features in zip(range(group * accum, (group + 1) * accum), batches, strict=False):
+                joined = model.draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
+                parts.append((features, joined[rank() * batch : (rank() + 1) * batch]))
+            lr = schedule(epoch * updates + group)
+            numbers = _update(wrapped, loss, optimizer, parts, lr, accelerator)
             means = mean_over_processes(numbers)
-            _check_finite(float(means["total_loss"]), epoch, step, settings.folder)
+            _check_finite(float(means["total_loss"]), epoch, group * accum, settings.folder)
             for name, value in means.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value
             bar.set_postfix(loss=f"{float(means['total_loss']):.3f}", refresh=False)
-            bar.update()
-    return {name: float(total) / len(rows) for name, total in sums.items()}
+            bar.update(len(parts))
+    return {name: float(total) / updates for name, total in sums.items()}
+
+
+def _update(
+    wrapped: nn.Module,
+    loss: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parts: Sequence[tuple[Features, Tensor]],
+    lr: float,
+    accelerator: Accelerator,
+) -> dict[str, Tensor]:
+    """One optimizer step on (features, kept) parts, which together are one batch; returns the loss's numbers."""
+
+    def run(features: Features, kept: Tensor) -> Output:
+        with accelerator.autocast():
+            return wrapped(features, kept=kept, joint=False)
+
+    def part_step(scalar: Tensor, part: int) -> None:
+        descend(scalar, optimizer, lr, accelerator.backward, update=part == len(parts) - 1)
+
+    if len(parts) == 1:
+        numbers = loss(run(*parts[0]))
+        part_step(numbers["total_loss"], 0)
+        return numbers
+
+    def around(part: int) -> AbstractContextManager[None]:
+        return nullcontext() if part == len(parts) - 1 else accelerator.no_sync(wrapped)
+
+    return large_batch_gradient([partial(run, *part) for part in parts], loss, part_step, around)
 
 
 @torch.no_grad()
