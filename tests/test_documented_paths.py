@@ -173,6 +173,20 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     assert set((tmp_path / "runs" / "features").iterdir()) == stores  # refused before anything was encoded
 
 
+def test_the_documented_import(tmp_path: Path) -> None:
+    """The README's Python and commands as they stand, with fewer epochs."""
+    section = (ROOT / "README.md").read_text().split("## Bring your own features", 1)[1]
+    code = re.search(r"```python\n(.*?)```", section, re.S)
+    lines = re.search(r"```bash\n(.*?)```", section, re.S)
+    assert code is not None
+    assert lines is not None
+    (tmp_path / "make.py").write_text(code[1])
+    run(f"{sys.executable} make.py", tmp_path)
+    for line in lines[1].strip().splitlines():
+        said = run(line.replace("--epochs 10", "--epochs 2"), tmp_path)
+    assert said.strip().endswith("report.html")
+
+
 def called(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """`tvl-align` in this process, for what ends before any work: its exit code and what it said."""
     monkeypatch.setattr(sys, "argv", ["tvl-align", *shlex.split(line)])

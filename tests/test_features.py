@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from tvl_align import features as features_module
 from tvl_align.console import UserError
+from tvl_align.contract import Batch, Features
 from tvl_align.data.samples import Samples, TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Row, read_tvl
@@ -67,6 +69,42 @@ def test_without_augmentation_pictures_are_encoded_once_and_sentences_vary(
     rows = torch.arange(5)
     plain, other = split.read(rows, torch.zeros(5, dtype=torch.long)), split.read(rows, torch.full((5,), 4))
     assert torch.equal(plain.modalities["tactile"].tokens, other.modalities["tactile"].tokens)
+
+
+def test_an_interrupted_encode_goes_on_where_it_stopped(
+    world: Path, stage1: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the training pictures, then run again: only what was missing is encoded, and the store is
+    the one of an uninterrupted encode."""
+    monkeypatch.setattr(features_module, "ENCODE_BATCH", 8)
+    samples, encode, calls = samples_of(world), Stage1.encode, []
+
+    def counted(self: Stage1, batch: Batch) -> Features:
+        calls.append(batch)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return encode(self, batch)
+
+    monkeypatch.setattr(Stage1, "encode", counted)
+    stop = 0
+    whole = open_or_encode(tmp_path / "whole", stage1, samples, 1, 0)
+    everything = len(calls)
+    calls.clear()
+    stop = everything // 2
+    with pytest.raises(KeyboardInterrupt):
+        open_or_encode(tmp_path / "torn", stage1, samples, 1, 0)
+    assert next((tmp_path / "torn").iterdir()).suffix == ".partial"
+    calls.clear()
+    stop = 0
+    mended = open_or_encode(tmp_path / "torn", stage1, samples, 1, 0)
+    assert len(calls) < 0.65 * everything
+    assert mended.key == whole.key
+    for name, split in whole.splits.items():
+        one, other = (s.read(torch.arange(len(split))) for s in (split, mended.splits[name]))
+        for m, tokens in one.modalities.items():
+            assert torch.equal(tokens.pooled, other.modalities[m].pooled), (name, m)
+            assert torch.equal(tokens.tokens, other.modalities[m].tokens), (name, m)
+        assert not (mended.folder / name / "done").exists()
 
 
 def test_evaluation_views_do_not_depend_on_the_seed(world: Path) -> None:

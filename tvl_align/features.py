@@ -249,8 +249,7 @@ def _encode(
     if is_main():
         if len(list(folder.parent.glob("*/manifest.json"))):
             log.warning("%s holds stores of other settings; encoding one for these", folder.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)  # what an interrupted encode of this very store left goes on
     barrier()
     splits: dict[str, Any] = {}
     for name, split in samples.items():
@@ -266,6 +265,8 @@ def _encode(
         }
     barrier()
     if is_main():
+        for name in splits:
+            shutil.rmtree(partial / name / "done")
         shapes = {name: asdict(spec) for name, spec in specs.items()}
         manifest = {"format": FORMAT, "key": key, "root": str(next(iter(samples.values())).root.resolve())}
         manifest |= {"modalities": shapes, "splits": splits, "ingredients": ingredients, "made_by": provenance()}
@@ -284,7 +285,7 @@ def _encode_split(
     views: int,
     workers: int,
 ) -> None:
-    """Encode one split; each process fills its own rows of the same tables."""
+    """Encode one split; each process fills its own rows of the same tables. Rows that are done are not done again."""
     count, device = len(samples), stage1.logit_scale.device
     drawn_views = views + 1 if samples.pictures.options.augment else 1  # of pictures; sentences always vary
     jobs = [(row, view) for row in range(count) for view in range(drawn_views)]
@@ -306,22 +307,33 @@ def _encode_split(
     captions = samples.caption_ids()[:, None].expand_as(drawn)
     none = -1 - torch.arange(count)[:, None].expand_as(drawn)  # rows without a sentence agree with nobody
     keys = torch.stack([captions, torch.where(drawn >= 0, drawn, none)], dim=-1)
-    if is_main():
+    texts = list(sentences) if "text" in index else []
+    if is_main() and not (folder / "done").is_dir():
+        shutil.rmtree(folder, ignore_errors=True)
         TensorDict({**index, "caption_keys": keys.contiguous()}, batch_size=[count]).memmap(folder / "index")
         for modality, size in sizes.items():
             if size:
                 _empty_table(size, specs[modality]).memmap_like(folder / modality)
+        done = {"pictures": torch.zeros(len(jobs), dtype=torch.bool), "text": torch.zeros(len(texts), dtype=torch.bool)}
+        TensorDict(done).memmap(folder / "begun")
+        os.replace(folder / "begun", folder / "done")  # now the tables are whole, if empty
     barrier()
+    done = TensorDict.load_memmap(folder / "done")
+    todo, untold = ((~done[what]).nonzero().squeeze(1) for what in ("pictures", "text"))
+    barrier()  # nobody ticks anything off before everybody has looked
     tables = {m: TensorDict.load_memmap(folder / m) for m, size in sizes.items() if size}
-    texts = list(sentences)
-    with progress(len(jobs[rank() :: world_size()]), f"encode {name}", "view", quiet=not is_main()) as bar:
-        for start in range(rank() * ENCODE_BATCH, len(texts) if "text" in index else 0, ENCODE_BATCH * world_size()):
-            ids = stage1.tokenize(texts[start : start + ENCODE_BATCH]).to(device)
-            _put(tables["text"], torch.arange(start, start + len(ids)), stage1.encode({"text": ids}).modalities["text"])
-        for part, batch in load_pictures(samples, jobs[rank() :: world_size()], ENCODE_BATCH, workers, stage1.modalities):
+    mine, told = todo[rank() :: world_size()], untold[rank() :: world_size()]
+    with progress(len(mine), f"encode {name}", "view", quiet=not is_main()) as bar:
+        for at in told.split(ENCODE_BATCH) if len(told) else ():
+            ids = stage1.tokenize([texts[i] for i in at.tolist()]).to(device)
+            _put(tables["text"], at, stage1.encode({"text": ids}).modalities["text"])
+            done["text"][at] = True
+        places = iter(mine.split(ENCODE_BATCH))
+        for part, batch in load_pictures(samples, [jobs[i] for i in mine], ENCODE_BATCH, workers, stage1.modalities):
             for modality, (positions, images) in batch.items():
                 at = torch.stack([index[modality][part[i]] for i in positions])
                 _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])
+            done["pictures"][next(places)] = True
             bar.update(len(part))
 
 
