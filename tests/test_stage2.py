@@ -8,6 +8,7 @@ import torch
 from experiments.stage2.loss_stage2 import Stage2Loss
 from experiments.stage2.test_modules import SPECS, random_features
 from experiments.stage2.tvl_stage2 import TVLStage2
+from tvl_align import alignment as alignment_module
 from tvl_align.alignment import pair_name
 from tvl_align.console import UserError
 from tvl_align.contract import Features, Output, Tokens
@@ -131,3 +132,24 @@ def test_raw_inputs_and_their_features_give_the_same(stage1_checkpoint: object) 
 
 def test_pair_names_do_not_depend_on_the_order() -> None:
     assert pair_name("vision", "tactile") == pair_name("tactile", "vision") == "tactile_vision"
+
+
+def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once per step, whatever the number of modalities and pairs; flags and keys come back as they were."""
+    calls = []
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return x
+
+    monkeypatch.setattr(alignment_module, "gather_with_grad", counted)
+    features = random_features(6)
+    keys = torch.tensor([[2**62, 1], [0, 2], [-5, 3], [7, 4], [7, 5], [2**33 + 1, 6]])
+    output = model().train()(Features(features.modalities, keys, features.rows))
+    Stage2Loss()(output)
+    assert len(calls) == 1
+    pooled = {m: z.mean(1) for m, z in output["overlapping_tokens"].items()}
+    numbers, present, back = alignment_module._joined(pooled, output)
+    assert torch.equal(back, keys)
+    assert present.all()
+    assert torch.equal(numbers, torch.stack(list(pooled.values()), dim=1))

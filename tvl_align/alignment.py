@@ -11,7 +11,7 @@ from tvl_align.console import UserError
 from tvl_align.contract import Output
 from tvl_align.losses import batch_hits, diversity, info_nce, positive_pairs, reconstruction_error, token_norm
 from tvl_align.registers import pooled_overlapping
-from tvl_align.runtime import gather, gather_with_grad, rank, world_size
+from tvl_align.runtime import gather_with_grad, rank, world_size
 
 
 def pair_name(first: str, second: str) -> str:
@@ -42,16 +42,12 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
     the averages. Each process scores its own rows; the mean over processes is the loss of the joined batch.
     """
     names = list(pooled)
-    batch = len(output["caption_keys"])
-    everyone = gather_with_grad(torch.stack([pooled[m] for m in names], dim=1))
+    batch, device = len(output["caption_keys"]), output["caption_keys"].device
+    everyone, present, all_keys = _joined(pooled, output)
     gathered = dict(zip(names, everyone.unbind(1), strict=True))
-    present = gather(torch.stack([output["present"][m] for m in names], dim=1))
     there = dict(zip(names, present.unbind(1), strict=True))
-    all_keys = gather(output["caption_keys"])
     mine = slice(rank() * batch, (rank() + 1) * batch)
-    own_row = torch.arange(len(everyone), device=everyone.device) == torch.arange(
-        mine.start, mine.stop, device=everyone.device
-    ).unsqueeze(1)
+    own_row = torch.arange(len(everyone), device=device) == torch.arange(mine.start, mine.stop, device=device).unsqueeze(1)
     same_words = own_row | positive_pairs(output["caption_keys"], all_keys)
     numbers: dict[str, Tensor] = {}
     ran: dict[str, Tensor] = {}
@@ -78,6 +74,21 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
     for total, part in (("overlapping_loss", "loss"), ("average_acc1", "acc1"), ("average_acc5", "acc5")):
         numbers[total] = (torch.stack([numbers[f"{name}_{part}"] for name in ran]) * share).sum()
     return numbers
+
+
+def _joined(pooled: dict[str, Tensor], output: Output) -> tuple[Tensor, Tensor, Tensor]:
+    """Everything that alignment needs of all processes, in one call: pooled (G, M, D), present (G, M), keys (G, K).
+
+    Flags and keys travel as the bits of float32 numbers beside the pooled ones; no gradient reaches them.
+    """
+    own = torch.stack([x.float() for x in pooled.values()], dim=1)
+    present = torch.stack([output["present"][m] for m in pooled], dim=1)
+    keys = output["caption_keys"].contiguous()
+    parts = [own.flatten(1), present.float(), keys.view(torch.int32).view(torch.float32)]
+    everyone = gather_with_grad(torch.cat(parts, dim=1))
+    numbers, flags, bits = everyone.split([part.shape[1] for part in parts], dim=1)
+    all_keys = bits.detach().contiguous().view(torch.int32).view(torch.int64)
+    return numbers.unflatten(1, own.shape[1:]), flags.detach() > 0.5, all_keys
 
 
 def complementary_regularisation(output: Output) -> Tensor:
