@@ -45,14 +45,17 @@ def curves(metrics: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> bytes:
 
 
 def against_k(prefixes: Sequence[Mapping[str, Any]]) -> bytes:
-    """Acc@1 and reconstruction error for every number of kept registers."""
+    """Acc@1, shared retention and reconstruction error for every number of kept registers."""
     ks = [p["k"] for p in prefixes]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2))
     for pair in prefixes[0]["pairs"]:
         scores = [p["pairs"][pair] for p in prefixes]
         left.plot(ks, scores, marker="o", label=pair.replace("_", "-"), color=COLOURS.get(pair))
     left.set(xlabel="registers kept", ylabel="test Acc@1 (%)", xticks=ks, ylim=(0, None))
     left.legend(frameon=False)
+    if prefixes[0]["shared_retention"] is not None:
+        middle.plot(ks, [p["shared_retention"] for p in prefixes], marker="o", color="black")
+    middle.set(xlabel="registers kept", ylabel="shared retention (%)", xticks=ks, ylim=(0, 110))
     for modality in prefixes[0]["reconstructions"]:
         right.plot(ks, [p["reconstructions"][modality] for p in prefixes], marker="o", label=modality)
     right.set(xlabel="registers kept", ylabel="variance of frozen tokens left (%)", xticks=ks, ylim=(0, 105))

@@ -15,6 +15,7 @@ import tyro
 from experiments.stage2.contest_stage2 import ContestConfig, contest
 from experiments.stage2.demo_stage2 import DemoConfig, demo
 from experiments.stage2.engine_stage2 import fit, load_samples, make_accelerator
+from experiments.stage2.launch_stage2 import submit, take_slurm, wait
 from experiments.stage2.methods import METHODS
 from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
 from tvl_align.arrays import read_npz
@@ -91,8 +92,16 @@ def _features(argv: Sequence[str]) -> None:
 
 
 def _train(argv: Sequence[str]) -> None:
-    name, rest = _method(argv)
-    train_method(name, rest)
+    options, flags = take_slurm(argv)
+    name, rest = _method(flags)
+    if not options:
+        train_method(name, rest)
+        return
+    settings = parse(Settings[METHODS[name].knobs], rest, "tvl-align train")  # refused here, not hours later in the queue
+    job = submit(name, rest, options, settings.folder / "jobs")
+    print(f"job {job.job_id}; its log: {job.paths.stdout}")
+    if options.get("cluster") in ("local", "debug"):
+        wait(job)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
@@ -127,7 +136,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "pretrain": ("train a small Stage 1 on a folder in the TVL format", _pretrain),
     "encode": ("compute the frozen features once (same flags as train)", _encode),
     "features": ("import features of your own: any modalities, no Stage 1", _features),
-    "train": ("train Stage 2 (--method base by default)", _train),
+    "train": ("train Stage 2 (--method base by default; --slurm partition=... as a job)", _train),
     "evaluate": ("measure a run on the test split and write its page", _evaluate),
     "compare": ("rank measured runs on one page", _compare),
     "contest": ("every method, several seeds, one synthetic world", _contest),
