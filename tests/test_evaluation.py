@@ -78,6 +78,13 @@ def labelled(rows: int, seed: int, signal: float) -> tuple[torch.Tensor, np.ndar
     return torch.tensor(signal * centres[labels] + rng.standard_normal((rows, 20))).float(), labels
 
 
+def test_nan_is_never_a_hit() -> None:
+    x = torch.full((6, 4), torch.nan)
+    y = torch.nn.functional.normalize(torch.randn(6, 4), dim=-1)
+    for keys in (None, torch.arange(6)[:, None]):
+        assert retrieval(x, y, torch.ones(6, dtype=torch.bool), keys).acc5 == 0
+
+
 def test_linear_probe_reads_signal_and_not_noise() -> None:
     for signal, low, high in ((2.0, 95, 100), (0.0, 10, 32)):
         (x, y), (x_test, y_test) = labelled(400, 0, signal), labelled(200, 1, signal)

@@ -59,20 +59,22 @@ def retrieval(
     hits1 = hits5 = share = loss = 0.0
     for queries, gallery in ((x, y), (y, x)):
         for start in range(0, count, chunk):
-            part = queries[start : start + chunk]
-            scores = part @ gallery.T
-            rows = torch.arange(start, start + len(part), device=x.device)
-            if keys is None:
-                positive = rows[:, None] == torch.arange(count, device=x.device)[None]
+            scores = queries[start : start + chunk] @ gallery.T
+            rows = torch.arange(start, start + len(scores), device=x.device)
+            if keys is None:  # one positive each, so nothing of the size of the scores is made beside them
+                own = scores.gather(1, rows[:, None])
+                ahead = count - 1 - (scores < own).sum(1)  # so that ties and NaN count against us
+                positives, log_positive = torch.ones(len(rows), device=x.device), scale * own.squeeze(1)
             else:
                 positive = positive_pairs(keys[start : start + chunk], keys)
-            best = scores.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-            ahead = ((scores >= best) & ~positive).sum(1)
+                best = torch.where(positive, scores, -torch.inf).amax(1, keepdim=True)
+                ahead = count - ((scores < best) | positive).sum(1)
+                positives = positive.sum(1).float()
+                log_positive = scale * torch.where(positive, scores, 0.0).sum(1) / positives
             hits1 += (ahead < 1).sum().item() / 2
             hits5 += (ahead < 5).sum().item() / 2
-            share += (positive.sum(1) / count).sum().item() / 2
-            log_probability = (scale * scores).log_softmax(1)
-            loss -= (torch.where(positive, log_probability, 0.0).sum(1) / positive.sum(1)).sum().item() / 2
+            share += (positives / count).sum().item() / 2
+            loss += (scores.mul_(scale).logsumexp(1) - log_positive).sum().item() / 2
     return Retrieval(100 * hits1 / count, 100 * hits5 / count, 100 * share / count, loss / count, count)
 
 

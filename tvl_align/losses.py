@@ -16,7 +16,10 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP (Radford et al. 2021, arXiv:2103.00020) 
 
 def positive_pairs(keys: Tensor, all_keys: Tensor) -> Tensor:
     """(B, K), (G, K) caption keys -> (B, G) bool: True where two rows agree in any column, that is, say the same."""
-    return (keys[:, None, :] == all_keys[None, :, :]).any(-1)
+    found = keys[:, 0, None] == all_keys[None, :, 0]
+    for column in range(1, keys.shape[1]):
+        found |= keys[:, column, None] == all_keys[None, :, column]
+    return found
 
 
 def info_nce(
