@@ -1,13 +1,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare test check
+.PHONY: demo compare bench test check
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
 
 compare: .venv/ready  ## every method, three seeds, one report
 	$(BIN)/tvl-align contest
+
+bench: .venv/ready  ## what things cost, as ratios
+	$(BIN)/tvl-align bench
 
 test: .venv/ready  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest

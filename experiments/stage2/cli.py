@@ -1,4 +1,4 @@
-"""The `tvl-align` command: world | pretrain | encode | features | train | evaluate | compare | contest | demo."""
+"""The `tvl-align` command: world | pretrain | encode | features | train | evaluate | compare | contest | bench | demo."""
 
 import difflib
 import logging
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from experiments.stage2.bench_stage2 import BenchConfig, bench
 from experiments.stage2.contest_stage2 import ContestConfig, contest
 from experiments.stage2.demo_stage2 import DemoConfig, demo
 from experiments.stage2.engine_stage2 import fit, load_samples, make_accelerator
@@ -127,6 +128,10 @@ def _contest(argv: Sequence[str]) -> None:
     contest(parse(ContestConfig, argv, "tvl-align contest"))
 
 
+def _bench(argv: Sequence[str]) -> None:
+    bench(parse(BenchConfig, argv, "tvl-align bench"))
+
+
 def _demo(argv: Sequence[str]) -> None:
     demo(parse(DemoConfig, argv, "tvl-align demo"))
 
@@ -140,6 +145,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "evaluate": ("measure a run on the test split and write its page", _evaluate),
     "compare": ("rank measured runs on one page", _compare),
     "contest": ("every method, several seeds, one synthetic world", _contest),
+    "bench": ("what things cost, as ratios", _bench),
     "demo": ("all of the above on a synthetic world, in minutes", _demo),
 }
 

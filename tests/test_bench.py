@@ -1,0 +1,29 @@
+"""The bench runs and writes what it measured; no figure is asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments.stage2.bench_stage2 import BenchConfig, MatrixProducts, bench
+from tvl_align.console import UserError
+
+
+def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
+    config = BenchConfig(tmp_path / "bench.json", batch=8, gallery=64, turns=1, parts=("step", "accumulation", "retrieval"))
+    figures = bench(config)
+    *written, made = json.loads((tmp_path / "bench.json").read_text())
+    assert len(written) == len(figures) == 5
+    assert all({"name", "ours", "reference", "ratio", "unit"} == f.keys() for f in written)
+    assert "commit" in made["made_by"]
+    with pytest.raises(UserError, match="unknown part 'speed'"):
+        bench(BenchConfig(tmp_path / "bench.json", parts=("speed",)))
+
+
+def test_matrix_products_of_forward_and_backward_are_noted() -> None:
+    layer, x = torch.nn.Linear(3, 5), torch.randn(7, 3, requires_grad=True)
+    with MatrixProducts() as products:
+        layer(x).sum().backward()
+    assert sorted(tuple(a) + tuple(b) for a, b in products.shapes) == [(5, 7, 7, 3), (7, 3, 3, 5), (7, 5, 5, 3)]
+    products.again()()
