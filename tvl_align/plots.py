@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import ScalarFormatter
 
 from tvl_align.evaluation import way
 
@@ -138,7 +138,8 @@ def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
                 ks = [p["k"] for p in runs[0]]
                 scores = np.mean([[p[what] for p in run] for run in runs], axis=0)
                 axes.plot(ks, scores, marker="o", label=name, color=f"C{i}")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xscale("log", base=2)  # from 4 registers to 32
+        axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set(xlabel="registers kept", ylabel=label, ylim=(0, None))
     row[0].legend(frameon=False, fontsize=7)
     return png(figure)

@@ -162,16 +162,17 @@ def _parts_of_a_batch(config: BenchConfig) -> Iterator[Figure]:
     features, method = made_up(SMALL, config.batch), METHODS["base"]
     knobs = method.knobs(register_token_dim=256)
     model, loss = method.model(knobs, SMALL).train(), method.loss(knobs, MODALITIES)
+    optimizer = make_adamw(model.named_parameters(), 0.0)
     size = config.batch // 4
     parts = [features.map(lambda t, i=i: t[i * size : (i + 1) * size]) for i in range(4)]
 
     def whole() -> None:
-        loss(model(features, joint=False))["total_loss"].backward()
+        descend(loss(model(features, joint=False))["total_loss"], optimizer, 0.0, update=False)
         model.zero_grad()
 
     def in_parts() -> None:
         runs = [lambda p=p: model(p, joint=False) for p in parts]
-        large_batch_gradient(runs, loss, lambda scalar, part: scalar.backward())
+        large_batch_gradient(runs, loss, lambda scalar, part: descend(scalar, optimizer, 0.0, update=False))
         model.zero_grad()
 
     yield compare("gradient of a batch in 4 parts / at once", in_parts, whole, config.turns)

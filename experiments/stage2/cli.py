@@ -1,7 +1,6 @@
 """The `tvl-align` command: world | pretrain | encode | features | train | evaluate | compare | contest | bench | demo."""
 
 import difflib
-import logging
 import os
 import shlex
 import sys
@@ -9,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from experiments.stage2.bench_stage2 import BenchConfig, bench
 from experiments.stage2.contest_stage2 import ContestConfig, contest
 from experiments.stage2.demo_stage2 import DemoConfig, demo
-from experiments.stage2.engine_stage2 import fit, load_samples, make_accelerator
+from experiments.stage2.engine_stage2 import load_samples, make_accelerator
 from experiments.stage2.launch_stage2 import submit, take_slurm, wait
 from experiments.stage2.methods import METHODS
 from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
+from experiments.stage2.train_stage2 import quiet_logs, train_method
 from tvl_align.arrays import read_npz
 from tvl_align.compare import write_comparison
 from tvl_align.config import Settings, parse
@@ -151,22 +150,9 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 
 
 @says_it_plainly
-def train_method(name: str, argv: Sequence[str]) -> None:
-    """Parse the flags of a method and train it: what every entry file calls."""
-    _setup()
-    method = METHODS[name]
-    settings = parse(Settings[method.knobs], argv)
-    try:
-        fit(settings, method)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-@says_it_plainly
 def main() -> None:
     """Entry point of `tvl-align`."""
-    _setup()
+    quiet_logs()
     usage = "usage: tvl-align COMMAND [--help]\n\n" + "\n".join(f"  {n:10s} {what}" for n, (what, _) in COMMANDS.items())
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(usage)
@@ -194,8 +180,3 @@ def _method(argv: Sequence[str]) -> tuple[str, list[str]]:
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; --method takes {', '.join(METHODS)}.")
     return name, rest
-
-
-def _setup() -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())

@@ -13,6 +13,7 @@ from pathlib import Path
 import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
+from experiments.stage2.train_stage2 import train_method
 from tvl_align.console import UserError
 
 PLAIN = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "name", "stderr_to_stdout")
@@ -32,8 +33,6 @@ class Training:
         if environment.world_size == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
                 os.environ.pop(name)
-        from experiments.stage2.cli import train_method  # a task starts with nothing imported
-
         train_method(self.method, self.flags)
 
     def checkpoint(self) -> DelayedSubmission:
