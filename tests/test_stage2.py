@@ -153,3 +153,6 @@ def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(back, keys)
     assert present.all()
     assert torch.equal(numbers, torch.stack(list(pooled.values()), dim=1))
+    single = {m: z[:1, :5] for m, z in pooled.items()}  # one row at an odd place: a view would not be aligned
+    present = {m: there[:1] for m, there in output["present"].items()}
+    assert torch.equal(alignment_module._joined(single, {"present": present, "caption_keys": keys[:1]})[2], keys[:1])

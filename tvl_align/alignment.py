@@ -87,7 +87,7 @@ def _joined(pooled: dict[str, Tensor], output: Output) -> tuple[Tensor, Tensor, 
     parts = [own.flatten(1), present.float(), keys.view(torch.int32).view(torch.float32)]
     everyone = gather_with_grad(torch.cat(parts, dim=1))
     numbers, flags, bits = everyone.split([part.shape[1] for part in parts], dim=1)
-    all_keys = bits.detach().contiguous().view(torch.int32).view(torch.int64)
+    all_keys = bits.detach().clone(memory_format=torch.contiguous_format).view(torch.int32).view(torch.int64)
     return numbers.unflatten(1, own.shape[1:]), flags.detach() > 0.5, all_keys
 
 

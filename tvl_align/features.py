@@ -350,7 +350,7 @@ def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
 
 def _put(table: TensorDict, at: Tensor, tokens: Tokens) -> None:
     length = tokens.tokens.shape[1]
-    table["tokens"][at, :length] = tokens.tokens.half().cpu()
+    table["tokens"][at, :length] = (tokens.tokens * tokens.mask[..., None]).half().cpu()  # what pads a batch is not kept
     table["mask"][at, :length] = tokens.mask.cpu()
     table["pooled"][at] = tokens.pooled.float().cpu()
 

@@ -82,6 +82,8 @@ class ImportConfig:
 
 
 def _features(argv: Sequence[str]) -> None:
+    if list(argv[:1]) in (["-h"], ["--help"]):
+        argv = ["import", *argv]
     if list(argv[:1]) != ["import"]:
         raise UserError("usage: tvl-align features import --npz FILE --out STORE")
     config = parse(ImportConfig, argv[1:], "tvl-align features import")
