@@ -1,10 +1,15 @@
 """A large batch in parts has the gradient of the large batch, for every method; averaging small batches does not."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from experiments.stage2.methods import METHODS
@@ -73,3 +78,43 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     assert torch.equal(seen[0], seen[2])
     assert torch.equal(seen[1], seen[3])
     assert not torch.equal(seen[0], seen[1])
+
+
+def _one_of_two(index: int, meeting: str, out: str, name: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=index, world_size=2)
+    model, loss = built(METHODS[name])
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    features, kept = _eight_rows(model.registers.shape[0])
+    rows = slice(4 * index, 4 * index + 4)
+    parts = cut(features.map(lambda t: t[rows]), kept[rows], (3, 1))
+    runs = [partial(wrapped, f, kept=k, joint=False) for f, k in parts]
+    large_batch_gradient(
+        runs, loss, lambda scalar, part: scalar.backward(), lambda part: nullcontext() if part else wrapped.no_sync()
+    )
+    torch.save(gradient(model), f"{out}/{index}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["base", "cursor"])
+def test_parts_on_two_processes_have_the_gradient_of_one_batch(name: str, tmp_path: Path) -> None:
+    model, loss = built(METHODS[name])
+    features, kept = _eight_rows(model.registers.shape[0])
+    loss(model(features, kept=kept, joint=False))["total_loss"].backward()
+    mp.spawn(_one_of_two, (f"{tmp_path}/meeting", str(tmp_path), name), nprocs=2)
+    for index in range(2):
+        assert (torch.load(tmp_path / f"{index}.pt") - gradient(model)).abs().max() < 1e-5
+
+
+def test_a_modality_may_have_any_name() -> None:
+    """A modality called like an entry of the output takes part in the gradient as any other."""
+    weight = nn.Parameter(torch.ones(4, 3))
+
+    def run() -> dict[str, Any]:
+        return {"overlapping_tokens": {"mask": weight * 2.0}, "caption_keys": torch.zeros(4, 1)}
+
+    def loss(output: dict[str, Any]) -> dict[str, Tensor]:
+        return {"total_loss": output["overlapping_tokens"]["mask"].sum()}
+
+    large_batch_gradient([run, run], loss, lambda s, part: s.backward())
+    assert torch.equal(weight.grad, torch.full((4, 3), 4.0))

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tvl_align.contract import Output
+from tvl_align.contract import Output, Reconstruction
 
-FROZEN = ("features", "stage1_features", "target", "mask", "present")  # entries that no gradient passes
+FROZEN = ("/features", "/stage1_features", "/present")  # entries of an output that no gradient passes
 
 
 def large_batch_gradient(
@@ -49,10 +49,11 @@ def large_batch_gradient(
         _restore(state)
         rows = slice(start, start + size)
         with around(part):
+            # A scalar is the same in every part. The last one takes its gradient: there processes meet, and wait for all.
             terms = [
                 (x * _part_of(wanted[path], x, rows)).sum()
                 for path, x in _numbers(run()).items()
-                if path in wanted and x.requires_grad and (x.ndim or part == 0)  # a scalar is the same in every part
+                if path in wanted and x.requires_grad and (x.ndim or part == len(runs) - 1)
             ]
             descend(torch.stack(terms).sum(), part)
         start += size
@@ -85,19 +86,15 @@ def _join(values: Sequence[Any]) -> Any:
 
 def _numbers(value: Any, path: str = "") -> dict[str, Tensor]:
     """Every tensor of an output that a gradient may pass, by its path."""
+    if path in FROZEN:
+        return {}
     if isinstance(value, Tensor):
         return {path: value}
+    if isinstance(value, Reconstruction):
+        return {f"{path}/predicted": value.predicted}
     if isinstance(value, Mapping):
-        items = list(value.items())
-    elif is_dataclass(value) and not isinstance(value, type):
-        items = [(f.name, getattr(value, f.name)) for f in fields(value)]
-    else:
-        return {}
-    found: dict[str, Tensor] = {}
-    for key, x in items:
-        if key not in FROZEN:
-            found |= _numbers(x, f"{path}/{key}")
-    return found
+        return {p: t for key, x in value.items() for p, t in _numbers(x, f"{path}/{key}").items()}
+    return {}
 
 
 def _generators() -> list[Tensor]:
