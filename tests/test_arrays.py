@@ -79,6 +79,9 @@ GOOD = {"a": np.ones((6, 2, 3)), "b": np.ones((6, 4))}
 BAD = {
     "at least two": {"a": GOOD["a"]},
     "letters, digits": GOOD | {"a/b": GOOD["b"]},
+    "the word is taken": GOOD | {"index": GOOD["b"]},
+    "'train' cannot be called that": GOOD | {"train": GOOD["b"]},
+    "would both be called a_b_c": {"a": GOOD["b"], "b_c": GOOD["b"], "a_b": GOOD["b"], "c": GOOD["b"]},
     "has 5 rows": GOOD | {"b": np.ones((5, 4))},
     "shape \\(rows, tokens, width\\)": GOOD | {"b": np.ones((6, 2, 2, 2))},
     "not \\(6, 4\\) <U1": GOOD | {"b": np.full((6, 4), "x")},

@@ -17,15 +17,18 @@ import random
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from tvl_align.console import UserError
 
 SPLITS = ("train", "val", "test")
 SHARES = (0.8, 0.1, 0.1)
+TAKEN = ("index", "caption_keys")  # beside the tables of a store
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,7 @@ def check_arrays(
         raise UserError(
             f"registers align modalities: give arrays of at least two (there is: {', '.join(arrays) or 'none'})."
         )
-    for name in arrays:
-        if not name.isidentifier() or "__" in name:
-            raise UserError(f"modality {name!r} needs a name of letters, digits and single underscores.")
+    _check_names(list(arrays))
     for what, group in (("pooled", pooled), ("mask", mask), ("present", present)):
         for name in group or {}:
             if name not in arrays:
@@ -126,6 +127,20 @@ def check_arrays(
     if len(set(ids)) < count:
         raise UserError("names must differ from row to row, since labels are found by them.")
     return Arrays(views, _split(split, groups, count, seed), ids, found, {k: tuple(v) for k, v in (owners or {}).items()})
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Names become keys of modules, of tables and, joined by an underscore, of pairs."""
+    for name in names:
+        if not name.isidentifier():
+            raise UserError(f"modality {name!r} needs a name of letters, digits and underscores.")
+        if name in TAKEN or hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+            raise UserError(f"modality {name!r} cannot be called that, the word is taken; give it another name.")
+    pairs: dict[str, tuple[str, str]] = {}
+    for pair in combinations(sorted(names), 2):
+        other = pairs.setdefault("_".join(pair), pair)
+        if other != pair:
+            raise UserError(f"the pairs {other} and {pair} would both be called {'_'.join(pair)}; rename a modality.")
 
 
 def _view(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -> View:
