@@ -1,6 +1,7 @@
 """The closed forms of separated models, on made-up data whose truth is known."""
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -102,9 +103,15 @@ def test_calibration_does_not_depend_on_the_batches_and_is_undone_for_the_decode
         assert float((after["reconstruction"][m].predicted - rebuilt.predicted).std()) < 0.5 * scale
 
 
-def test_one_row_with_every_modality_is_not_enough_to_fit() -> None:
+def test_too_few_rows_with_every_modality_are_said_and_nothing_is_fitted(caplog: pytest.LogCaptureFixture) -> None:
     method = METHODS["base"]
     model = method.model(method.knobs(register_token_dim=32, num_heads=4), SPECS).eval()
-    with torch.no_grad():
-        model.calibrate(lambda: [random_features(1)])
-    assert not any(s.to_comp.any() for s in model.separations.values())
+    lacking = random_features(5)
+    lacking.modalities["text"].present[:] = False
+    for features in (random_features(1), lacking, lacking.only(["vision", "tactile"])):
+        caplog.clear()
+        with torch.no_grad():
+            model.calibrate(lambda features=features: [features])
+        assert not any(s.to_comp.any() for s in model.separations.values())
+        assert not model.readout.fitted
+        assert "no training rows have all of vision, tactile, text" in caplog.text

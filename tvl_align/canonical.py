@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tvl_align.console import progress
 from tvl_align.contract import FeatureSpec, Tokens
+from tvl_align.runtime import is_main
 
 POSITIONS = 17  # longer sequences are averaged over so many stretches
 SIZE = 4096  # at most so many numbers per row: wider tokens pass a random projection first
@@ -72,8 +74,13 @@ class CanonicalReadout(nn.Module):
         covariance = moments.div_(count).addr_(mean, mean, alpha=-1)
         parts = dict(zip(self.names, torch.arange(sum(sizes), device=mean.device).split(sizes), strict=True))
         parts = {m: slice(int(at[0]), int(at[-1]) + 1) for m, at in parts.items()}
-        white = {m: _whitening(covariance[at, at], count - 1) for m, at in parts.items()}
-        maps, strength = _maxvar(white, covariance, parts, self.rank)
+        with progress(len(parts) + 1, "canonical read-outs", "decomposition", quiet=not is_main()) as bar:
+            white = {}
+            for m, at in parts.items():
+                white[m] = _whitening(covariance[at, at], count - 1)
+                bar.update()
+            maps, strength = _maxvar(white, covariance, parts, self.rank)
+            bar.update()
         for m, map_ in maps.items():
             own = covariance[parts[m], parts[m]]
             weighted = map_ * strength.clamp(max=1).square()

@@ -10,7 +10,8 @@
 Complementary registers are read even where they are dropped: overlapping tokens are cleaned with their help.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,8 @@ from tvl_align.register_model import RegisterModel
 from tvl_align.registers import token_target
 from tvl_align.runtime import joint_noise
 from tvl_align.separation import Separation, separate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,26 +109,31 @@ class SeparatedModel(RegisterModel):
         return torch.cat([flat, self.readout(modality, tokens, mask) * flat.shape[1] ** 0.5], dim=1)
 
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
-        """Fit the closed forms on the given rows, of which those with every modality count."""
+        """Fit the closed forms on the given rows, of which those with every modality count. Fewer than two: none is fitted,
+        and a warning says so."""
         if self.readout is not None and not self.readout.fitted:
-            self.readout.fit(self._whole(f).modalities for f in batches())
+            self.readout.fit(f.modalities for f in self._whole(batches()))
         found: dict[str, list[tuple[Tensor, Tensor]]] = {m: [] for m in self.names}
-        for features in map(self._whole, batches()):
+        for features in self._whole(batches()):
             everyone = torch.ones(len(features), len(self.registers), dtype=torch.bool, device=self.registers.device)
             for m in self.names:
                 tokens, mask = self._keys(features.modalities[m])
                 z = self.read([m], [self.readers[m](tokens)], [mask], everyone)
                 units, comp = self._units(m, z[:, : self.num_overlapping]), z[:, self.num_overlapping :]
                 found[m].append((self._all_units(m, units, features.modalities[m]), comp.flatten(1)))
+        if sum(len(units) for units, _ in found[self.names[0]]) < 2:
+            log.warning("no training rows have all of %s, so shared and unique are not taken apart", ", ".join(self.names))
+            return
         units, comp = ({m: torch.cat([part[i] for part in parts]) for m, parts in found.items()} for i in (0, 1))
-        if len(units[self.names[0]]) > 1:
-            separate(dict(self.separations.items()), units, comp)
+        separate(dict(self.separations.items()), units, comp)
 
-    def _whole(self, features: Features) -> Features:
-        """The rows that have every modality."""
-        features = features.float()
-        whole = torch.stack([features.modalities[m].present for m in self.names]).all(0)
-        return features.map(lambda t: t[whole])
+    def _whole(self, batches: Iterable[Features]) -> Iterator[Features]:
+        """The rows that have every modality, of the batches that have such rows."""
+        for features in map(Features.float, batches):
+            if all(m in features.modalities for m in self.names):
+                whole = torch.stack([features.modalities[m].present for m in self.names]).all(0)
+                if whole.any():
+                    yield features.map(lambda t, whole=whole: t[whole])
 
     def rebuild(self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
         """In evaluation, what overlapping tokens tell of complementary ones is put back: the decoder learnt from both."""

@@ -79,7 +79,7 @@ def separate(separations: Mapping[str, Separation], units: Mapping[str, Tensor],
 def least_squares(x: Tensor, y: Tensor) -> Tensor:
     """(B, F), (B, G) -> (F, G): ridge regression of y on x, both centred, in double precision.
 
-    The ridge grows where rows are scarcer than numbers, so that rounding is never amplified; with many rows it is RIDGE.
+    The ridge grows as rows become scarcer than numbers, which holds back what would be fitted to noise and rounding.
     """
     x, y = centred(x.double()), centred(y.double())
     inner, ridge = x.T @ x, RIDGE + (x.shape[1] / len(x)) ** 2
