@@ -40,13 +40,17 @@ def test_a_task_that_fails_is_said_in_one_sentence(tmp_path: Path) -> None:
         wait(job)
 
 
-def test_a_job_that_is_taken_away_goes_on_from_its_checkpoint() -> None:
-    again = Training("base", ["--epochs", "3"]).checkpoint().function
+def test_a_job_that_is_taken_away_goes_on_from_its_checkpoint_where_it_has_one(tmp_path: Path) -> None:
+    training = Training("base", ["--epochs", "3"], tmp_path)
+    assert training.checkpoint().function.flags == ["--epochs", "3"]  # taken away in its first epoch
+    (tmp_path / "checkpoint.pth").touch()
+    again = training.checkpoint().function
     assert again.flags == ["--epochs", "3", "--resume=auto"]
     assert again.checkpoint().function.flags == again.flags
 
 
-def test_what_cannot_be_queued_is_said_in_one_sentence(tmp_path: Path) -> None:
+def test_what_cannot_be_queued_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm is found, on a cluster neither
     for options in ({"partition": "gpu"}, {"cluster": "local", "colour": "red"}, {"cluster": "moon"}):
         with pytest.raises(UserError, match="was not queued"):
             submit("base", [], options, tmp_path)

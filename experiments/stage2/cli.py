@@ -100,7 +100,7 @@ def _train(argv: Sequence[str]) -> None:
         train_method(name, rest)
         return
     settings = parse(Settings[METHODS[name].knobs], rest, "tvl-align train")  # refused here, not hours later in the queue
-    job = submit(name, rest, options, settings.folder / "jobs")
+    job = submit(name, rest, options, settings.folder)
     print(f"job {job.job_id}; its log: {job.paths.stdout}")
     if options.get("cluster") in ("local", "debug"):
         wait(job)

@@ -25,6 +25,7 @@ class Training:
 
     method: str
     flags: list[str]
+    run: Path  # its folder
 
     def __call__(self) -> None:
         environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
@@ -36,9 +37,10 @@ class Training:
         train_method(self.method, self.flags)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues when the job is taken away: the same, from the last checkpoint."""
-        again = self.flags if any(flag.startswith("--resume") for flag in self.flags) else [*self.flags, "--resume=auto"]
-        return DelayedSubmission(Training(self.method, again))
+        """What submitit queues when the job is taken away: the same, from the last checkpoint where there is one."""
+        given = any(flag.startswith("--resume") for flag in self.flags)
+        more = ["--resume=auto"] if (self.run / "checkpoint.pth").is_file() and not given else []
+        return DelayedSubmission(Training(self.method, [*self.flags, *more], self.run))
 
 
 def take_slurm(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -58,16 +60,16 @@ def take_slurm(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return options, rest
 
 
-def submit(method: str, flags: Sequence[str], options: dict[str, str], folder: Path) -> submitit.Job:
-    """Queue a training; its logs go to `folder`. Raises UserError for what submitit does not take."""
+def submit(method: str, flags: Sequence[str], options: dict[str, str], run: Path) -> submitit.Job:
+    """Queue a training; its logs go to `jobs` in its run folder. Raises UserError for what submitit does not take."""
     given = dict(options)
     cluster = given.pop("cluster", "slurm")
     prefix = "slurm_" if cluster == "slurm" else ""
     values = {(k if k in PLAIN else f"{prefix}{k}"): int(v) if v.isdigit() else v for k, v in given.items()}
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor = submitit.AutoExecutor(folder=run / "jobs", cluster=cluster)
         executor.update_parameters(**values)
-        return executor.submit(Training(method, list(flags)))
+        return executor.submit(Training(method, list(flags), run.resolve()))
     except (RuntimeError, ValueError, TypeError, NameError, submitit.core.utils.FailedJobError) as error:
         raise UserError(
             f"the job was not queued ({' '.join(str(error).split())[:300]}); mend the --slurm options."
