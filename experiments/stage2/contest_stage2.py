@@ -6,6 +6,7 @@ Parts that are already in the folder are not made again, so an interrupted conte
 import json
 import os
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,23 @@ from tvl_align.runtime import pick_device
 
 
 @dataclass(frozen=True)
-class ContestConfig:
+class ContestConfig(DemoConfig):
     """Train and measure every method with several seeds on one synthetic world, then compare them."""
 
     out: Path = Path("contest")
     """Folder for the world, Stage 1, features, runs and the report."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Methods to train."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs; world and Stage 1 keep seed 0."""
     train: int = 20_000
     """Training samples of the world (one in ten of their groups validates)."""
-    test: int = 1000
-    """Test samples of the world."""
     pretrain_epochs: int = 3
     """Epochs of the small Stage 1."""
     epochs: int = 2
     """Epochs of Stage 2, the same for every method."""
-    views: int = 4
-    """Views of every training row beside the plain one; only their sentences differ."""
+    seed: int = 0
+    """Seed of the world, Stage 1, the split and the stored views, which all runs share."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to train."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs: order, views, dropout, initial weights."""
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Runs at a time; the cores are shared among them."""
 
@@ -50,25 +49,19 @@ def contest(config: ContestConfig) -> Path:
     unknown = [name for name in config.methods if name not in METHODS]
     if unknown:
         raise UserError(f"unknown method {unknown[0]!r}; --methods takes {', '.join(METHODS)}.")
-    shared = DemoConfig(
-        config.out, config.train, config.test, config.pretrain_epochs, config.epochs, config.views, probe_rows=3000
-    )
-    world, checkpoint = prepare(shared)
-    # The split and the views keep seed 0, so that all runs share one store; what a run draws itself has its own.
-    runs = {
-        (name, seed): small_settings(shared, world, checkpoint, name, f"{name}-{seed}")
-        for seed in config.seeds
-        for name in config.methods
-    }
-    settings = {key: replace(s, run=replace(s.run, draw_seed=key[1])) for key, s in runs.items()}
+    world, checkpoint = prepare(config)
+    settings: dict[tuple[str, int], Settings[Any]] = {}
+    for seed, name in product(config.seeds, config.methods):
+        of_run = small_settings(config, world, checkpoint, name, f"{name}-{seed}")
+        settings[name, seed] = replace(of_run, run=replace(of_run.run, draw_seed=seed))
     first = next(iter(settings.values()))
     timed("features", lambda: load_inputs(first, pick_device(None)))
     todo = [key for key, s in settings.items() if not (s.folder / "results.json").is_file()]
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    work = (delayed(_run)(settings[key], key[0], shared.probe_rows) for key in todo)
+    work = (delayed(_run)(settings[key], key[0], config.probe_rows) for key in todo)
     Parallel(n_jobs=config.jobs, inner_max_num_threads=threads, backend="loky")(work)
     page = write_comparison([s.folder for s in settings.values()], config.out, "make compare")
-    print(json.dumps({"runs": len(runs), "report": str(page.resolve())}))
+    print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
     return page
 
 
