@@ -164,6 +164,11 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     assert all({"k", "acc1", "shared_retention", "reconstruction"} <= p.keys() for p in results["prefix"])
     assert results["prefix"][-1]["shared_retention"] == pytest.approx(results["summary"]["shared_retention"], nan_ok=True)
     assert "world:" not in run(command)
+    said = run(f"tvl-align evaluate {page.parent} --split val --probe_rows 50")
+    assert said.strip().endswith("results-val.json")
+    on_val = json.loads((page.parent / "results-val.json").read_text())
+    assert on_val["split"] == "val"
+    assert on_val["gallery"] == json.loads((page.parent / "config.json").read_text())["rows"]["val"]
     checkpoint = tmp_path / "stage1" / "checkpoint.pth"
     with torch.serialization.safe_globals([argparse.Namespace]):
         wrong = torch.load(checkpoint, weights_only=True)

@@ -221,10 +221,23 @@ def _rows_digest(samples: Samples) -> str:
 
 
 def open_or_encode(
-    feature_dir: Path, stage1: Stage1, samples: Mapping[str, Samples], views: int, num_workers: int
+    feature_dir: Path,
+    stage1: Stage1,
+    samples: Mapping[str, Samples],
+    views: int,
+    num_workers: int,
+    expected: str | None = None,
 ) -> FeatureStore:
-    """The store for these settings, encoded first where it is missing. All processes call this together."""
+    """The store for these settings, encoded first where it is missing. All processes call this together.
+
+    expected: the key it must have. Raises UserError for another, before anything is encoded.
+    """
     key, ingredients = store_key(stage1, samples, views)
+    if expected is not None and key != expected:
+        raise UserError(
+            f"encoders and data now give the features {key}, not {expected}: the Stage-1 checkpoint, the data or a package "
+            "changed since; put back what was there."
+        )
     folder = feature_dir / key
     if not (folder / "manifest.json").is_file():
         barrier()  # nobody starts to write before everybody has looked

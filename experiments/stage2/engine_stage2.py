@@ -31,7 +31,7 @@ from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.evaluation import retrieval
-from tvl_align.features import FeatureSource, FeatureStore, LiveSplit, open_or_encode, store_key
+from tvl_align.features import FeatureSource, FeatureStore, LiveSplit, open_or_encode
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.registers import pooled_overlapping
 from tvl_align.runtime import (
@@ -85,15 +85,10 @@ def load_inputs(settings: Settings[Any], device: torch.device, expected: str | N
         return _imported(settings, expected)
     stage1, samples = load_samples(settings, device)
     data = settings.data
-    if expected is not None and (key := store_key(stage1, samples, data.views)[0]) != expected:
-        raise UserError(
-            f"{settings.stage1.stage1_checkpoint} and {data.datasets_dir} now give the features {key}, not the {expected} "
-            "of this run: the Stage-1 checkpoint, the data or a package changed since; put back what was there."
-        )
     if data.views == 0:
         splits = {n: LiveSplit(stage1, s, data.num_workers, train=n == "train") for n, s in samples.items() if len(s)}
         return Inputs(dict(splits), stage1.specs, None, samples)
-    store = open_or_encode(settings.feature_dir, stage1, samples, data.views, data.num_workers)
+    store = open_or_encode(settings.feature_dir, stage1, samples, data.views, data.num_workers, expected)
     return Inputs(dict(store.splits), store.specs, store.key, samples)
 
 

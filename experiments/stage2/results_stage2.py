@@ -124,22 +124,25 @@ def evaluate_run(options: EvaluateConfig) -> Path:
         "factors": {},
     }
     names = list(inputs.specs)
-    read = read_split(model, test, all_rows(test), device)
+    read, untrained_read = (read_split(m, test, all_rows(test), device) for m in (model, untrained))
     pooled = {m: t.pooled.cpu() for m, t in frozen["test"].modalities.items()}
     for first, second in combinations(names, 2):
         results["retrieval"][pair_name(first, second)] = _pair(first, second, read, pooled)
     results["tvl_protocol"] = _tvl_protocol(read, pooled, names) if samples else {}
-    random_read = read_split(untrained, test, all_rows(test), device)
     results["controls"] = {
         "shuffled_acc1": _shuffled(read, names, settings.run.seed),
-        "untrained_acc1": float(np.mean([_pair(a, b, random_read, pooled)["acc1"] for a, b in combinations(names, 2)])),
+        "untrained_acc1": float(np.mean(list(_acc1(untrained_read, names).values()))),
     }
     results["confusions"] = _confusions(read, samples) if samples and {"vision", "tactile"} <= set(names) else []
     beside = settings.data.store / "labels.csv" if settings.data.store else settings.data.datasets_dir / "factors.csv"
     path, probes = options.labels or beside, None
     if options.labels is not None or path.is_file():
         probes = Probes(read_labels(path), train, rows, test, frozen, settings.run.seed)
-        results["factors"] = _factors(model, untrained, probes, device)
+        readings = {
+            who: (read_split(m, train, rows, device), on_test)
+            for who, m, on_test in (("", model, read), ("untrained_", untrained, untrained_read))
+        }
+        results["factors"] = _factors(readings, probes)
         results["summary"] = summary(results["factors"])
     results["prefix"] = _prefixes(model, test, device, names, probes, results["factors"])
     results |= {"run": config, "evaluated_by": provenance()}
@@ -263,16 +266,12 @@ def _prefixes(
 ) -> list[dict[str, Any]]:
     """For every number k of kept registers: Acc@1 (mean over the pairs), shared retention (where there are labels), and
     the share of the frozen tokens' variance left (where the method rebuilds them)."""
-    found = []
+    found: list[dict[str, Any]] = []
+    before: Readings | None = None
     count = model.registers.shape[0]
     for k in [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]:  # many: powers of two
         read = read_split(model, test, all_rows(test), device, k)
-        scores = {
-            pair_name(a, b): retrieval(
-                read.pooled[a], read.pooled[b], read.present[a] & read.present[b], _keys(a, b, read), read.scale
-            ).acc1
-            for a, b in combinations(names, 2)
-        }
+        scores = _acc1(read, names)
         errors = list(read.unexplained.values())
         entry = {
             "k": k,
@@ -282,11 +281,28 @@ def _prefixes(
             "pairs": scores,
             "reconstructions": read.unexplained,
         }
-        if probes is not None:
+        if probes is not None and before is not None and _same(read.overlapping, before.overlapping):
+            entry["shared_retention"] = found[-1]["shared_retention"]  # a complementary register more changed none of them
+        elif probes is not None:
             on_train = read_split(model, probes.train, probes.rows, device, k)
             entry["shared_retention"] = _shared_retention(on_train, read, probes, factors)
         found.append(entry)
+        before = read
     return found
+
+
+def _same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(x, others[m]) for m, x in some.items())
+
+
+def _acc1(read: Readings, names: Sequence[str]) -> dict[str, float]:
+    """Acc@1 of every pair."""
+    return {
+        pair_name(a, b): retrieval(
+            read.pooled[a], read.pooled[b], read.present[a] & read.present[b], _keys(a, b, read), read.scale
+        ).acc1
+        for a, b in combinations(names, 2)
+    }
 
 
 def _shared_retention(
@@ -357,18 +373,12 @@ class Probes:
         return [self.train.names[i] for i in self.rows.tolist()]
 
 
-def _factors(
-    model: nn.Module, untrained: nn.Module, probes: Probes, device: torch.device
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Probe every factor in every modality that may carry it. All groups are read from the same rows."""
+def _factors(readings: Mapping[str, tuple[Readings, Readings]], probes: Probes) -> dict[str, dict[str, dict[str, Any]]]:
+    """Probe every factor in every modality that may carry it. All groups are read from the same rows.
+
+    readings: {"": of the trained model, "untrained_": of an untrained one}, each of training and of test rows.
+    """
     labels, frozen = probes.labels, probes.frozen
-    readings = {
-        name: (
-            read_split(m, probes.train, probes.rows, device),
-            read_split(m, probes.test, all_rows(probes.test), device),
-        )
-        for name, m in (("", model), ("untrained_", untrained))
-    }
     modalities = list(readings[""][0].overlapping)
     plan = {m: [f for f in labels.levels if not labels.ownership[f] or m in labels.ownership[f]] for m in modalities}
     found: dict[str, dict[str, dict[str, Any]]] = {}
