@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tvl_align.console import UserError
-from tvl_align.sampling import balanced_weights, epoch_batches, epoch_views, evaluation_rows
+from tvl_align.sampling import balanced_weights, epoch_batches, epoch_views, shares
 
 
 def test_an_epoch_visits_rows_once_and_the_next_in_another_order() -> None:
@@ -47,10 +47,19 @@ def test_views_are_plain_and_augmented_alike() -> None:
     assert not epoch_views(10, 5, 0, 0, 0).any()
 
 
-def test_evaluation_covers_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tvl_align.sampling.world_size", lambda: 3)
-    rows = []
-    for rank in range(3):
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_shares_are_the_same_batches_on_any_number_of_processes(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvl_align.sampling.world_size", lambda: processes)
+    parts = []
+    for rank in range(processes):
         monkeypatch.setattr("tvl_align.sampling.rank", lambda rank=rank: rank)
-        rows += evaluation_rows(10).tolist()
-    assert rows == list(range(10))
+        parts.append(shares(torch.arange(10), 4))
+    batches = [row[row >= 0].tolist() for row in torch.cat(parts, dim=1)]
+    assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_the_last_batch_can_be_kept() -> None:
+    rows = epoch_batches(20, 6, 0, 0, drop_last=False)
+    assert rows.shape == (4, 6)
+    assert sorted(rows[rows >= 0].tolist()) == list(range(20))
+    assert epoch_batches(7, 8, 0, 0, drop_last=False).shape == (1, 8)

@@ -20,6 +20,7 @@ POSITIONS = 17  # longer sequences are averaged over so many stretches
 SIZE = 4096  # at most so many numbers per row: wider tokens pass a random projection first
 COMPONENTS = 2048  # principal components that may correlate
 RIDGE = 3e-3  # of the mean variance, added before whitening
+ROUNDING = 1e-6  # variance of normalised tokens below which they count as constant, so that rounding is not amplified
 
 
 class CanonicalReadout(nn.Module):
@@ -84,7 +85,7 @@ class CanonicalReadout(nn.Module):
         for m, map_ in maps.items():
             own = covariance[parts[m], parts[m]]
             weighted = map_ * strength.clamp(max=1).square()
-            power = torch.einsum("fr,fg,gr->", weighted, own, weighted).clamp(min=1e-12)
+            power = torch.einsum("fr,fg,gr->", weighted, own, weighted).clamp(min=ROUNDING)
             self.get_buffer(f"mean_{m}").copy_(mean[parts[m]])
             self.get_buffer(f"map_{m}").zero_()[:, : weighted.shape[1]] = weighted / power.sqrt()
         self.fitted.fill_(True)
@@ -103,7 +104,7 @@ def _whitening(covariance: Tensor, rank: int) -> Tensor:
     else:
         values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0)[:kept].clamp(min=0), vectors.flip(1)[:, :kept]
-    return vectors / (values + RIDGE * covariance.diagonal().mean() + 1e-12).sqrt()
+    return vectors / (values + RIDGE * covariance.diagonal().mean() + ROUNDING).sqrt()
 
 
 def _maxvar(

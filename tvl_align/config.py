@@ -109,6 +109,8 @@ class OptimConfig:
     """Rows per step and process."""
     epochs: int = 100
     """Passes over the training rows."""
+    drop_last: bool = True
+    """Leave out the last, smaller batch of an epoch; --no_drop_last: train on it too."""
     accum_iter: int = 1
     """Batches of one step: its gradient is that of all their rows as one batch, in the memory of one of them."""
     weight_decay: float = 0.05

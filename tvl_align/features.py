@@ -51,7 +51,7 @@ class FeatureSource(Protocol):
     def __len__(self) -> int: ...
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
-        """One Features per (rows, views) pair of (B,) int64 index tensors."""
+        """One Features per (rows, views) pair of (B,) int64 index tensors; a row -1 lacks every modality."""
         ...
 
 
@@ -69,11 +69,11 @@ class StoredSplit:
         return len(self.names)
 
     def read(self, rows: Tensor, views: Tensor | None = None) -> Features:
-        """(B,) rows and views (default: plain) -> Features in storage precision, on the CPU."""
+        """(B,) rows and views (default: plain) -> Features in storage precision, on the CPU. A row -1 lacks everything."""
         views = torch.zeros_like(rows) if views is None else views
         tokens = {}
         for name, table in self.tables.items():
-            where = self.index[name][rows, views]
+            where = self.index[name][rows, views].masked_fill(rows < 0, -1)
             present = where >= 0
             at = where.clamp(min=0)
             mask = table["mask"][at] & present[:, None]
@@ -341,12 +341,13 @@ def _encode_split(
             ids = stage1.tokenize([texts[i] for i in at.tolist()]).to(device)
             _put(tables["text"], at, stage1.encode({"text": ids}).modalities["text"])
             done["text"][at] = True
-        places = iter(mine.split(ENCODE_BATCH))
-        for part, batch in load_pictures(samples, [jobs[i] for i in mine], ENCODE_BATCH, workers, stage1.modalities):
+        places = mine.split(ENCODE_BATCH) if len(mine) else ()
+        parts = [[jobs[i] for i in at] for at in places]
+        for at_once, part, batch in zip(places, parts, load_pictures(samples, parts, workers, stage1.modalities), strict=True):
             for modality, (positions, images) in batch.items():
                 at = torch.stack([index[modality][part[i]] for i in positions])
                 _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])
-            done["pictures"][next(places)] = True
+            done["pictures"][at_once] = True
             bar.update(len(part))
 
 
@@ -368,15 +369,15 @@ def _put(table: TensorDict, at: Tensor, tokens: Tokens) -> None:
     table["pooled"][at] = tokens.pooled.float().cpu()
 
 
-Part = list[tuple[int, int]]
+Jobs = list[tuple[int, int]]
 PictureBatch = dict[str, tuple[list[int], Tensor]]
 
 
 def load_pictures(
-    samples: Samples, jobs: Part, batch_size: int, num_workers: int, modalities: Sequence[str]
-) -> Iterator[tuple[Part, PictureBatch]]:
-    """(jobs of a batch, {modality: (positions in the batch that have it, pictures (n, 3, S, S))}), decoded by workers."""
-    batches = [jobs[i : i + batch_size] for i in range(0, len(jobs), batch_size)]
+    samples: Samples, batches: Sequence[Jobs], num_workers: int, modalities: Sequence[str]
+) -> Iterator[PictureBatch]:
+    """{modality: (positions in the batch that have it, pictures (n, 3, S, S))} of every batch of (row, view), decoded by
+    workers. A row -1 has no pictures."""
     loader = DataLoader(
         samples,
         batch_sampler=batches,
@@ -384,8 +385,8 @@ def load_pictures(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
-    for part, batch in zip(batches, loader, strict=True):
-        yield part, {m: pictures for m, pictures in batch.items() if m in modalities}
+    for batch in loader:
+        yield {m: pictures for m, pictures in batch.items() if m in modalities}
 
 
 def _collate(items: list[dict[str, Tensor]]) -> PictureBatch:
@@ -412,21 +413,23 @@ class LiveSplit:
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         jobs = [list(zip(r.tolist(), v.tolist(), strict=True)) for r, v in zip(rows, views, strict=True)]
-        size = len(jobs[0]) if jobs else 1
-        flat = [job for part in jobs for job in part]
-        for part, pictures in load_pictures(self.samples, flat, size, self.num_workers, self.stage1.modalities):
-            yield self._encode(part, pictures, device)
+        pictures = load_pictures(self.samples, jobs, self.num_workers, self.stage1.modalities)
+        for part, found in zip(jobs, pictures, strict=True):
+            yield self._encode(part, found, device)
 
-    def _encode(self, part: Part, pictures: PictureBatch, device: torch.device) -> Features:
+    def _encode(self, part: Jobs, pictures: PictureBatch, device: torch.device) -> Features:
+        """All modalities are there, absent or not, so that every process has the same ones."""
         raw: dict[str, Any] = {}
         present: dict[str, Tensor] = {}
-        for modality, (positions, images) in pictures.items():
-            there = torch.zeros(len(part), dtype=torch.bool)
-            there[positions] = True
-            full = images.new_zeros(len(part), *images.shape[1:])
-            full[there] = images
-            raw[modality], present[modality] = full.to(device), there.to(device)
-        sentences = [self.samples.sentence(*job) for job in part]
+        for modality, size in (("vision", self.stage1.photo_size), ("tactile", self.stage1.touch_size)):
+            if modality in self.stage1.modalities:
+                positions, images = pictures.get(modality, ([], torch.empty(0, 3, size, size)))
+                there = torch.zeros(len(part), dtype=torch.bool)
+                there[positions] = True
+                full = images.new_zeros(len(part), *images.shape[1:])
+                full[there] = images
+                raw[modality], present[modality] = full.to(device), there.to(device)
+        sentences = [self.samples.sentence(*job) if job[0] >= 0 else None for job in part]
         if "text" in self.stage1.modalities:
             raw["text"] = self.stage1.tokenize([s or "" for s in sentences]).to(device)
             present["text"] = torch.tensor([s is not None for s in sentences], device=device)

@@ -46,7 +46,7 @@ from tvl_align.runtime import (
     seed_everything,
     world_size,
 )
-from tvl_align.sampling import balanced_weights, epoch_batches, epoch_views, evaluation_rows
+from tvl_align.sampling import balanced_weights, epoch_batches, epoch_views, shares
 
 EVAL_BATCH = 256
 CALIBRATION_ROWS = 20_000
@@ -151,7 +151,7 @@ def fit(settings: Settings[Any], method: Method) -> Path:
     loss = method.loss(settings.knobs, list(inputs.specs))
     optim = settings.optim
     lr = optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * world_size() / 256
-    steps = len(epoch_batches(len(inputs.splits["train"]), optim.batch_size, 0, 0))
+    steps = len(epoch_batches(len(inputs.splits["train"]), optim.batch_size, 0, 0, drop_last=optim.drop_last))
     updates = math.ceil(steps / optim.accum_iter)
     schedule = Schedule(lr, optim.epochs * updates, round(optim.warmup_epochs * updates), optim.min_lr)
     optimizer = make_adamw(model.named_parameters(), optim.weight_decay)
@@ -213,7 +213,7 @@ def train_one_epoch(
     """
     seed, batch, accum = settings.run.own_seed, settings.optim.batch_size, settings.optim.accum_iter
     weights = balanced_weights(source.datasets) if settings.data.importance_sampling else None
-    rows = epoch_batches(len(source), batch, seed, epoch, weights)
+    rows = epoch_batches(len(source), batch, seed, epoch, weights, settings.optim.drop_last)
     views = epoch_views(len(rows), batch, source.views, seed, epoch)
     updates = math.ceil(len(rows) / accum)
     seed_everything(generator(seed, epoch, 3).initial_seed())  # dropout and noise inside models, where there are any
@@ -294,31 +294,33 @@ def _check_finite(value: float, epoch: int, step: int, folder: Path) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: torch.device) -> dict[str, float]:
-    """Score a split with one gallery of all its rows; every process does its share, all return the same.
+    """Score a split with one gallery of all its rows; every process does its share, all return the same, and what one
+    process alone would return.
 
     Names as in training: `<pair>_loss`, `<pair>_acc1`, `<pair>_acc5`, `<pair>_chance1`, the averages, the other terms of
     the loss and `total_loss`.
     """
-    if len(source) < world_size():
-        raise UserError(f"{len(source)} validation rows are fewer than {world_size()} processes; use fewer processes.")
     model.eval()
-    rows = list(evaluation_rows(len(source)).split(EVAL_BATCH))
+    rows = list(shares(torch.arange(len(source)), EVAL_BATCH))
     collected: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
-    with progress(len(rows), "validate", "batch", quiet=not is_main()) as bar, alone():
-        for features in source.batches(rows, [torch.zeros_like(r) for r in rows], device):
+    with progress(len(rows), "validate", "batch", quiet=not is_main()) as bar:
+        for step, features in enumerate(source.batches(rows, [torch.zeros_like(r) for r in rows], device)):
             output = model(features, joint=False)
+            of_batch = min(EVAL_BATCH, len(source) - step * EVAL_BATCH)
             for name, value in loss(output).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * len(features)
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * of_batch / len(source)
+            real = features.rows >= 0
             parts = {f"pooled/{m}": v for m, v in pooled_overlapping(output).items()}
             parts |= {f"present/{m}": v for m, v in output["present"].items()}
-            for name, part in (parts | {"keys": output["caption_keys"]}).items():
-                collected.setdefault(name, []).append(part)
+            for name, part in (parts | {"keys": output["caption_keys"], "rows": features.rows}).items():
+                collected.setdefault(name, []).append(part[real])
             scale = float(output["logit_scale"])
             bar.update()
     everything = {name: gather(torch.cat(parts)) for name, parts in collected.items()}
-    totals = mean_over_processes(sums)
-    numbers = {name: float(total) * world_size() / len(source) for name, total in totals.items()}
+    order = everything["rows"].argsort()
+    everything = {name: part[order] for name, part in everything.items()}
+    numbers = {name: float(total) for name, total in mean_over_processes(sums).items()}
     modalities = [name.removeprefix("pooled/") for name in collected if name.startswith("pooled/")]
     scored = [pair for pair in combinations(modalities, 2) if f"{pair_name(*pair)}_loss" in numbers]
     pairs = [pair_name(*pair) for pair in scored]

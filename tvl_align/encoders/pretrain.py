@@ -148,7 +148,8 @@ def _load(samples: Samples, workers: int, quiet: bool) -> dict[str, Tensor]:
     jobs = [(i, 0) for i, row in enumerate(samples.rows) if row.vision and row.tactile]
     parts: dict[str, list[Tensor]] = {"vision": [], "tactile": []}
     with progress(len(jobs), "decode", "picture", quiet) as bar:
-        for part, batch in load_pictures(samples, jobs, 128, workers, ("vision", "tactile")):
+        batches = [jobs[i : i + 128] for i in range(0, len(jobs), 128)]
+        for part, batch in zip(batches, load_pictures(samples, batches, workers, ("vision", "tactile")), strict=True):
             for modality, (_, images) in batch.items():
                 parts[modality].append(images.half())
             bar.update(len(part))
