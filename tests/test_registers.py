@@ -35,6 +35,26 @@ def test_attention_equals_its_twin() -> None:
         assert torch.allclose(layer(z, keys, mask)[row], expected, atol=1e-5)
 
 
+def test_the_short_way_to_read_many_tokens_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients, biases and masks included; and that it is taken."""
+    torch.manual_seed(0)
+    layer = Attention(BlockOptions(dim=16, num_heads=4))
+    nn.init.normal_(layer.key_value.bias)
+    z, keys, mask = torch.randn(3, 2, 16), torch.randn(3, 20, 16), torch.rand(3, 20) > 0.4
+    found, taken = [], []
+    absorbed = Attention._absorbed
+    monkeypatch.setattr(Attention, "_absorbed", lambda self, *args: taken.append(1) or absorbed(self, *args))
+    for given in (mask, mask[:, None].expand(-1, 2, -1)):  # a mask of each query takes the usual way
+        leaves = z.clone().requires_grad_(), keys.clone().requires_grad_()
+        layer.zero_grad()
+        read = layer(*leaves, given)
+        read.sin().sum().backward()
+        found.append([read, *(x.grad for x in leaves), *(p.grad for p in layer.parameters())])
+    assert taken == [1]
+    for short, usual in zip(*found, strict=True):
+        assert torch.allclose(short, usual, atol=1e-5)
+
+
 def test_masked_keys_and_batch_neighbours_change_nothing() -> None:
     layers, registers, keys = stack(), torch.randn(3, 16), torch.randn(2, 5, 16)
     mask = torch.tensor([[True, True, False, False, True], [True] * 5])

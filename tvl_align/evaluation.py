@@ -27,7 +27,7 @@ from tvl_align.losses import positive_pairs
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.runtime import generator
 
-CHUNK = 1024
+CHUNK = 256  # rows whose scores with the whole gallery are held at a time: few enough to stay in the caches
 TVL_THRESHOLDS = (0.6356450319, 0.8591097295, 0.8927201033, 0.9208499491)
 
 
@@ -49,7 +49,7 @@ def retrieval(
 
     x, y (M, D) L2-normalised; valid (M,) bool. keys (M, K): rows that agree in any column are positives of each other
     (a pair with text); None: only the same row is. chance1 is the Acc@1 of a random ranking: the mean share of the
-    gallery that is positive. Memory: chunk x M.
+    gallery that is positive. scale: positive, as in the loss. Memory: chunk x M.
     """
     x, y = x[valid], y[valid]
     keys = keys[valid] if keys is not None else None
@@ -57,24 +57,25 @@ def retrieval(
     if count == 0:
         return Retrieval(float("nan"), float("nan"), float("nan"), float("nan"), 0)
     hits1 = hits5 = share = loss = 0.0
-    for queries, gallery in ((x, y), (y, x)):
+    held = x.new_empty(min(chunk, count), count)  # one block of scores, used again and again
+    for queries, gallery in ((scale * x, y), (scale * y, x)):
         for start in range(0, count, chunk):
-            scores = queries[start : start + chunk] @ gallery.T
-            rows = torch.arange(start, start + len(scores), device=x.device)
+            part = queries[start : start + chunk]
+            scores = torch.mm(part, gallery.T, out=held[: len(part)])
             if keys is None:  # one positive each, so nothing of the size of the scores is made beside them
-                own = scores.gather(1, rows[:, None])
-                ahead = count - 1 - (scores < own).sum(1)  # so that ties and NaN count against us
-                positives, log_positive = torch.ones(len(rows), device=x.device), scale * own.squeeze(1)
+                own = scores.diagonal(start)[:, None]
+                ahead = count - 1 - (scores < own).sum(1, dtype=torch.int32)  # so that ties and NaN count against us
+                positives, log_positive = torch.ones(len(part), device=x.device), own.squeeze(1)
             else:
                 positive = positive_pairs(keys[start : start + chunk], keys)
                 best = torch.where(positive, scores, -torch.inf).amax(1, keepdim=True)
-                ahead = count - ((scores < best) | positive).sum(1)
-                positives = positive.sum(1).float()
-                log_positive = scale * torch.where(positive, scores, 0.0).sum(1) / positives
+                ahead = count - (scores < best).logical_or_(positive).sum(1, dtype=torch.int32)
+                positives = positive.sum(1, dtype=torch.int32).float()
+                log_positive = torch.where(positive, scores, 0.0).sum(1) / positives
             hits1 += (ahead < 1).sum().item() / 2
             hits5 += (ahead < 5).sum().item() / 2
             share += (positives / count).sum().item() / 2
-            loss += (scores.mul_(scale).logsumexp(1) - log_positive).sum().item() / 2
+            loss += (scores.logsumexp(1) - log_positive).sum().item() / 2
     return Retrieval(100 * hits1 / count, 100 * hits5 / count, 100 * share / count, loss / count, count)
 
 

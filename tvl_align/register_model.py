@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvl_align.config import RegisterConfig
@@ -90,7 +91,7 @@ class RegisterModel(nn.Module):
         keys = [self.readers[name](t) for name, t in zip(names, tokens, strict=True)]
         # With causal registers a prefix is what it is whether or not later ones are read, so all of them are.
         reading = torch.ones_like(kept) if self.causal else kept
-        read = {n: self.read([n], [k], [m], reading) for n, k, m in zip(names, keys, masks, strict=True)}
+        read = self.read_each(names, keys, list(masks), reading)
         split = self.num_overlapping
         over, comp = {n: z[:, :split] for n, z in read.items()}, {n: z[:, split:] for n, z in read.items()}
         over, comp = self.settle(over, comp, features)
@@ -145,6 +146,17 @@ class RegisterModel(nn.Module):
             for i, g in enumerate(self.groups)
         ]
         return torch.cat(parts, dim=1)
+
+    def read_each(self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor) -> dict[str, Tensor]:
+        """Registers that attend to one modality at a time: {modality: (B, N, D)}. With shared blocks all go through as one
+        batch, shorter sequences padded."""
+        if "shared" not in self.stacks or len(names) == 1:
+            return {n: self.read([n], [k], [m], kept) for n, k, m in zip(names, keys, masks, strict=True)}
+        longest = max(k.shape[1] for k in keys)
+        joined = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[1])) for k in keys])
+        mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for m in masks])
+        read = self.read(names[:1], [joined], [mask], kept.repeat(len(names), 1))
+        return dict(zip(names, read.chunk(len(names)), strict=True))
 
     def settle(
         self, over: dict[str, Tensor], comp: dict[str, Tensor], features: Features

@@ -40,7 +40,13 @@ class BlockOptions:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) or (B, N, M) bool, False = not there."""
+    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) or (B, N, M) bool, False = not there.
+
+    A few registers that read many tokens take a shorter way to the same numbers: q (W k) = (q W) k, so the projections of
+    keys and values move from the M tokens to the N heads * registers, which then attend to the tokens as they are (known
+    from multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434). The bias of keys adds the same to every score of a
+    query and has no effect; that of values is added once, since attention weights sum to 1.
+    """
 
     def __init__(self, options: BlockOptions) -> None:
         super().__init__()
@@ -51,11 +57,26 @@ class Attention(nn.Module):
 
     def forward(self, z: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         q = rearrange(self.query(z), "b n (h d) -> b h n d", h=self.heads)
-        k, v = rearrange(self.key_value(keys), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         drop = self.attn_drop if self.training else 0.0
+        if mask.ndim == 2 and not drop and self._absorbing_is_cheaper(z.shape[1], keys.shape[1]):
+            return self.out(self._absorbed(q, keys, mask))
+        k, v = rearrange(self.key_value(keys), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
         return self.out(rearrange(read, "b h n d -> b n (h d)"))
+
+    def _absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
+        """Multiplications of a row, over 2 D: projections of the queries + wide attention < projections of the tokens."""
+        dim = self.query.in_features
+        return queries * (dim + keys * self.heads) < keys * dim
+
+    def _absorbed(self, q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        to_key, to_value = rearrange(self.key_value.weight, "(two h d) w -> two h d w", two=2, h=self.heads)
+        asked = torch.einsum("bhnd,hdw->bhnw", q, to_key).flatten(1, 2)[:, None]
+        tokens, scale = keys[:, None], q.shape[-1] ** -0.5
+        read = F.scaled_dot_product_attention(asked, tokens, tokens, attn_mask=mask[:, None, None], scale=scale)
+        values = torch.einsum("bhnw,hdw->bhnd", read[:, 0].unflatten(1, (self.heads, -1)), to_value)
+        return rearrange(values, "b h n d -> b n (h d)") + self.key_value.bias.chunk(2)[1]
 
 
 class RegisterBlock(nn.Module):

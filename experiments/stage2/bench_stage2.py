@@ -6,7 +6,7 @@ machines. All weights are random, all numbers made up.
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from tvl_align.console import UserError, progress
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Tokens
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder
-from tvl_align.evaluation import CHUNK, retrieval
+from tvl_align.evaluation import retrieval
 from tvl_align.optimisation import descend, make_adamw
 from tvl_align.runtime import provenance
 
@@ -110,29 +110,35 @@ def made_up(specs: dict[str, FeatureSpec], rows: int) -> Features:
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Notes the shapes of every matrix product that runs inside."""
+    """Notes the shapes of every matrix product that runs inside, those of fused attention included."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.shapes: list[tuple[torch.Size, torch.Size]] = []
+        self.shapes: list[tuple[Sequence[int], Sequence[int]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
             self.shapes.append((args[0].shape, args[1].shape))
         elif func is torch.ops.aten.addmm.default:
             self.shapes.append((args[1].shape, args[2].shape))
+        elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self._attention(*(t.shape for t in args[:3]))
+        elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            q, k, v = (t.shape for t in args[1:4])
+            self._attention(q, k, v)  # scores again, and gradients of weights, values, queries and keys
+            self.shapes += [((*q[:3], k[2]), k), ((*q[:2], k[2], q[2]), q), ((*q[:2], k[2], q[2]), q)]
         return func(*args, **(kwargs or {}))
+
+    def _attention(self, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
+        self.shapes += [(q, (*q[:2], q[3], k[2])), ((*q[:3], k[2]), v)]
 
     def again(self) -> Callable[[], None]:
         """The same products on numbers of their own."""
-        held: dict[torch.Size, Tensor] = {}
-        for pair in self.shapes:
-            for shape in pair:
-                held.setdefault(shape, torch.randn(shape))
+        held = {tuple(shape): torch.randn(*shape) for pair in self.shapes for shape in pair}
 
         def run() -> None:
             for a, b in self.shapes:
-                torch.matmul(held[a], held[b])
+                torch.matmul(held[tuple(a)], held[tuple(b)])
 
         return run
 
@@ -187,8 +193,8 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
 
     def bare() -> None:
         for a, b in ((x, y), (y, x)):
-            for start in range(0, len(a), CHUNK):
-                a[start : start + CHUNK] @ b.T
+            for start in range(0, len(a), 1024):
+                a[start : start + 1024] @ b.T
 
     for what, column in (("one partner each", None), ("captions", keys)):
         yield compare(
