@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.stage2.engine_stage2 import Run, evaluate, fit, load_inputs, selection
+from experiments.stage2.engine_stage2 import evaluate, fit, load_inputs, selection
 from experiments.stage2.loss_stage2 import Stage2Loss
 from experiments.stage2.methods import METHODS
+from experiments.stage2.run_stage2 import Run
 from experiments.stage2.tvl_stage2 import Stage2Config
 from tvl_align.checkpoint import load_checkpoint, save_checkpoint
 from tvl_align.config import DataConfig, OptimConfig, RunConfig, Settings, Stage1Config
@@ -44,10 +45,6 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def without_times(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-
-
 def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: pytest.CaptureFixture[str]) -> None:
     folder = fit(settings, BASE)
     assert folder == settings.folder
@@ -63,7 +60,7 @@ def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: 
     assert rows[-1]["train_total_loss"] < rows[0]["train_total_loss"]
     for name in ("checkpoint.pth", "checkpoint-acc1.pth", "checkpoint-acc5.pth"):
         content = load_checkpoint(folder / name)
-        assert {"model", "optimizer", "epoch"} <= content.keys()
+        assert {"model", "optimizer", "progress"} <= content.keys()
     assert list(folder.glob("events.out.tfevents*"))
     said = capsys.readouterr().out
     assert "[STAGE2] stage2_base v2" in said
@@ -73,7 +70,7 @@ def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: 
 def test_same_seed_same_numbers_another_seed_others(settings: Settings[Stage2Config]) -> None:
     runs = [("a", 0, 0), ("b", 0, 2), ("c", 1, 0)]
     folders = [fit(changed(changed(settings, "run", log_name=n, seed=s), "data", num_workers=w), BASE) for n, s, w in runs]
-    rows = [without_times(metrics(folder)) for folder in folders]
+    rows = [metrics(folder) for folder in folders]
     assert rows[0] == rows[1]
     assert torch.equal(weights(folders[0]), weights(folders[1]))
     assert rows[0] != rows[2]
@@ -87,8 +84,8 @@ def test_resume_ends_where_the_uninterrupted_run_ends(
     stopped = changed(settings, "run", log_name="stopped")
     record = Run.record
 
-    def stop_after_the_second(self: Run, row: dict[str, Any]) -> None:
-        record(self, row)
+    def stop_after_the_second(self: Run, row: dict[str, Any], seconds: dict[str, float]) -> None:
+        record(self, row, seconds)
         if row["epoch"] == 1:
             raise KeyboardInterrupt
 
@@ -96,25 +93,27 @@ def test_resume_ends_where_the_uninterrupted_run_ends(
     with pytest.raises(KeyboardInterrupt):
         fit(stopped, BASE)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="already holds a run; give --resume"):
-        fit(stopped, BASE)
+    other = changed(changed(stopped, "optim", lr=2e-3), "data", num_workers=1)
+    with pytest.raises(UserError, match=r"other settings: --lr 0\.002 \(it has 0\.001\); give these values"):
+        fit(other, BASE)
     with (stopped.folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": 2, "half": "an epoch that was never saved"}) + "\n")
-    folder = fit(changed(stopped, "run", resume="auto"), BASE)
+    folder = fit(stopped, BASE)
     assert torch.equal(weights(folder), weights(whole))
-    assert without_times(metrics(folder)) == without_times(metrics(whole))
-    assert load_checkpoint(folder / "checkpoint.pth")["best"] == load_checkpoint(whole / "checkpoint.pth")["best"]
+    assert metrics(folder) == metrics(whole)
+    assert load_checkpoint(folder / "checkpoint.pth")["progress"] == load_checkpoint(whole / "checkpoint.pth")["progress"]
 
 
 def test_the_best_so_far_survives_resume(settings: Settings[Stage2Config]) -> None:
     """Trap 16: a worse epoch after resume does not become the best."""
     folder = fit(changed(settings, "optim", epochs=1), BASE)
-    content = load_checkpoint(folder / "checkpoint.pth") | {"best": {"acc1": 99.0, "acc5": 99.0}}
+    content = load_checkpoint(folder / "checkpoint.pth")
+    content["progress"]["best"] = {"acc1": 99.0, "acc5": 99.0}
     save_checkpoint(folder / "checkpoint.pth", content)
     fit(changed(settings, "run", resume="auto"), BASE)
-    assert load_checkpoint(folder / "checkpoint-acc1.pth")["epoch"] == 0
-    last = load_checkpoint(folder / "checkpoint.pth")
-    assert (last["epoch"], last["best"]) == (2, {"acc1": 99.0, "acc5": 99.0})
+    assert load_checkpoint(folder / "checkpoint-acc1.pth")["progress"]["epoch"] == 1
+    last = load_checkpoint(folder / "checkpoint.pth")["progress"]
+    assert (last["epoch"], last["best"]) == (3, {"acc1": 99.0, "acc5": 99.0})
 
 
 def test_resume_refuses_what_does_not_fit(settings: Settings[Stage2Config], tmp_path: Path) -> None:
@@ -131,9 +130,7 @@ def test_resume_refuses_what_does_not_fit(settings: Settings[Stage2Config], tmp_
 def test_a_loss_that_is_not_finite_stops_the_run(settings: Settings[Stage2Config]) -> None:
     good = fit(changed(settings, "optim", epochs=1), BASE)
     wild = changed(changed(settings, "optim", lr=1e30, warmup_epochs=0), "run", resume="auto")
-    with pytest.raises(
-        UserError, match=rf"the loss became (nan|inf) in epoch 1, step \d+; the last good checkpoint is {good}"
-    ):
+    with pytest.raises(UserError, match=rf"the loss became .* in epoch 1, step \d+; the last good checkpoint is {good}"):
         fit(wild, BASE)
 
 
@@ -196,5 +193,5 @@ def test_the_engine_takes_the_large_batch(settings: Settings[Stage2Config]) -> N
         run = replace(settings.run, log_name=f"parts{parts}")
         rows.append(metrics(fit(replace(settings, knobs=knobs, optim=optim, run=run), BASE)))
     for one, other in zip(*rows, strict=True):
-        for name in one.keys() - {"seconds"}:
+        for name in one:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name

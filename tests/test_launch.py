@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.stage2.launch_stage2 import Training, submit, take_slurm, wait
+from experiments.stage2.launch_stage2 import submit, take_slurm, wait
 from tvl_align.console import UserError
 
 BIN = Path(sys.executable).parent
@@ -38,15 +38,6 @@ def test_a_task_that_fails_is_said_in_one_sentence(tmp_path: Path) -> None:
     job = submit("base", ["--stage1_checkpoint", str(tmp_path / "none.pth")], {"cluster": "local"}, tmp_path)
     with pytest.raises(UserError, match=f"job {job.job_id} failed"):
         wait(job)
-
-
-def test_a_job_that_is_taken_away_goes_on_from_its_checkpoint_where_it_has_one(tmp_path: Path) -> None:
-    training = Training("base", ["--epochs", "3"], tmp_path)
-    assert training.checkpoint().function.flags == ["--epochs", "3"]  # taken away in its first epoch
-    (tmp_path / "checkpoint.pth").touch()
-    again = training.checkpoint().function
-    assert again.flags == ["--epochs", "3", "--resume=auto"]
-    assert again.checkpoint().function.flags == again.flags
 
 
 def test_what_cannot_be_queued_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

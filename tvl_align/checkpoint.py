@@ -7,16 +7,13 @@ from typing import Any
 import torch
 
 from tvl_align.console import UserError
+from tvl_align.files import replacing
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write to a temporary name, flush to disk, rename: a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    """A reader sees the old file or the new one, never half of one."""
+    with replacing(path) as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def keep_as(path: Path, name: str) -> None:

@@ -121,6 +121,8 @@ class OptimConfig:
     """Learning rate per 256 rows of total batch."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
+    skip_nonfinite: int = 0
+    """Leave out at most so many steps whose loss or gradients are not finite, and say each; then stop."""
     warmup_epochs: float = 10
     """Epochs of linear warm-up, counted in steps."""
 
@@ -142,11 +144,13 @@ class RunConfig:
     draw_seed: int | None = None
     """Seed of order, view choice, dropout and initial weights; default: --seed. Runs that differ in it share a store."""
     resume: str = ""
-    """Go on from a checkpoint: a path, or no value for the run folder's own."""
+    """Go on with other settings from a checkpoint: a path, or no value for the run's own. The same command needs none."""
     start_epoch: int = 0
     """First epoch; --resume sets it."""
     dist_eval: bool = False
     """Accepted; validation is always shared by all processes and scored over the whole gallery."""
+    compile: bool = False
+    """Fuse the model's operations with torch.compile: the same numbers, after a minute or more of compiling."""
     find_unused_parameters: bool = False
     """Let DistributedDataParallel look for parameters without gradients; needed only where a pair's loss is disabled."""
     world_size: int = 1

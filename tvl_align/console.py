@@ -1,5 +1,6 @@
 """What a person at the terminal sees: progress, and one-sentence errors."""
 
+import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -8,6 +9,15 @@ from typing import Any, ParamSpec
 from tqdm import tqdm
 
 P = ParamSpec("P")
+FULL = "what was written before is untouched; free some space and give the same command again"
+REMEDIES = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: FULL,
+    errno.EACCES: "give a folder that you may use",
+    errno.EPERM: "give a folder that you may use",
+    errno.EROFS: "give a folder that can be written to",
+}
 
 
 class UserError(Exception):
@@ -15,7 +25,8 @@ class UserError(Exception):
 
 
 def says_it_plainly(main: Callable[P, None]) -> Callable[P, None]:
-    """Wrap an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+    """Wrap an entry point: a `UserError`, or a file system that is full or forbids it, becomes one line on stderr and exit
+    code 2."""
 
     @wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -23,6 +34,13 @@ def says_it_plainly(main: Callable[P, None]) -> Callable[P, None]:
             main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            remedy = REMEDIES.get(error.errno or 0)
+            if remedy is None:
+                raise
+            where = f" {error.filename}" if error.filename else ""
+            print(f"error: cannot write or read{where}: {error.strerror}; {remedy}.", file=sys.stderr)
             sys.exit(2)
 
     return wrapped

@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -36,6 +37,7 @@ from tvl_align.console import UserError, progress
 from tvl_align.contract import Batch, Features, FeatureSpec, Tokens
 from tvl_align.data.samples import Samples
 from tvl_align.encoders.tvl import Stage1
+from tvl_align.files import hold
 from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, world_size
 
 FORMAT = 1
@@ -47,6 +49,8 @@ class FeatureSource(Protocol):
     """Where features of a split come from: a store, or the encoders themselves."""
 
     views: int
+    names: list[str]
+    datasets: list[str]
 
     def __len__(self) -> int: ...
 
@@ -241,7 +245,10 @@ def open_or_encode(
     folder = feature_dir / key
     if not (folder / "manifest.json").is_file():
         barrier()  # nobody starts to write before everybody has looked
-        _encode(folder, key, ingredients, stage1, samples, views, num_workers)
+        with hold(feature_dir, wait=True, why="encodes into") if is_main() else nullcontext():
+            barrier()
+            if not (folder / "manifest.json").is_file():  # another run may have encoded it meanwhile
+                _encode(folder, key, ingredients, stage1, samples, views, num_workers)
     store = FeatureStore(folder)
     if store.key != key:
         raise UserError(f"{folder} holds the store {store.key}, not {key}; remove that folder and run again.")
@@ -343,7 +350,8 @@ def _encode_split(
             done["text"][at] = True
         places = mine.split(ENCODE_BATCH) if len(mine) else ()
         parts = [[jobs[i] for i in at] for at in places]
-        for at_once, part, batch in zip(places, parts, load_pictures(samples, parts, workers, stage1.modalities), strict=True):
+        loaded = load_pictures(samples, parts, workers, stage1.modalities)
+        for at_once, part, batch in zip(places, parts, loaded, strict=True):
             for modality, (positions, images) in batch.items():
                 at = torch.stack([index[modality][part[i]] for i in positions])
                 _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])

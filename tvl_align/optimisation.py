@@ -49,10 +49,21 @@ def descend(
     backward: Callable[[Tensor], None] | None = None,
     update: bool = True,
 ) -> None:
-    """Take the gradient of `loss` and, unless more is to be accumulated first, one step of length `lr`."""
+    """Take the gradient of `loss` and, unless more is to be accumulated or looked at first, one step of length `lr`."""
     (backward or Tensor.backward)(loss)
     if update:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad()
+        take_step(optimizer, lr)
+
+
+def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """One step of length `lr` along the gradients there are; then there are none."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """() L2 norm of all gradients together; not finite where one of them is not."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return nn.utils.get_total_norm(grads)

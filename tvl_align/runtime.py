@@ -3,13 +3,15 @@
 import os
 import random
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,8 @@ from tvl_align.console import UserError
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "tensordict", "accelerate")
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the end, and what schedulers send before they pre-empt
+STOPPED = 143  # exit code of a process that SIGTERM ended
 _alone = False
 
 
@@ -122,13 +126,13 @@ def joint_noise(like: Tensor) -> Tensor:
     return drawn[rank() * len(like) : (rank() + 1) * len(like)]
 
 
-def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Detached mean of named scalars over all processes, in one call."""
+def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean of named scalars over all processes, in one call."""
     stacked = torch.stack([v.detach().float() for v in values.values()])
     if world_size() > 1:
         dist.all_reduce(stacked)
         stacked /= world_size()
-    return dict(zip(values, stacked, strict=True))
+    return dict(zip(values, stacked.tolist(), strict=True))
 
 
 def mean_count(count: Tensor) -> Tensor:
@@ -137,6 +141,34 @@ def mean_count(count: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(count)
     return count / world_size()
+
+
+class StopSignals:
+    """Inside, signals that ask this process to end are only noted in `received`, so that it ends where nothing is lost."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.received = number
+
+    def end(self) -> NoReturn:
+        """After the state is saved: let whoever handled the signal before have it (a launcher queues the job again), then
+        exit with 143."""
+        self.__exit__()
+        if self.received is not None and callable(self._previous.get(self.received)):
+            signal.raise_signal(self.received)
+        raise SystemExit(STOPPED)
 
 
 def git_commit() -> str:

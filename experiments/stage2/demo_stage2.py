@@ -65,8 +65,7 @@ def prepare(config: DemoConfig) -> tuple[Path, Path]:
 
 
 def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: str, name: str) -> Settings[Any]:
-    """The documented run with narrower registers and fewer epochs; goes on where an earlier one stopped."""
-    trained = (config.out / "runs" / name / "checkpoint.pth").is_file()
+    """The documented run with narrower registers and fewer epochs."""
     return Settings(
         Stage1Config(checkpoint),
         METHODS[method].knobs(register_token_dim=256),
@@ -80,7 +79,7 @@ def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: st
             num_workers=2,
         ),
         OptimConfig(batch_size=128, epochs=config.epochs, warmup_epochs=1, lr=1e-3),
-        RunConfig(config.out / "runs", name, seed=config.seed, resume="auto" if trained else ""),
+        RunConfig(config.out / "runs", name, seed=config.seed),
     )
 
 

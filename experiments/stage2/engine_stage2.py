@@ -3,13 +3,15 @@
 import json
 import logging
 import math
+import os
+import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
+from experiments.stage2.run_stage2 import Progress, Run, find_checkpoint, restore
 from tvl_align.accumulation import large_batch_gradient
 from tvl_align.alignment import pair_name
-from tvl_align.checkpoint import keep_as, load_checkpoint, save_checkpoint
-from tvl_align.config import Settings, notes, to_plain
-from tvl_align.console import UserError, progress
+from tvl_align.config import Settings
+from tvl_align.console import UserError
+from tvl_align.console import progress as progress_bar
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method, Output
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
 from tvl_align.data.text import PROMPT
@@ -32,16 +34,17 @@ from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.evaluation import retrieval
 from tvl_align.features import FeatureSource, FeatureStore, LiveSplit, open_or_encode
-from tvl_align.optimisation import Schedule, descend, make_adamw
+from tvl_align.files import hold
+from tvl_align.optimisation import Schedule, descend, gradient_norm, make_adamw, take_step
 from tvl_align.registers import pooled_overlapping
 from tvl_align.runtime import (
+    StopSignals,
     alone,
     gather,
     generator,
     is_main,
     mean_over_processes,
     pick_device,
-    provenance,
     rank,
     seed_everything,
     world_size,
@@ -132,15 +135,23 @@ def load_samples(settings: Settings[Any], device: torch.device) -> tuple[Stage1,
 
 
 def fit(settings: Settings[Any], method: Method) -> Path:
-    """Train a method from start to end; returns the run folder.
+    """Train a method, from where an earlier call with the same settings stopped if there was one; returns the run folder.
 
-    The folder holds config.json, metrics.jsonl, TensorBoard events, checkpoint.pth and the best checkpoint-acc1.pth and
-    checkpoint-acc5.pth. Raises UserError for bad settings and for a loss that is not finite.
+    The folder holds config.json, metrics.jsonl, times.jsonl, TensorBoard events, checkpoint.pth and the best
+    checkpoint-acc1.pth and checkpoint-acc5.pth. Raises UserError for bad settings, for a folder that holds a run with other
+    settings or is being written to, and for numbers that are not finite. A signal that asks the process to end is obeyed
+    after the next step: checkpoint, a line, exit code 143.
     """
     accelerator = make_accelerator(settings)
-    device, who = accelerator.device, method.implementation
-    folder = settings.folder
-    checkpoint = _resume_point(settings)
+    with hold(settings.folder, wait=False, why="trains in") if is_main() else nullcontext():
+        _fit(settings, method, accelerator)
+    accelerator.wait_for_everyone()
+    return settings.folder
+
+
+def _fit(settings: Settings[Any], method: Method, accelerator: Accelerator) -> None:
+    device, who, optim = accelerator.device, method.implementation, settings.optim
+    checkpoint = find_checkpoint(settings, who)
     inputs = load_inputs(settings, device)
     for name in ("train", "val"):
         if name not in inputs.splits or not len(inputs.splits[name]):
@@ -149,51 +160,55 @@ def fit(settings: Settings[Any], method: Method) -> Path:
     seed_everything(settings.run.own_seed)
     model = method.model(settings.knobs, inputs.specs).to(device)
     loss = method.loss(settings.knobs, list(inputs.specs))
-    optim = settings.optim
     lr = optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * world_size() / 256
     steps = len(epoch_batches(len(inputs.splits["train"]), optim.batch_size, 0, 0, drop_last=optim.drop_last))
     updates = math.ceil(steps / optim.accum_iter)
     schedule = Schedule(lr, optim.epochs * updates, round(optim.warmup_epochs * updates), optim.min_lr)
     optimizer = make_adamw(model.named_parameters(), optim.weight_decay)
-    start, best = settings.run.start_epoch, {"acc1": -1.0, "acc5": -1.0}
+    progress = Progress(epoch=settings.run.start_epoch)
     if checkpoint is not None:
-        start, best = _restore(checkpoint, model, optimizer, method)
-    run = Run(folder, settings, method, inputs, start) if is_main() else None
-    wrapped = accelerator.prepare_model(model)
-    for epoch in range(start, optim.epochs):
-        began = time.perf_counter()
-        trained = train_one_epoch(
-            wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, epoch
-        )
-        calibrate(model, inputs.splits["train"], device)
-        validated = evaluate(model, loss, inputs.splits["val"], device)
-        chosen = selection(validated)
-        better = [k for k in best if chosen[k] > best[k]]
-        best |= {k: chosen[k] for k in better}
-        if run is not None:
-            metrics = {
-                "epoch": epoch,
-                "lr": schedule((epoch + 1) * updates - 1),
-                "seconds": time.perf_counter() - began,
-            }
+        progress = restore(checkpoint, model, optimizer, inputs.key, asked=bool(settings.run.resume))
+    run = Run(settings, who, inputs.key, {n: len(s) for n, s in inputs.splits.items()}) if is_main() else None
+    if run is not None and checkpoint is not None:
+        if settings.run.resume in ("", "auto"):
+            run.follow(progress)
+        else:
+            run.save(model, optimizer, progress)
+        done = f"epoch {progress.epoch}" + (f", step {progress.step}" if progress.step else "")
+        run.say(f"going on after {done}" if progress.epoch < optim.epochs else f"all {optim.epochs} epochs are done already")
+    wrapped = accelerator.prepare_model(_compiled(model, device) if settings.run.compile else model)
+    with StopSignals() as signals:
+        for epoch in range(progress.epoch, optim.epochs):
+            clock = [time.perf_counter()]
+            trained = train_one_epoch(
+                wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, progress, signals
+            )
+            if trained is None:
+                if run is not None:
+                    run.save(model, optimizer, progress)
+                    run.say(f"stopped by a signal after epoch {epoch}, step {progress.step}; the same command goes on")
+                accelerator.wait_for_everyone()
+                signals.end()
+            clock.append(time.perf_counter())
+            calibrate(model, inputs.splits["train"], device)
+            clock.append(time.perf_counter())
+            validated = evaluate(model, loss, inputs.splits["val"], device)
+            clock.append(time.perf_counter())
+            metrics = {"epoch": epoch, "lr": schedule((epoch + 1) * updates - 1)}
             metrics |= {f"train_{k}": v for k, v in trained.items()} | {f"val_{k}": v for k, v in validated.items()}
-            content = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "epoch": epoch,
-                "best": best,
-                "implementation": asdict(who),
-                "settings": to_plain(settings),
-                "store": inputs.key,
-            }
-            save_checkpoint(folder / "checkpoint.pth", content)
-            for k in better:
-                keep_as(folder / "checkpoint.pth", f"checkpoint-{k}.pth")
-            run.record(metrics)
+            progress.finish_epoch(metrics, selection(validated))
+            if run is not None:
+                run.save(model, optimizer, progress)
+                seconds = [end - begin for begin, end in pairwise(clock)]
+                run.record(metrics, dict(zip(("train", "calibrate", "validate"), seconds, strict=True)))
     if run is not None:
         run.close()
-    accelerator.wait_for_everyone()
-    return folder
+
+
+def _compiled(model: nn.Module, device: torch.device) -> Any:
+    if device.type == "cpu" and not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++")):
+        raise UserError("--compile needs a C++ compiler, and there is no g++ or clang++; install one or leave it out.")
+    return torch.compile(model)
 
 
 def train_one_epoch(
@@ -205,64 +220,102 @@ def train_one_epoch(
     settings: Settings[Any],
     schedule: Schedule,
     accelerator: Accelerator,
-    epoch: int,
-) -> dict[str, float]:
-    """One pass over the training rows; returns the epoch's mean of every number, over all processes.
+    progress: Progress,
+    signals: StopSignals,
+) -> dict[str, float] | None:
+    """The steps of an epoch that are still to do; returns the epoch's mean of every number, over all processes.
 
-    `wrapped` is the model as it synchronises gradients, `model` the same parameters without the wrapping.
+    `wrapped` is the model as it synchronises gradients, `model` the same parameters without the wrapping. None: a signal
+    came to one of the processes, and `progress` says how far all of them are. Every draw follows from seed, epoch and step,
+    so an epoch that was stopped goes on as if it had not been.
     """
-    seed, batch, accum = settings.run.own_seed, settings.optim.batch_size, settings.optim.accum_iter
+    seed, batch, accum, epoch = settings.run.own_seed, settings.optim.batch_size, settings.optim.accum_iter, progress.epoch
     weights = balanced_weights(source.datasets) if settings.data.importance_sampling else None
     rows = epoch_batches(len(source), batch, seed, epoch, weights, settings.optim.drop_last)
     views = epoch_views(len(rows), batch, source.views, seed, epoch)
     updates = math.ceil(len(rows) / accum)
-    seed_everything(generator(seed, epoch, 3).initial_seed())  # dropout and noise inside models, where there are any
     wrapped.train()
-    sums: dict[str, Tensor] = {}
-    batches = source.batches(list(rows), list(views), accelerator.device)
-    with progress(len(rows), f"epoch {epoch}", "step", quiet=not is_main()) as bar:
-        for group in range(updates):
+    done = progress.step * accum
+    batches = source.batches(list(rows[done:]), list(views[done:]), accelerator.device)
+    with progress_bar(len(rows), f"epoch {epoch}", "step", quiet=not is_main()) as bar:
+        bar.update(done)
+        for group in range(progress.step, updates):
             parts = []
             for step, features in zip(range(group * accum, (group + 1) * accum), batches, strict=False):
                 joined = model.draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
                 parts.append((features, joined[rank() * batch : (rank() + 1) * batch]))
-            lr = schedule(epoch * updates + group)
-            numbers = _update(wrapped, loss, optimizer, parts, lr, accelerator)
-            means = mean_over_processes(numbers)
-            _check_finite(float(means["total_loss"]), epoch, group * accum, settings.folder)
-            for name, value in means.items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value
-            bar.set_postfix(loss=f"{float(means['total_loss']):.3f}", refresh=False)
+            seed_everything(generator(seed, epoch, group, 3).initial_seed())  # dropout and noise inside models
+            numbers = _gradients(wrapped, loss, optimizer, parts, accelerator)
+            norm = gradient_norm(optimizer)
+            stop = torch.tensor(float(signals.received is not None), device=norm.device)
+            means = mean_over_processes(numbers | {"gradient": norm, "stop": stop})
+            stopping = means.pop("stop") > 0
+            if math.isfinite(means.pop("gradient")) and math.isfinite(means["total_loss"]):
+                take_step(optimizer, schedule(epoch * updates + group))
+                progress.counted += 1
+                for name, value in means.items():
+                    progress.sums[name] = progress.sums.get(name, 0.0) + value
+            else:
+                optimizer.zero_grad()
+                progress.skipped += 1
+                _not_finite(means["total_loss"], parts, source, settings, progress)
+            progress.step = group + 1
+            bar.set_postfix(loss=f"{means['total_loss']:.3f}", refresh=False)
             bar.update(len(parts))
-    return {name: float(total) / updates for name, total in sums.items()}
+            if stopping:
+                return None
+    return {name: total / max(1, progress.counted) for name, total in progress.sums.items()}
 
 
-def _update(
+def _gradients(
     wrapped: nn.Module,
     loss: nn.Module,
     optimizer: torch.optim.Optimizer,
     parts: Sequence[tuple[Features, Tensor]],
-    lr: float,
     accelerator: Accelerator,
 ) -> dict[str, Tensor]:
-    """One optimizer step on (features, kept) parts, which together are one batch; returns the loss's numbers."""
+    """The gradients of (features, kept) parts, which together are one batch; returns the loss's numbers."""
 
     def run(features: Features, kept: Tensor) -> Output:
         with accelerator.autocast():
             return wrapped(features, kept=kept, joint=False)
 
-    def part_step(scalar: Tensor, part: int) -> None:
-        descend(scalar, optimizer, lr, accelerator.backward, update=part == len(parts) - 1)
+    def take(scalar: Tensor, part: int = 0) -> None:
+        descend(scalar, optimizer, 0.0, accelerator.backward, update=False)
 
     if len(parts) == 1:
         numbers = loss(run(*parts[0]))
-        part_step(numbers["total_loss"], 0)
+        take(numbers["total_loss"])
         return numbers
 
     def around(part: int) -> AbstractContextManager[None]:
         return nullcontext() if part == len(parts) - 1 else accelerator.no_sync(wrapped)
 
-    return large_batch_gradient([partial(run, *part) for part in parts], loss, part_step, around)
+    return large_batch_gradient([partial(run, *part) for part in parts], loss, take, around)
+
+
+def _not_finite(
+    loss: float, parts: Sequence[tuple[Features, Tensor]], source: FeatureSource, settings: Settings[Any], progress: Progress
+) -> None:
+    """Note the rows of a step whose loss or gradients are not finite. Raises UserError where no more may be left out; all
+    processes see the same mean, so they all do."""
+    rows = torch.cat([gather(features.rows) for features, _ in parts]).tolist()
+    where, allowed = settings.folder / "nonfinite.jsonl", settings.optim.skip_nonfinite
+    at = f"epoch {progress.epoch}, step {progress.step}"
+    if is_main():
+        noted = {"epoch": progress.epoch, "step": progress.step, "loss": repr(loss)}
+        noted |= {"rows": rows, "names": [source.names[row] for row in rows if row >= 0]}
+        with where.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(noted) + "\n")
+        log.warning("%s: loss %s or a gradient is not finite; the step is left out, its rows are in %s", at, loss, where)
+    if progress.skipped > allowed:
+        good = settings.folder / "checkpoint.pth"
+        last = f"the last good checkpoint is {good}" if good.is_file() else "there is no checkpoint yet"
+        more = f" for the {progress.skipped}th time (--skip_nonfinite {allowed})" if allowed else ""
+        raise UserError(
+            f"the loss became {loss}, or a gradient not finite, in {at}{more}; {last}, the rows are in {where}; "
+            "lower --lr or --blr, or allow some with --skip_nonfinite."
+        )
 
 
 @torch.no_grad()
@@ -277,19 +330,12 @@ def calibrate(model: nn.Module, source: FeatureSource, device: torch.device) -> 
     rows = list(torch.arange(0, len(source), math.ceil(len(source) / CALIBRATION_ROWS)).split(EVAL_BATCH))
 
     def batches() -> Iterator[Features]:
-        with progress(len(rows), "calibrate", "batch", quiet=not is_main()) as bar, alone():
+        with progress_bar(len(rows), "calibrate", "batch", quiet=not is_main()) as bar, alone():
             for features in source.batches(rows, [torch.zeros_like(r) for r in rows], device):
                 yield features
                 bar.update()
 
     model.calibrate(batches)
-
-
-def _check_finite(value: float, epoch: int, step: int, folder: Path) -> None:
-    if not math.isfinite(value):  # a mean over all processes: they all stop here
-        good = folder / "checkpoint.pth"
-        last = f"the last good checkpoint is {good}" if good.is_file() else "there is no checkpoint yet"
-        raise UserError(f"the loss became {value} in epoch {epoch}, step {step}; {last}; lower --blr and use --resume.")
 
 
 @torch.no_grad()
@@ -304,7 +350,7 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     rows = list(shares(torch.arange(len(source)), EVAL_BATCH))
     collected: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
-    with progress(len(rows), "validate", "batch", quiet=not is_main()) as bar:
+    with progress_bar(len(rows), "validate", "batch", quiet=not is_main()) as bar:
         for step, features in enumerate(source.batches(rows, [torch.zeros_like(r) for r in rows], device)):
             output = model(features, joint=False)
             of_batch = min(EVAL_BATCH, len(source) - step * EVAL_BATCH)
@@ -320,7 +366,7 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     everything = {name: gather(torch.cat(parts)) for name, parts in collected.items()}
     order = everything["rows"].argsort()
     everything = {name: part[order] for name, part in everything.items()}
-    numbers = {name: float(total) for name, total in mean_over_processes(sums).items()}
+    numbers = mean_over_processes(sums)
     modalities = [name.removeprefix("pooled/") for name in collected if name.startswith("pooled/")]
     scored = [pair for pair in combinations(modalities, 2) if f"{pair_name(*pair)}_loss" in numbers]
     pairs = [pair_name(*pair) for pair in scored]
@@ -352,84 +398,3 @@ def selection(validated: dict[str, float]) -> dict[str, float]:
         k: sum(validated[f"{p}_{k}"] for p in touch) / len(touch) if touch else validated[f"average_{k}"]
         for k in ("acc1", "acc5")
     }
-
-
-def _resume_point(settings: Settings[Any]) -> dict[str, Any] | None:
-    folder, resume = settings.folder, settings.run.resume
-    if resume:
-        return load_checkpoint(folder / "checkpoint.pth" if resume == "auto" else Path(resume))
-    if (folder / "checkpoint.pth").exists():
-        raise UserError(f"{folder} already holds a run; give --resume to go on with it, or another --log_name.")
-    return None
-
-
-def _restore(
-    checkpoint: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, method: Method
-) -> tuple[int, dict[str, float]]:
-    made_by = checkpoint.get("implementation", {}).get("experiment_id")
-    if made_by != method.implementation.experiment_id:
-        raise UserError(
-            f"the checkpoint is of {made_by}, not of {method.implementation.experiment_id}; resume its own method."
-        )
-    try:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"the checkpoint does not fit this model ({reason}); resume with the flags it was made with."
-        ) from error
-    return checkpoint["epoch"] + 1, dict(checkpoint["best"])
-
-
-class Run:
-    """The run folder as the main process writes it."""
-
-    def __init__(self, folder: Path, settings: Settings[Any], method: Method, inputs: Inputs, start: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.metrics, self.tag, self.epochs = folder / "metrics.jsonl", method.implementation.tag, settings.optim.epochs
-        described = {
-            "implementation": asdict(method.implementation),
-            "settings": to_plain(settings),
-            "store": inputs.key,
-            "rows": {name: len(source) for name, source in inputs.splits.items()},
-            **provenance(),
-        }
-        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        kept = _epochs_before(self.metrics, start)
-        self.metrics.write_text("".join(kept), encoding="utf-8")
-        self.board = SummaryWriter(str(settings.run.log_dir or folder))
-        print(f"[{self.tag}] {method.implementation.experiment_id} v{method.implementation.version} -> {folder}")
-        for line in notes(settings):
-            print(f"[{self.tag}] {line}")
-
-    def record(self, metrics: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        for name, value in metrics.items():
-            if name != "epoch":
-                self.board.add_scalar(name.replace("_", "/", 1), value, metrics["epoch"])
-        print(f"[{self.tag}] {epoch_line(metrics, self.epochs)}", flush=True)
-
-    def close(self) -> None:
-        self.board.close()
-
-
-def _epochs_before(metrics: Path, start: int) -> Iterable[str]:
-    if not metrics.is_file():
-        return []
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if json.loads(line)["epoch"] < start]
-
-
-def epoch_line(metrics: dict[str, Any], epochs: int) -> str:
-    """One line a person reads after each epoch."""
-    parts = [f"epoch {metrics['epoch'] + 1}/{epochs}", f"loss {metrics['train_total_loss']:.3f}"]
-    parts.append(f"val {metrics['val_total_loss']:.3f}")
-    for name in metrics:
-        if name.startswith("val_") and name.endswith("_chance1"):
-            pair = name.removeprefix("val_").removesuffix("_chance1")
-            one, five = metrics[f"val_{pair}_acc1"], metrics[f"val_{pair}_acc5"]
-            parts.append(f"{pair.replace('_', '-')} {one:.1f}/{five:.1f} (chance {metrics[name]:.1f})")
-    parts.append(f"reg {metrics['val_complementary_reg']:.2f}" if "val_complementary_reg" in metrics else "")
-    return " | ".join([*filter(None, parts), f"{metrics['seconds']:.1f} s"])

@@ -25,7 +25,6 @@ class Training:
 
     method: str
     flags: list[str]
-    run: Path  # its folder
 
     def __call__(self) -> None:
         environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
@@ -37,10 +36,8 @@ class Training:
         train_method(self.method, self.flags)
 
     def checkpoint(self) -> DelayedSubmission:
-        """What submitit queues when the job is taken away: the same, from the last checkpoint where there is one."""
-        given = any(flag.startswith("--resume") for flag in self.flags)
-        more = ["--resume=auto"] if (self.run / "checkpoint.pth").is_file() and not given else []
-        return DelayedSubmission(Training(self.method, [*self.flags, *more], self.run))
+        """What submitit queues when the job is taken away: the same, which goes on from its last checkpoint."""
+        return DelayedSubmission(self)
 
 
 def take_slurm(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -69,7 +66,7 @@ def submit(method: str, flags: Sequence[str], options: dict[str, str], run: Path
     try:
         executor = submitit.AutoExecutor(folder=run / "jobs", cluster=cluster)
         executor.update_parameters(**values)
-        return executor.submit(Training(method, list(flags), run.resolve()))
+        return executor.submit(Training(method, list(flags)))
     except (RuntimeError, ValueError, TypeError, NameError, submitit.core.utils.FailedJobError) as error:
         raise UserError(
             f"the job was not queued ({' '.join(str(error).split())[:300]}); mend the --slurm options."

@@ -33,7 +33,7 @@ def find_synonyms(root: Path, keep: int | None) -> dict[str, list[str]]:
 
 
 class Samples(Dataset[dict[str, Tensor]]):
-    """The pictures and sentences of some rows. Indexing with (row, view) loads the pictures of that view; row -1 has none."""
+    """The pictures and sentences of some rows. Indexing with (row, view) loads the pictures of a view; row -1 has none."""
 
     def __init__(self, root: Path, rows: Sequence[Row], images: ImageOptions, text: TextOptions, seed: int) -> None:
         self.root, self.rows, self.text, self.seed = root, list(rows), text, seed
