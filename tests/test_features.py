@@ -50,6 +50,15 @@ def test_stored_features_are_the_encoders(world: Path, stage1: Stage1, store: Fe
             assert mine.mask[i].sum() == tokens.mask[0].sum()
 
 
+def test_read_pages_are_given_back_and_read_again(store: FeatureStore) -> None:
+    split = store.splits["train"]
+    rows = torch.arange(len(split))
+    before = split.read(rows)
+    split.release()
+    for name, tokens in split.read(rows).modalities.items():
+        assert torch.equal(tokens.tokens, before.modalities[name].tokens)
+
+
 def test_only_training_has_augmented_views(store: FeatureStore) -> None:
     """Trap 2: validation and test are plain, whatever the seed."""
     assert {name: split.views for name, split in store.splits.items()} == {"train": 2, "val": 0, "test": 0}

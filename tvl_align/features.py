@@ -38,10 +38,11 @@ from tvl_align.contract import Batch, Features, FeatureSpec, Tokens
 from tvl_align.data.samples import Samples
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.files import hold
-from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, world_size
+from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, release_pages, world_size
 
 FORMAT = 1
 ENCODE_BATCH = 64
+RELEASE_EVERY = 4  # batches
 log = logging.getLogger(__name__)
 
 
@@ -86,11 +87,21 @@ class StoredSplit:
         return Features(tokens, self.index["caption_keys"][rows, views], rows)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
-        for row, view in zip(rows, views, strict=True):
+        for step, (row, view) in enumerate(zip(rows, views, strict=True)):
+            if step % RELEASE_EVERY == 0:
+                self.release()
             batch = self.read(row, view)
             if device.type == "cuda":
                 batch = batch.map(Tensor.pin_memory)
             yield batch.to(device)
+
+
+    def release(self) -> None:
+        """Give back the memory of pages that were read: they stay in the system's cache, but not in this process, whose
+        memory would otherwise grow to the size of the store in the course of an epoch."""
+        for table in (self.index, *self.tables.values()):
+            for mapped in table.values():
+                release_pages(mapped)
 
 
 class FeatureStore:

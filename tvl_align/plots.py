@@ -165,3 +165,22 @@ def confusion(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> byte
             axis.imshow(picture)
             axis.axis("off")
     return png(figure)
+
+
+def growth_curves(found: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+    """Seconds (left axis) and peak memory (right axis) against what grows, all axes logarithmic; a straight line of slope 1
+    is proportional growth."""
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.0))
+    for axis, (what, points) in zip(axes, found.items(), strict=True):
+        at = [p["at"] for p in points]
+        axis.loglog(at, [p["seconds"] for p in points], marker="o", color="#c44e52")
+        axis.set(xlabel=what, xticks=at, xticklabels=[f"{x:g}" for x in at])
+        axis.minorticks_off()
+        axis.tick_params(axis="x", rotation=40)
+        if not any(np.isnan(p["megabytes"]) for p in points):
+            memory = axis.twinx()
+            memory.loglog(at, [p["megabytes"] for p in points], marker="s", linestyle="--", color="#4c72b0")
+            memory.set_ylabel("MB (dashed)", color="#4c72b0")
+    axes[0].set_ylabel("seconds", color="#c44e52")
+    figure.tight_layout()
+    return png(figure)

@@ -1,5 +1,7 @@
 """Processes, devices and seeds. The rank is asked of torch.distributed, never passed around."""
 
+import ctypes
+import mmap
 import os
 import random
 import shlex
@@ -141,6 +143,14 @@ def mean_count(count: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(count)
     return count / world_size()
+
+
+def release_pages(mapped: Tensor) -> None:
+    """Unmap the pages of a memory-mapped tensor from this process. Its content stays: it is that of its file."""
+    if sys.platform == "linux" and mapped.numel():
+        page = mmap.PAGESIZE
+        start = mapped.data_ptr() // page * page
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(mapped.nbytes), mmap.MADV_DONTNEED)
 
 
 class StopSignals:

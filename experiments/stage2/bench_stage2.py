@@ -13,23 +13,29 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from experiments.stage2 import bench_jobs_stage2 as jobs
+from experiments.stage2.bench_jobs_stage2 import SMALL, made_up
+from experiments.stage2.engine_stage2 import make_accelerator, train_one_epoch
 from experiments.stage2.methods import METHODS
-from tvl_align.accumulation import large_batch_gradient
+from experiments.stage2.run_stage2 import Progress
 from tvl_align.console import UserError, progress
-from tvl_align.contract import MODALITIES, Features, FeatureSpec, Tokens
+from tvl_align.contract import MODALITIES, Features
+from tvl_align.data.samples import TextOptions, make_samples
+from tvl_align.data.transforms import ImageOptions
+from tvl_align.data.tvl import read_tvl
+from tvl_align.data.world import write_world
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder
 from tvl_align.evaluation import retrieval
-from tvl_align.optimisation import descend, make_adamw
-from tvl_align.runtime import provenance
-
-SMALL = {"vision": FeatureSpec(192, 17, 128), "tactile": FeatureSpec(192, 17, 128), "text": FeatureSpec(128, 9, 128)}
+from tvl_align.features import ENCODE_BATCH, FeatureStore, load_pictures, open_or_encode
+from tvl_align.optimisation import Schedule, descend, make_adamw
+from tvl_align.plots import growth_curves
+from tvl_align.registers import Attention
+from tvl_align.runtime import StopSignals, provenance
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,24 @@ class BenchConfig:
     """Measure what things cost, as ratios."""
 
     out: Path = Path("bench.json")
-    """Where the figures are written."""
+    """Where the figures are written; growth goes to growth.json and growth.png beside it."""
     batch: int = 256
     """Rows of a training step."""
+    width: int = 768
+    """Width of registers."""
     gallery: int = 8000
     """Rows of the retrieval gallery."""
+    large_gallery: int = 44_000
+    """Rows of the gallery whose memory is measured."""
+    rows: int = 40_000
+    """Rows of the smaller store whose memory is measured; the larger one has ten times as many."""
+    pictures: int = 64
+    """Rows that are encoded with encoders of real size; eight times as many with the small ones."""
     turns: int = 5
     """Turns per side; the best counts."""
-    parts: tuple[str, ...] = ("step", "accumulation", "retrieval", "store")
+    parts: tuple[str, ...] = (
+        *("step", "engine", "accumulation", "retrieval", "store", "encode", "processes", "memory", "growth"),
+    )
     """What to measure."""
 
 
@@ -61,7 +77,17 @@ class Figure:
 
 def bench(config: BenchConfig) -> list[Figure]:
     """Returns the figures it wrote."""
-    known = {"step": _step, "accumulation": _parts_of_a_batch, "retrieval": _retrieval, "store": _store_and_encoders}
+    known = {
+        "step": _step,
+        "engine": _engine,
+        "accumulation": _parts_of_a_batch,
+        "retrieval": _retrieval,
+        "store": _store_and_encoders,
+        "encode": _encode,
+        "processes": _processes,
+        "memory": _memory,
+        "growth": _growth,
+    }
     unknown = [name for name in config.parts if name not in known]
     if unknown:
         raise UserError(f"unknown part {unknown[0]!r}; --parts takes {', '.join(known)}.")
@@ -70,9 +96,8 @@ def bench(config: BenchConfig) -> list[Figure]:
         for name in config.parts:
             figures += known[name](config)
             bar.update()
-    config.out.write_text(
-        json.dumps([asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}], indent=1)
-    )
+    written = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
+    config.out.write_text(json.dumps(written, indent=1), encoding="utf-8")
     table = Table(title="costs, ours over the reference", title_justify="left")
     for column in ("what", "ours", "reference", "ratio", "unit"):
         table.add_column(column, justify="left" if column in ("what", "unit") else "right")
@@ -82,31 +107,17 @@ def bench(config: BenchConfig) -> list[Figure]:
     return figures
 
 
-def compare(name: str, ours: Callable[[], Any], reference: Callable[[], Any], turns: int, per: float = 1.0) -> Figure:
-    """Time both in turns; `per`: how many units one call of ours does for one call of the reference."""
-    ours(), reference()
+def compare(name: str, ours: Callable[[], Any], reference: Callable[[], Any], turns: int, warm: bool = True) -> Figure:
+    """Time both in turns. warm: call both once before."""
+    if warm:
+        ours(), reference()
     best = [float("inf"), float("inf")]
     for _ in range(turns):
         for i, job in enumerate((ours, reference)):
             began = time.perf_counter()
             job()
             best[i] = min(best[i], time.perf_counter() - began)
-    return Figure(name, best[0] / per, best[1], best[0] / per / best[1], "s")
-
-
-def made_up(specs: dict[str, FeatureSpec], rows: int) -> Features:
-    """Random features of every modality."""
-    g = torch.Generator().manual_seed(0)
-    modalities = {
-        m: Tokens(
-            torch.randn(rows, s.tokens, s.width, generator=g),
-            torch.ones(rows, s.tokens, dtype=torch.bool),
-            F.normalize(torch.randn(rows, s.pooled_width, generator=g), dim=-1),
-            torch.ones(rows, dtype=torch.bool),
-        )
-        for m, s in specs.items()
-    }
-    return Features(modalities, torch.arange(rows)[:, None], torch.arange(rows))
+    return Figure(name, best[0], best[1], best[0] / best[1], "s")
 
 
 class MatrixProducts(TorchDispatchMode):
@@ -143,52 +154,82 @@ class MatrixProducts(TorchDispatchMode):
         return run
 
 
+def _training(
+    name: str, config: BenchConfig, specs: Any = SMALL, features: Features | None = None, **more: Any
+) -> Callable[[], None]:
+    """A training step of a method on one batch held in memory."""
+    features = made_up(specs, config.batch) if features is None else features
+    method = METHODS[name]
+    knobs = method.knobs(register_token_dim=config.width, **more)
+    torch.manual_seed(0)
+    model, loss = method.model(knobs, specs).train(), method.loss(knobs, list(specs))
+    optimizer = make_adamw(model.named_parameters(), 0.05)
+    return lambda: descend(loss(model(features, joint=False))["total_loss"], optimizer, 1e-5)
+
+
 def _step(config: BenchConfig) -> Iterator[Figure]:
-    """A training step at the documented sizes against its own bare matrix products."""
-    features = made_up(SMALL, config.batch)
+    """A training step at the documented sizes against its own bare matrix products, and against a step that projects every
+    token to keys and values."""
+    size = f"batch {config.batch}, width {config.width}"
     for name in ("base", "cursor"):
-        method = METHODS[name]
-        knobs = method.knobs()
-        torch.manual_seed(0)
-        model, loss = method.model(knobs, SMALL).train(), method.loss(knobs, MODALITIES)
-        optimizer = make_adamw(model.named_parameters(), 0.05)
-
-        def step(model: Any = model, loss: Any = loss, optimizer: Any = optimizer) -> None:
-            descend(loss(model(features, joint=False))["total_loss"], optimizer, 1e-4)
-
+        step = _training(name, config)
         with MatrixProducts() as products:
             step()
-        yield compare(
-            f"step of {name} (batch {config.batch}, width 768) / its matrix products", step, products.again(), config.turns
-        )
+        yield compare(f"step of {name} ({size}) / its matrix products", step, products.again(), config.turns)
+    short = Attention._absorbing_is_cheaper
+    step = _training("base", config)
+
+    def usual_way() -> None:
+        Attention._absorbing_is_cheaper = lambda *_: False  # type: ignore[method-assign]
+        try:
+            step()
+        finally:
+            Attention._absorbing_is_cheaper = short  # type: ignore[method-assign]
+
+    yield compare(f"step of base ({size}) / with every token projected", step, usual_way, config.turns)
+
+
+def _engine(config: BenchConfig) -> Iterator[Figure]:
+    """What the loop adds to its steps: reading the store, drawing, checking, logging."""
+    count = 8
+    with jobs.scratch() as folder:
+        jobs.write_store(folder / "store", SMALL, count * config.batch)
+        settings = jobs.run_settings(folder / "store", folder, config.batch, config.width)
+        source = FeatureStore(folder / "store").splits["train"]
+        method, accelerator = METHODS["base"], make_accelerator(settings)
+        torch.manual_seed(0)
+        model, loss = method.model(settings.knobs, SMALL).train(), method.loss(settings.knobs, MODALITIES)
+        optimizer = make_adamw(model.named_parameters(), 0.05)
+        held = [source.read(rows).float() for rows in torch.arange(count * config.batch).split(config.batch)]
+
+        def loop() -> None:
+            train_one_epoch(
+                *(model, model, loss, optimizer, source, settings, Schedule(1e-5, count, 0), accelerator),
+                *(Progress(), StopSignals()),
+            )
+
+        def bare() -> None:
+            for features in held:
+                kept = model.draw_kept(len(features))
+                descend(loss(model(features, kept=kept, joint=False))["total_loss"], optimizer, 1e-5)
+
+        yield compare(f"epoch of {count} steps in the engine / its bare steps", loop, bare, max(1, config.turns // 2))
 
 
 def _parts_of_a_batch(config: BenchConfig) -> Iterator[Figure]:
-    """The exact gradient of a batch in 4 parts against the batch at once."""
-    features, method = made_up(SMALL, config.batch), METHODS["base"]
-    knobs = method.knobs(register_token_dim=256)
-    model, loss = method.model(knobs, SMALL).train(), method.loss(knobs, MODALITIES)
-    optimizer = make_adamw(model.named_parameters(), 0.0)
-    size = config.batch // 4
-    parts = [features.map(lambda t, i=i: t[i * size : (i + 1) * size]) for i in range(4)]
-
-    def whole() -> None:
-        descend(loss(model(features, joint=False))["total_loss"], optimizer, 0.0, update=False)
-        model.zero_grad()
-
-    def in_parts() -> None:
-        runs = [lambda p=p: model(p, joint=False) for p in parts]
-        large_batch_gradient(runs, loss, lambda scalar, part: descend(scalar, optimizer, 0.0, update=False))
-        model.zero_grad()
-
+    """The exact gradient of a batch in 4 parts against the batch at once, and its memory against that of one part."""
+    in_parts, whole = (jobs.batch_gradient(config.batch, n) for n in (4, 1))
     yield compare("gradient of a batch in 4 parts / at once", in_parts, whole, config.turns)
+    rows = 8 * config.batch
+    in_parts, part, whole = (jobs.cost(jobs.batch_gradient, *x).megabytes for x in ((rows, 8), (config.batch, 1), (rows, 1)))
+    yield Figure(f"memory: batch of {rows} in 8 parts / one part", in_parts, part, in_parts / part, "MB")
+    yield Figure(f"memory: batch of {rows} in 8 parts / at once", in_parts, whole, in_parts / whole, "MB")
 
 
 def _retrieval(config: BenchConfig) -> Iterator[Figure]:
     """Whole-gallery retrieval against its bare matrix products."""
-    g = torch.Generator().manual_seed(0)
-    x, y = (F.normalize(torch.randn(config.gallery, 768, generator=g), dim=-1) for _ in range(2))
-    keys = torch.randint(200, (config.gallery, 2), generator=g)
+    x, y = jobs.unit_rows(config.gallery, 768)
+    keys = torch.randint(200, (config.gallery, 2), generator=torch.Generator().manual_seed(0))
     everyone = torch.ones(config.gallery, dtype=torch.bool)
 
     def bare() -> None:
@@ -203,38 +244,123 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
             bare,
             config.turns,
         )
+    found = jobs.cost(jobs.gallery_retrieval, config.large_gallery)
+    held = 2 * config.large_gallery * 768 * 4 / 2**20
+    name = f"retrieval, gallery {config.large_gallery}: memory above the features / the features"
+    yield Figure(name, found.megabytes, held, found.megabytes / held, "MB")
+
+
+def _stage1(clip_name: str, touch: dict[str, Any]) -> Stage1:
+    register_small_clip()
+    clip = open_clip.create_model(clip_name, pretrained=None)
+    tokenizer, width = open_clip.get_tokenizer(clip_name), clip.text_projection.shape[-1]
+    return Stage1(clip, tokenizer, create_touch_encoder("vit_tiny_patch16_224", width, touch)).freeze()
+
+
+SIZES = (("small Stage 1", SMALL_CLIP, SMALL_TOUCH, 8), ("ViT-L-14 and ViT-Tiny at 224", "ViT-L-14", {}, 1))
 
 
 def _store_and_encoders(config: BenchConfig) -> Iterator[Figure]:
-    """A step on stored features against the same step through the frozen encoders, random weights."""
-    for label, clip_name, touch, rows, pixels in (
-        ("small Stage 1", SMALL_CLIP, SMALL_TOUCH, 32, 64),
-        ("ViT-L-14 and ViT-Tiny at 224", "ViT-L-14", {}, 4, 224),
-    ):
-        register_small_clip()
-        clip = open_clip.create_model(clip_name, pretrained=None)
-        tokenizer, width = open_clip.get_tokenizer(clip_name), clip.text_projection.shape[-1]
-        stage1 = Stage1(clip, tokenizer, create_touch_encoder("vit_tiny_patch16_224", width, touch)).freeze()
-        g = torch.Generator().manual_seed(0)
-        raw = {m: torch.randn(rows, 3, pixels, pixels, generator=g) for m in ("vision", "tactile")}
+    """An epoch that encodes what it reads against one that reads stored features, per row and view; random weights."""
+    for label, clip_name, touch, more in SIZES:
+        stage1 = _stage1(clip_name, touch)
+        rows = max(1, more * config.pictures // 8)
+        raw = {m: torch.randn(rows, 3, s, s) for m, s in (("vision", stage1.photo_size), ("tactile", stage1.touch_size))}
         raw["text"] = stage1.tokenize(["grooved, coarse and a little sticky"] * rows)
-        with torch.no_grad():
-            stored = stage1.encode(raw)
-        method = METHODS["base"]
-        knobs = method.knobs()
-        model, loss = method.model(knobs, stage1.specs).train(), method.loss(knobs, MODALITIES)
-        optimizer = make_adamw(model.named_parameters(), 0.05)
+        stored = stage1.encode(raw)
+        batch = stored.map(lambda t, rows=rows: t[torch.arange(config.batch) % rows])
+        step = _training("base", config, stage1.specs, batch)
+        timed = compare("", lambda s=stage1, r=raw: s.encode(r), step, 2)
+        encoded, trained = timed.ours / rows, timed.reference / config.batch
+        name = f"row of an epoch through the encoders / from the store ({label}, batch {config.batch})"
+        yield Figure(name, encoded + trained, trained, (encoded + trained) / trained, "s")
 
-        def step(source: Callable[[], Features], model: Any = model, loss: Any = loss, optimizer: Any = optimizer) -> None:
-            descend(loss(model(source(), joint=False))["total_loss"], optimizer, 1e-5)
 
-        def encoded(stage1: Stage1 = stage1, raw: dict[str, Tensor] = raw) -> Features:
-            with torch.no_grad():
-                return stage1.encode(raw)
+def _encode(config: BenchConfig) -> Iterator[Figure]:
+    """`tvl-align encode` against the bare forward pass of its encoders on data in memory; random weights."""
+    for label, clip_name, touch, more in SIZES:
+        stage1, rows = _stage1(clip_name, touch), more * config.pictures
+        with jobs.scratch() as folder:
+            world = write_world(folder / "world", rows, 8, seed=0, quiet=True)
+            images = ImageOptions(stage1.photo_size, stage1.touch_size)
+            samples = {"train": make_samples(read_tvl(world), images, TextOptions(), 0)["train"]}
+            count = len(samples["train"])
+            parts = [[(i, 0) for i in at.tolist()] for at in torch.arange(count).split(ENCODE_BATCH)]
+            pictures = [
+                {m: x for m, (_, x) in p.items()} for p in load_pictures(samples["train"], parts, 0, stage1.modalities)
+            ]
+            texts = sorted({str(samples["train"].sentence(i, 0)) for i in range(count)})
+            ids = stage1.tokenize(texts).split(ENCODE_BATCH)
+            made: list[int] = []
 
-        yield compare(
-            f"step through the encoders / from the store ({label}, {rows} rows, width 768)",
-            lambda encoded=encoded, step=step: step(encoded),
-            lambda stored=stored, step=step: step(lambda: stored),
-            2,
-        )
+            def ours(stage1: Stage1 = stage1, samples: Any = samples, folder: Path = folder, made: Any = made) -> None:
+                made.append(0)
+                open_or_encode(folder / f"store{len(made)}", stage1, samples, 0, 2)
+
+            def bare(stage1: Stage1 = stage1, pictures: Any = pictures, ids: Any = ids) -> None:
+                for part in pictures:
+                    stage1.encode(part)
+                for part in ids:
+                    stage1.encode({"text": part})
+
+            yield compare(f"encode {count} rows / bare forward pass ({label})", ours, bare, 2, warm=more > 1)
+
+
+def _processes(config: BenchConfig) -> Iterator[Figure]:
+    """An epoch on 1 process of 1 thread against 2 such processes, same joined batch: 2 would be perfect."""
+    with jobs.scratch() as folder:
+        jobs.write_store(folder / "store", SMALL, 6 * config.batch)
+        for name, width in (("base", config.width), ("cursor", config.width), ("base", config.width // 3)):
+            given = (folder / "store", name, config.batch, width)
+            one, two = (
+                min(jobs.seconds_of_an_epoch(given[0], name, processes, config.batch, width) for _ in range(2))
+                for processes in (1, 2)
+            )
+            yield Figure(f"epoch of {name} (width {width}) on 1 process / on 2", one, two, one / two, "s")
+
+
+def _memory(config: BenchConfig) -> Iterator[Figure]:
+    """Peak resident memory of a training, mapped pages included, with ten times as many rows."""
+    specs = {m: jobs.FeatureSpec(64, 4, 64) for m in ("vision", "tactile")}
+    found = []
+    for rows in (10 * config.rows, config.rows):
+        with jobs.scratch() as folder:
+            jobs.cost(_write, folder / "store", specs, rows)
+            found.append(jobs.cost(jobs.training, folder / "store", 1024, 64).megabytes)
+    large, small = found
+    name = f"peak memory of a training on {10 * config.rows} rows / on {config.rows}"
+    yield Figure(name, large, small, large / small, "MB")
+
+
+def _write(*given: Any) -> Callable[[], None]:
+    return lambda: jobs.write_store(*given)
+
+
+def _growth(config: BenchConfig) -> Iterator[Figure]:
+    """Time and memory against rows, registers, tokens, gallery and processes -> growth.json, growth.png; no ratios."""
+    scale = config.rows / 40_000
+    found: dict[str, list[dict[str, float]]] = {"rows": []}
+
+    def note(what: str, at: float, given: jobs.Cost) -> None:
+        found.setdefault(what, []).append({"at": at, "seconds": given.seconds, "megabytes": given.megabytes})
+
+    specs = {m: jobs.FeatureSpec(64, 4, 64) for m in ("vision", "tactile")}
+    for rows in (int(4000 * scale), int(40_000 * scale), int(400_000 * scale)):
+        with jobs.scratch() as folder:
+            jobs.cost(_write, folder / "store", specs, rows)
+            note("rows", rows, jobs.cost(jobs.training, folder / "store", 256, 64))
+    for registers in (4, 8, 16, 32, 64):
+        note("registers", registers, jobs.cost(jobs.steps, registers, 17))
+    for tokens in (1, 4, 16, 64, 256):
+        note("key tokens", tokens, jobs.cost(jobs.steps, 4, tokens))
+    for rows in (1000, 4000, 16_000):
+        note("gallery", int(rows * scale), jobs.cost(jobs.gallery_retrieval, int(rows * scale)))
+    with jobs.scratch() as folder:
+        jobs.write_store(folder / "store", SMALL, 8 * config.batch)
+        for processes in (1, 2):
+            seconds = jobs.seconds_of_an_epoch(folder / "store", "base", processes, config.batch, config.width // 3)
+            note("processes", processes, jobs.Cost(seconds, float("nan")))
+    out = config.out.with_name("growth.json")
+    out.write_text(json.dumps({"made_by": provenance(), "growth": found}, indent=1), encoding="utf-8")
+    out.with_suffix(".png").write_bytes(growth_curves(found))
+    yield from ()
