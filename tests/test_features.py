@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from tvl_align.console import UserError
 from tvl_align.contract import Batch, Features
 from tvl_align.data.samples import Samples, TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
-from tvl_align.data.tvl import Row, read_tvl
+from tvl_align.data.tvl import Row, Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.features import FeatureStore, LiveSplit, open_or_encode, store_key
 
@@ -40,7 +43,7 @@ def test_stored_features_are_the_encoders(world: Path, stage1: Stage1, store: Fe
     rows, views = torch.tensor([3, 0, 7]), torch.tensor([0, 2, 1])
     stored = store.splits["train"].read(rows, views).float()
     for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
-        batch = {name: image[None] for name, image in samples[row, view].items()}
+        batch = {name: image[None] for name, image in samples[row, view].pictures.items()}
         batch["text"] = stage1.tokenize([samples.sentence(row, view)])
         for name, tokens in stage1.encode(batch).modalities.items():
             mine = stored.modalities[name]
@@ -69,7 +72,7 @@ def test_without_augmentation_pictures_are_encoded_once_and_sentences_vary(
 ) -> None:
     images, text = ImageOptions(64, 64, augment=False), TextOptions("", True, {"ridged": ["lined"]})
     samples = make_samples(read_tvl(world), images, text, 0)
-    assert torch.equal(samples["train"][3, 0]["vision"], samples["train"][3, 2]["vision"])
+    assert torch.equal(samples["train"][3, 0].pictures["vision"], samples["train"][3, 2].pictures["vision"])
     split = open_or_encode(tmp_path, stage1, samples, 4, 0).splits["train"]
     index = split.index
     assert all(bool((index[m] == index[m][:, :1]).all()) for m in ("vision", "tactile"))
@@ -119,9 +122,9 @@ def test_an_interrupted_encode_goes_on_where_it_stopped(
 def test_evaluation_views_do_not_depend_on_the_seed(world: Path) -> None:
     one, other = samples_of(world, seed=0), samples_of(world, seed=9)
     for name in ("val", "test"):
-        assert torch.equal(one[name][0, 0]["tactile"], other[name][0, 0]["tactile"])
+        assert torch.equal(one[name][0, 0].pictures["tactile"], other[name][0, 0].pictures["tactile"])
         assert one[name].sentence(0, 0) == other[name].sentence(0, 0)
-    drawn = [one["train"][0, view]["vision"] for view in (1, 2)]
+    drawn = [one["train"][0, view].pictures["vision"] for view in (1, 2)]
     assert not torch.equal(*drawn)
 
 
@@ -129,7 +132,7 @@ def test_views_follow_rows_not_their_order(world: Path) -> None:
     """Trap 9: neither the order of rows nor what else is in the split changes a draw."""
     samples = samples_of(world)["train"]
     turned = Samples(samples.root, samples.rows[::-1], samples.pictures.options, samples.text, samples.seed)
-    assert torch.equal(samples[2, 1]["vision"], turned[len(turned) - 3, 1]["vision"])
+    assert torch.equal(samples[2, 1].pictures["vision"], turned[len(turned) - 3, 1].pictures["vision"])
     assert samples.sentence(2, 1) == turned.sentence(len(turned) - 3, 1)
 
 
@@ -221,9 +224,70 @@ def test_on_the_fly_equals_the_store_on_plain_views(world: Path, stage1: Stage1,
     assert torch.equal(*same)
 
 
-def test_an_unreadable_picture_is_named(tmp_path: Path) -> None:
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"\xff\xd8 not a picture")
-    rows = [Row("hct", "broken.jpg", "broken.jpg", None, "soft", "g")]
-    with pytest.raises(UserError, match=r"broken\.jpg or its touch image cannot be read"):
-        Samples(tmp_path, rows, ImageOptions(64, 64), TextOptions(), 0)[0, 0]
+def test_a_picture_that_cannot_be_used_is_absent_and_counted(world: Path, stage1: Stage1, tmp_path: Path) -> None:
+    rows = [replace(row) for row in read_tvl(world).train[:40]]
+    (tmp_path / "cut.jpg").write_bytes((world / rows[3].vision).read_bytes()[:300])
+    (tmp_path / "data").symlink_to(world)
+    bad = replace(rows[3], vision="cut.jpg")
+    moved = [replace(row, vision=f"data/{row.vision}", tactile=f"data/{row.tactile}") for row in rows]
+    moved[3] = replace(bad, tactile=moved[3].tactile)
+    samples = {"train": Samples(tmp_path, moved, ImageOptions(64, 64), TextOptions(), 0, {"vision file is missing": 2})}
+    store = open_or_encode(tmp_path / "features", stage1, samples, 1, 0)
+    present = store.splits["train"].read(torch.arange(40)).modalities
+    assert present["vision"].present.tolist() == [i != 3 for i in range(40)]
+    assert present["tactile"].present.all()
+    assert store.manifest["skipped"]["train"] == [{"row": "cut.jpg", "modality": "vision", "reason": "broken or cut off"}]
+    assert store.manifest["dropped"] == {"vision file is missing": 2}
+    for tolerance, said in (
+        (Tolerance(strict=True), "--strict allows no bad row"),
+        (Tolerance(max_skipped=0.02), "1 of 40 rows"),
+    ):
+        for encode in (
+            lambda t=tolerance: open_or_encode(tmp_path / "others", stage1, samples, 1, 0, tolerance=t),
+            lambda t=tolerance: list(
+                LiveSplit(stage1, samples["train"], 0, False, t).batches([torch.arange(8)], [torch.zeros(8, dtype=int)], CPU)
+            ),
+        ):
+            with pytest.raises(UserError, match=rf"{said}.*"):
+                encode()
+
+
+def test_data_that_change_while_they_are_encoded_are_refused(
+    world: Path, stage1: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world, tmp_path / "world")
+    samples, encode = samples_of(tmp_path / "world"), Stage1.encode
+
+    def and_touch(self: Stage1, batch: Batch) -> Features:
+        os.utime(tmp_path / "world" / samples["test"].rows[0].vision)
+        return encode(self, batch)
+
+    monkeypatch.setattr(Stage1, "encode", and_touch)
+    with pytest.raises(UserError, match="the data changed while they were encoded"):
+        open_or_encode(tmp_path / "features", stage1, samples, 0, 0)
+    assert not list((tmp_path / "features").glob("*/manifest.json"))
+
+
+def test_a_damaged_store_is_refused(store: FeatureStore, tmp_path: Path) -> None:
+    """A store holds numbers: a size that does not fit, an index that points nowhere, a manifest of something else."""
+
+    def damaged(name: str, damage: Callable[[Path], None]) -> None:
+        folder = tmp_path / name
+        shutil.copytree(store.folder, folder)
+        damage(folder)
+        with pytest.raises(UserError, match="damaged|not the manifest|store format"):
+            FeatureStore(folder)
+
+    def edit(folder: Path, **more: object) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | more))
+
+    damaged("cut", lambda f: os.truncate(f / "train/vision/tokens.memmap", 1000))
+    damaged("gone", lambda f: (f / "val/index/text.memmap").unlink())
+    index = (store.folder / "train/index/vision.memmap").stat().st_size
+    damaged("far", lambda f: (f / "train/index/vision.memmap").write_bytes(b"\x00\x00\x00\x7f" * (index // 4)))
+    damaged("list", lambda f: (f / "manifest.json").write_text("[]"))
+    damaged("text", lambda f: (f / "manifest.json").write_text("{"))
+    damaged("outside", lambda f: edit(f, splits={"../train": {}}))
+    damaged("shapes", lambda f: edit(f, modalities={"vision": {"width": "x", "tokens": 1, "pooled_width": 1}}))
+    damaged("format", lambda f: edit(f, format=99))

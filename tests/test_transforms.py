@@ -61,9 +61,9 @@ def test_plain_views_are_exact_and_augmented_ones_follow_from_the_seed(world: Pa
     with Image.open(world / rows[0].tactile) as file:
         touch = torch.rot90(F.pil_to_tensor(file.convert("RGB")), 1, (-2, -1)).float() / 255
     mean, std = torch.tensor(TOUCH_MEAN)[:, None, None], torch.tensor(TOUCH_STD)[:, None, None]
-    assert torch.allclose(load(rows[0])["tactile"], (touch - mean) / std, atol=1e-5)
+    assert torch.allclose(load(rows[0])[0]["tactile"], (touch - mean) / std, atol=1e-5)
     state = torch.get_rng_state()
-    one, same, other = (load(rows[0], seed) for seed in (1, 1, 2))
+    one, same, other = (load(rows[0], seed)[0] for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
     for modality in ("vision", "tactile"):
         assert torch.equal(one[modality], same[modality])
@@ -73,10 +73,10 @@ def test_plain_views_are_exact_and_augmented_ones_follow_from_the_seed(world: Pa
 def test_photo_and_touch_share_their_geometry(world: Path) -> None:
     """Undoing the drawn geometry brings both back near the plain picture; drawing apart does not."""
     sample = read_tvl(world).train[0]
-    plain = Pictures(world, ImageOptions(64, 64))(sample)
+    plain, _ = Pictures(world, ImageOptions(64, 64))(sample)
 
     def found(shared: bool, seed: int) -> list[int]:
-        views = Pictures(world, ImageOptions(64, 64, shared_geometry=shared))(sample, seed)
+        views, _ = Pictures(world, ImageOptions(64, 64, shared_geometry=shared))(sample, seed)
         best = []
         for modality in ("vision", "tactile"):
             candidates = [Geometry(*(bool(g >> i & 1) for i in range(3)))(plain[modality]) for g in range(8)]
@@ -96,7 +96,7 @@ def test_background_subtraction_leaves_nothing_of_an_idle_gel(world: Path) -> No
     idle = next(r for r in data.train if not r.contact)
     pressed = next(r for r in data.train if r.contact and r.dataset == "hct")
     load = Pictures(world, ImageOptions(64, 64, subtract_background=True))
-    assert load(idle)["tactile"].std() < 0.5 * load(pressed)["tactile"].std()
+    assert load(idle)[0]["tactile"].std() < 0.5 * load(pressed)[0]["tactile"].std()
     bare = next(r for r in data.train if r.dataset == "ssvtp")
     with pytest.raises(UserError, match="has no background picture"):
         load(bare)
@@ -105,4 +105,4 @@ def test_background_subtraction_leaves_nothing_of_an_idle_gel(world: Path) -> No
 def test_a_missing_modality_is_missing(world: Path) -> None:
     sample = read_tvl(world).train[0]
     photo_only = Row("hct", sample.vision, None, None, "soft", "g")
-    assert set(Pictures(world, ImageOptions(64, 64))(photo_only)) == {"vision"}
+    assert set(Pictures(world, ImageOptions(64, 64))(photo_only)[0]) == {"vision"}

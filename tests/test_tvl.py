@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tvl_align.console import UserError
-from tvl_align.data.tvl import background_file, read_tvl
+from tvl_align.data.tvl import Tolerance, background_file, read_tvl
 
 
 def picture(path: Path) -> None:
@@ -116,7 +116,11 @@ def test_unusable_rows_are_dropped_with_a_reason(data: Path) -> None:
     with (data / "ssvtp/train.csv").open("a") as file:
         file.write(outside + again)
     (data / "ssvtp/text/labels_6.txt").unlink(missing_ok=True)
-    read = read_tvl(data)
+    with pytest.raises(UserError, match=r"6 of \d+ rows are bad, more than 5%"):
+        read_tvl(data)
+    with pytest.raises(UserError, match="--strict allows no bad row"):
+        read_tvl(data, tolerance=Tolerance(strict=True, max_skipped=1.0))
+    read = read_tvl(data, tolerance=Tolerance(max_skipped=0.5))
     assert dict(read.dropped) == {
         "tactile file is missing": 1,
         "vision file is missing": 1,

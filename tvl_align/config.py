@@ -84,6 +84,10 @@ class DataConfig:
     """Swap adjectives of training captions for synonyms (ssvtp/synonyms.json)."""
     keep_k_synonyms: int | None = None
     """Use only the first K synonyms of a word; default: all."""
+    strict: bool = False
+    """Stop at the first row or picture that cannot be used, instead of leaving it out and counting it."""
+    max_skipped: float = 0.05
+    """Stop where more than this share of the rows cannot be used."""
     num_workers: int = 10
     """Processes that decode pictures; never more than there are cores."""
     pin_mem: bool = True

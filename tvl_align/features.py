@@ -4,7 +4,8 @@ A store is a folder, `<feature_dir>/<key>`. The key is a hash of everything that
 text options, rows, file sizes and times, package versions), so another setting is another folder and an old one is never
 reused in silence. Layout:
 
-    manifest.json                 key, what made it, the shapes, the rows' names; written last: with it the store is whole
+    manifest.json                 key, what made it, the shapes, the rows' names, what was left out and why; written last:
+                                  with it the store is whole
     <split>/index/                memory-mapped TensorDict: {modality: (N, V+1) int64} rows of the tables, -1 = absent
                                   and caption_keys (N, V+1, 2) int64
     <split>/<modality>/           memory-mapped TensorDict of R rows: tokens (R, T, W) fp16, mask (R, T) bool,
@@ -17,25 +18,29 @@ import csv
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from tensordict import TensorDict
+from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tvl_align.arrays import SPLITS, Arrays, View, check_arrays
 from tvl_align.console import UserError, progress
 from tvl_align.contract import Batch, Features, FeatureSpec, Tokens
-from tvl_align.data.samples import Samples
+from tvl_align.data.samples import Samples, Views
+from tvl_align.data.swapped import swapped_groups
+from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.files import hold
 from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, release_pages, world_size
@@ -64,11 +69,17 @@ class StoredSplit:
     """A split of a store, memory-mapped: reading a batch touches only its rows."""
 
     def __init__(self, folder: Path, modalities: Mapping[str, FeatureSpec], info: Mapping[str, Any]) -> None:
-        self.index = TensorDict.load_memmap(folder / "index")
-        self.tables = {name: TensorDict.load_memmap(folder / name) for name in modalities if (folder / name).is_dir()}
         self.names: list[str] = info["names"]
         self.datasets: list[str] = info["datasets"]
         self.views = int(info["views"])
+        shape = len(self.names), self.views + 1
+        self.index = {m: _mapped(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
+        self.index["caption_keys"] = _mapped(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
+        self.tables = {m: _open_table(folder / m, spec) for m, spec in modalities.items() if (folder / m).is_dir()}
+        for m in modalities:
+            rows = len(self.tables[m]["mask"]) if m in self.tables else 0
+            if shape[0] and int(self.index[m].max()) >= rows:
+                raise UserError(f"{folder} points to rows of {m} that are not there; the store is damaged, make it again.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -95,7 +106,6 @@ class StoredSplit:
                 batch = batch.map(Tensor.pin_memory)
             yield batch.to(device)
 
-
     def release(self) -> None:
         """Give back the memory of pages that were read: they stay in the system's cache, but not in this process, whose
         memory would otherwise grow to the size of the store in the course of an epoch."""
@@ -104,19 +114,52 @@ class StoredSplit:
                 release_pages(mapped)
 
 
+def _open_table(folder: Path, spec: FeatureSpec) -> dict[str, Tensor]:
+    file = folder / "mask.memmap"
+    rows = file.stat().st_size // max(1, spec.tokens) if file.is_file() else 0
+    return {
+        "tokens": _mapped(folder / "tokens.memmap", torch.float16, (rows, spec.tokens, spec.width)),
+        "mask": _mapped(file, torch.bool, (rows, spec.tokens)),
+        "pooled": _mapped(folder / "pooled.memmap", torch.float32, (rows, spec.pooled_width)),
+    }
+
+
+def _mapped(file: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A file of plain numbers as a tensor, memory-mapped. Nothing but its size decides how it is read."""
+    size, needed = file.stat().st_size if file.is_file() else -1, dtype.itemsize * math.prod(shape)
+    if size != needed or not needed:
+        if not needed:
+            return torch.empty(shape, dtype=dtype)
+        found = "is missing" if size < 0 else f"holds {size} bytes"
+        raise UserError(f"{file} {found}, and the manifest says {needed}; the store is damaged, make it again.")
+    return MemoryMappedTensor.from_filename(file, dtype, torch.Size(shape))
+
+
 class FeatureStore:
-    """An opened store: its splits, shapes and manifest."""
+    """An opened store: its splits, shapes and manifest. Nothing in it is executed, whoever made it."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / "manifest.json"
         if not path.is_file():
             raise UserError(f"{folder} is not a feature store (no manifest.json); make one with `tvl-align encode`.")
-        self.folder, self.manifest = folder, json.loads(path.read_text(encoding="utf-8"))
-        if self.manifest.get("format") != FORMAT:
-            raise UserError(f"{folder} has store format {self.manifest.get('format')}, not {FORMAT}; encode it again.")
-        self.key: str = self.manifest["key"]
-        self.specs = {name: FeatureSpec(**spec) for name, spec in self.manifest["modalities"].items()}
-        self.splits = {name: StoredSplit(folder / name, self.specs, info) for name, info in self.manifest["splits"].items()}
+        self.folder = folder
+        try:
+            self.manifest = json.loads(path.read_text(encoding="utf-8"))
+            if self.manifest.get("format") != FORMAT:
+                raise UserError(f"{folder} has store format {self.manifest.get('format')}, not {FORMAT}; encode it again.")
+            self.key = str(self.manifest["key"])
+            self.specs = {str(m): FeatureSpec(**{k: int(v) for k, v in s.items()}) for m, s in self._inside("modalities")}
+            self.splits = {name: StoredSplit(folder / name, self.specs, info) for name, info in self._inside("splits")}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(f"{path} is not the manifest of a feature store ({reason}); make the store again.") from error
+
+    def _inside(self, what: str) -> list[tuple[str, Any]]:
+        """Entries of the manifest that name a folder each, inside the store."""
+        for name in self.manifest[what]:
+            if not str(name).isidentifier():
+                raise ValueError(f"{name!r} names no {what}")
+        return list(self.manifest[what].items())
 
     def only(self, names: Sequence[str]) -> "FeatureStore":
         """Restrict it to some of its modalities, in the order given."""
@@ -230,8 +273,11 @@ def _rows_digest(samples: Samples) -> str:
         digest.update(repr(row).encode())
         for path in (row.vision, row.tactile):
             if path is not None:
-                stat = (samples.root / path).stat()
-                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+                try:
+                    stat = (samples.root / path).stat()
+                    digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+                except OSError:
+                    digest.update(b"gone")
     return digest.hexdigest()
 
 
@@ -242,10 +288,13 @@ def open_or_encode(
     views: int,
     num_workers: int,
     expected: str | None = None,
+    tolerance: Tolerance | None = None,
 ) -> FeatureStore:
     """The store for these settings, encoded first where it is missing. All processes call this together.
 
-    expected: the key it must have. Raises UserError for another, before anything is encoded.
+    expected: the key it must have. tolerance: how many pictures may be bad; these are absent in the store, and counted in
+    its manifest. Raises UserError for another key, before anything is encoded; for more bad pictures; for data that change
+    meanwhile.
     """
     key, ingredients = store_key(stage1, samples, views)
     if expected is not None and key != expected:
@@ -259,7 +308,7 @@ def open_or_encode(
         with hold(feature_dir, wait=True, why="encodes into") if is_main() else nullcontext():
             barrier()
             if not (folder / "manifest.json").is_file():  # another run may have encoded it meanwhile
-                _encode(folder, key, ingredients, stage1, samples, views, num_workers)
+                _encode(folder, key, ingredients, stage1, samples, views, num_workers, tolerance or Tolerance())
     store = FeatureStore(folder)
     if store.key != key:
         raise UserError(f"{folder} holds the store {store.key}, not {key}; remove that folder and run again.")
@@ -274,6 +323,7 @@ def _encode(
     samples: Mapping[str, Samples],
     views: int,
     num_workers: int,
+    tolerance: Tolerance,
 ) -> None:
     partial = folder.with_name(folder.name + ".partial")
     specs = stage1.specs
@@ -287,7 +337,7 @@ def _encode(
         if len(split) == 0:
             continue
         split_views = views if name == "train" else 0
-        _encode_split(partial / name, name, stage1, specs, split, split_views, num_workers)
+        _encode_split(partial / name, name, stage1, specs, split, split_views, num_workers, tolerance)
         splits[name] = {
             "views": split_views,
             "names": [row.name for row in split.rows],
@@ -296,11 +346,39 @@ def _encode(
         }
     barrier()
     if is_main():
+        skipped = {name: _faults(partial / name) for name in splits}
+        for name, faults in skipped.items():
+            bad = {row for row, _, _ in faults}
+            if faults:
+                row, modality, why = faults[0]
+                counts = Counter(f"{modality}: {reason}" for _, modality, reason in faults)
+                log.warning("%s: pictures that cannot be used, by reason: %s", name, dict(counts))
+                tolerance.check(len(bad), len(samples[name]), f"{modality} of {samples[name].rows[row].name}: {why}")
+        now = {name: _rows_digest(split) for name, split in samples.items()}
+        if now != ingredients["rows"]:
+            shutil.rmtree(partial)
+            raise UserError("the data changed while they were encoded; nothing of it is kept, give the command again.")
+        suspects = {name: _swapped(partial / name, samples[name]) for name in splits}
+        for name, groups in suspects.items():
+            if groups:
+                some = ", ".join(groups[:3]) + (" and more" if len(groups) > 3 else "")
+                log.warning("%s: photos and touch images look swapped in %d groups: %s", name, len(groups), some)
+                if tolerance.strict:
+                    raise UserError(f"photos and touch images look swapped in {some}; swap their folders back.")
         for name in splits:
             shutil.rmtree(partial / name / "done")
+        left_out = {
+            "dropped": next(iter(samples.values())).dropped,
+            "skipped": {
+                name: [{"row": samples[name].rows[r].name, "modality": m, "reason": why} for r, m, why in faults]
+                for name, faults in skipped.items()
+            },
+            "swapped": suspects,
+        }
         shapes = {name: asdict(spec) for name, spec in specs.items()}
         manifest = {"format": FORMAT, "key": key, "root": str(next(iter(samples.values())).root.resolve())}
         manifest |= {"modalities": shapes, "splits": splits, "ingredients": ingredients, "made_by": provenance()}
+        manifest |= left_out
         (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial, folder)
@@ -315,6 +393,7 @@ def _encode_split(
     samples: Samples,
     views: int,
     workers: int,
+    tolerance: Tolerance,
 ) -> None:
     """Encode one split; each process fills its own rows of the same tables. Rows that are done are not done again."""
     count, device = len(samples), stage1.logit_scale.device
@@ -346,6 +425,7 @@ def _encode_split(
             if size:
                 _empty_table(size, specs[modality]).memmap_like(folder / modality)
         done = {"pictures": torch.zeros(len(jobs), dtype=torch.bool), "text": torch.zeros(len(texts), dtype=torch.bool)}
+        done |= {f"look_{m}": torch.full((count, 6), torch.nan) for m in ("vision", "tactile")}
         TensorDict(done).memmap(folder / "begun")
         os.replace(folder / "begun", folder / "done")  # now the tables are whole, if empty
     barrier()
@@ -353,6 +433,8 @@ def _encode_split(
     todo, untold = ((~done[what]).nonzero().squeeze(1) for what in ("pictures", "text"))
     barrier()  # nobody ticks anything off before everybody has looked
     tables = {m: TensorDict.load_memmap(folder / m) for m, size in sizes.items() if size}
+    written = TensorDict.load_memmap(folder / "index")
+    bad_rows: set[int] = set()
     mine, told = todo[rank() :: world_size()], untold[rank() :: world_size()]
     with progress(len(mine), f"encode {name}", "view", quiet=not is_main()) as bar:
         for at in told.split(ENCODE_BATCH) if len(told) else ():
@@ -363,11 +445,43 @@ def _encode_split(
         parts = [[jobs[i] for i in at] for at in places]
         loaded = load_pictures(samples, parts, workers, stage1.modalities)
         for at_once, part, batch in zip(places, parts, loaded, strict=True):
-            for modality, (positions, images) in batch.items():
+            for modality, (positions, images) in batch.pictures.items():
                 at = torch.stack([index[modality][part[i]] for i in positions])
                 _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])
+                plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
+                done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(images[plain])
+            for position, modality, reason in batch.faults:
+                row, view = part[position]
+                if modality in index:
+                    written[modality][row, slice(view, view + 1) if drawn_views > 1 else slice(None)] = -1
+                    _note_fault(folder, row, modality, reason)
+                    bad_rows.add(row)
+                    why = f"{modality} of {samples.rows[row].name}: {reason}"
+                    tolerance.check(len(bad_rows), count, why)
             done["pictures"][at_once] = True
             bar.update(len(part))
+
+
+def _note_fault(folder: Path, row: int, modality: str, reason: str) -> None:
+    """One line per fault, in a file per process; an encode that goes on may note the same again."""
+    with (folder / "done" / f"faults-{rank()}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps([row, modality, reason]) + "\n")
+
+
+def _faults(folder: Path) -> list[tuple[int, str, str]]:
+    """(row, modality, reason) of every picture that could not be used, noted by whatever process."""
+    lines = [line for file in (folder / "done").glob("faults-*.jsonl") for line in file.read_text("utf-8").splitlines()]
+    return sorted({(int(row), str(modality), str(reason)) for row, modality, reason in map(json.loads, lines)})
+
+
+def _look(images: Tensor) -> Tensor:
+    """(n, 3, S, S) -> (n, 6): mean and spread of every channel, by which photos and touch images are told apart."""
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+def _swapped(folder: Path, samples: Samples) -> list[str]:
+    done = TensorDict.load_memmap(folder / "done")
+    return swapped_groups([row.group for row in samples.rows], done["look_vision"], done["look_tactile"])
 
 
 def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
@@ -383,20 +497,30 @@ def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
 
 def _put(table: TensorDict, at: Tensor, tokens: Tokens) -> None:
     length = tokens.tokens.shape[1]
-    table["tokens"][at, :length] = (tokens.tokens * tokens.mask[..., None]).half().cpu()  # what pads a batch is not kept
+    kept = (tokens.tokens * tokens.mask[..., None]).half().cpu()  # what pads a batch is not kept
+    if not (kept.isfinite().all() and tokens.pooled.isfinite().all()):
+        raise UserError("the encoders gave features that are NaN, inf or above 65,504; their checkpoint is of no use.")
+    table["tokens"][at, :length] = kept
     table["mask"][at, :length] = tokens.mask.cpu()
     table["pooled"][at] = tokens.pooled.float().cpu()
 
 
 Jobs = list[tuple[int, int]]
-PictureBatch = dict[str, tuple[list[int], Tensor]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Pictures of a batch: {modality: (positions in the batch that have it, (n, 3, S, S))}, and (position, modality, reason)
+    of those that cannot be used."""
+
+    pictures: dict[str, tuple[list[int], Tensor]]
+    faults: list[tuple[int, str, str]]
 
 
 def load_pictures(
     samples: Samples, batches: Sequence[Jobs], num_workers: int, modalities: Sequence[str]
-) -> Iterator[PictureBatch]:
-    """{modality: (positions in the batch that have it, pictures (n, 3, S, S))} of every batch of (row, view), decoded by
-    workers. A row -1 has no pictures."""
+) -> Iterator[Loaded]:
+    """The pictures of every batch of (row, view), decoded by workers. A row -1 has none."""
     loader = DataLoader(
         samples,
         batch_sampler=batches,
@@ -405,23 +529,27 @@ def load_pictures(
         pin_memory=torch.cuda.is_available(),
     )
     for batch in loader:
-        yield {m: pictures for m, pictures in batch.items() if m in modalities}
+        faults = [fault for fault in batch.faults if fault[1] in modalities]
+        yield Loaded({m: pictures for m, pictures in batch.pictures.items() if m in modalities}, faults)
 
 
-def _collate(items: list[dict[str, Tensor]]) -> PictureBatch:
-    found: PictureBatch = {}
+def _collate(items: list[Views]) -> Loaded:
+    found: dict[str, tuple[list[int], Tensor]] = {}
     for modality in ("vision", "tactile"):
-        positions = [i for i, item in enumerate(items) if modality in item]
+        positions = [i for i, item in enumerate(items) if modality in item.pictures]
         if positions:
-            found[modality] = positions, torch.stack([items[i][modality] for i in positions])
-    return found
+            found[modality] = positions, torch.stack([items[i].pictures[modality] for i in positions])
+    return Loaded(found, [(i, m, reason) for i, item in enumerate(items) for m, reason in item.faults.items()])
 
 
 class LiveSplit:
     """Features computed as they are asked for (`--views 0`): the documented architecture taken literally, and slow."""
 
-    def __init__(self, stage1: Stage1, samples: Samples, num_workers: int, train: bool) -> None:
+    def __init__(
+        self, stage1: Stage1, samples: Samples, num_workers: int, train: bool, tolerance: Tolerance | None = None
+    ) -> None:
         self.stage1, self.samples, self.num_workers = stage1, samples, num_workers
+        self.tolerance, self._bad = tolerance or Tolerance(), dict[tuple[int, str], str]()
         self.views = 10**9 if train else 0  # every draw is a new view
         self.names = [row.name for row in samples.rows]
         self.datasets = [row.dataset for row in samples.rows]
@@ -436,13 +564,14 @@ class LiveSplit:
         for part, found in zip(jobs, pictures, strict=True):
             yield self._encode(part, found, device)
 
-    def _encode(self, part: Jobs, pictures: PictureBatch, device: torch.device) -> Features:
+    def _encode(self, part: Jobs, loaded: Loaded, device: torch.device) -> Features:
         """All modalities are there, absent or not, so that every process has the same ones."""
+        self._note(part, loaded.faults)
         raw: dict[str, Any] = {}
         present: dict[str, Tensor] = {}
         for modality, size in (("vision", self.stage1.photo_size), ("tactile", self.stage1.touch_size)):
             if modality in self.stage1.modalities:
-                positions, images = pictures.get(modality, ([], torch.empty(0, 3, size, size)))
+                positions, images = loaded.pictures.get(modality, ([], torch.empty(0, 3, size, size)))
                 there = torch.zeros(len(part), dtype=torch.bool)
                 there[positions] = True
                 full = images.new_zeros(len(part), *images.shape[1:])
@@ -460,6 +589,15 @@ class LiveSplit:
         batch: Batch = {**raw, "present": present, "caption_keys": keys.to(device)}
         encoded = self.stage1.encode(batch)
         return Features(encoded.modalities, encoded.caption_keys, rows.to(device))
+
+    def _note(self, part: Jobs, faults: Sequence[tuple[int, str, str]]) -> None:
+        for position, modality, reason in faults:
+            row = part[position][0]
+            why = f"{modality} of {self.samples.rows[row].name}: {reason}"
+            if (row, modality) not in self._bad:
+                log.warning("left out, %s", why)
+            self._bad[row, modality] = reason
+            self.tolerance.check(len({row for row, _ in self._bad}), len(self), why)
 
     def _sentence_id(self, sentence: str) -> int:
         """A number that is the same on all processes: part of a hash of the sentence."""

@@ -287,7 +287,8 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
             count = len(samples["train"])
             parts = [[(i, 0) for i in at.tolist()] for at in torch.arange(count).split(ENCODE_BATCH)]
             pictures = [
-                {m: x for m, (_, x) in p.items()} for p in load_pictures(samples["train"], parts, 0, stage1.modalities)
+                {m: x for m, (_, x) in p.pictures.items()}
+                for p in load_pictures(samples["train"], parts, 0, stage1.modalities)
             ]
             texts = sorted({str(samples["train"].sentence(i, 0)) for i in range(count)})
             ids = stage1.tokenize(texts).split(ENCODE_BATCH)

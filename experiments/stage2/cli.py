@@ -22,6 +22,7 @@ from tvl_align.arrays import read_npz
 from tvl_align.compare import write_comparison
 from tvl_align.config import Settings, parse
 from tvl_align.console import UserError, says_it_plainly
+from tvl_align.data.tvl import Tolerance
 from tvl_align.data.world import write_world
 from tvl_align.encoders.pretrain import PretrainConfig, pretrain
 from tvl_align.features import FeatureStore, open_or_encode
@@ -64,7 +65,9 @@ def _encode(argv: Sequence[str]) -> None:
     if settings.data.views == 0:
         raise UserError("--views 0 means no feature store; give --views 1 or more to encode one.")
     stage1, samples = load_samples(settings, make_accelerator(settings).device)
-    store = open_or_encode(settings.feature_dir, stage1, samples, settings.data.views, settings.data.num_workers)
+    data = settings.data
+    tolerance = Tolerance(data.strict, data.max_skipped)
+    store = open_or_encode(settings.feature_dir, stage1, samples, data.views, data.num_workers, tolerance=tolerance)
     if is_main():
         print(store.folder)
 

@@ -30,7 +30,7 @@ from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method, Output
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
 from tvl_align.data.text import PROMPT
 from tvl_align.data.transforms import ImageOptions
-from tvl_align.data.tvl import read_tvl
+from tvl_align.data.tvl import Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.evaluation import retrieval
 from tvl_align.features import FeatureSource, FeatureStore, LiveSplit, open_or_encode
@@ -88,10 +88,11 @@ def load_inputs(settings: Settings[Any], device: torch.device, expected: str | N
         return _imported(settings, expected)
     stage1, samples = load_samples(settings, device)
     data = settings.data
+    tolerance = Tolerance(data.strict, data.max_skipped)
     if data.views == 0:
-        splits = {n: LiveSplit(stage1, s, data.num_workers, train=n == "train") for n, s in samples.items() if len(s)}
+        splits = {n: LiveSplit(stage1, s, data.num_workers, n == "train", tolerance) for n, s in samples.items() if len(s)}
         return Inputs(dict(splits), stage1.specs, None, samples)
-    store = open_or_encode(settings.feature_dir, stage1, samples, data.views, data.num_workers, expected)
+    store = open_or_encode(settings.feature_dir, stage1, samples, data.views, data.num_workers, expected, tolerance)
     return Inputs(dict(store.splits), store.specs, store.key, samples)
 
 
@@ -110,7 +111,9 @@ def load_samples(settings: Settings[Any], device: torch.device) -> tuple[Stage1,
     data, frozen = settings.data, settings.stage1
     if frozen.stage1_checkpoint is None:
         raise UserError("encoding needs --stage1_checkpoint FILE.")
-    rows = read_tvl(data.datasets_dir, data.datasets, settings.run.seed, data.use_not_contact, data.percent_not_contact)
+    tolerance = Tolerance(data.strict, data.max_skipped)
+    idle = data.use_not_contact, data.percent_not_contact
+    rows = read_tvl(data.datasets_dir, data.datasets, settings.run.seed, *idle, tolerance)
     stage1 = load_stage1(
         frozen.stage1_checkpoint,
         frozen.tactile_model,

@@ -23,7 +23,7 @@ from tvl_align.runtime import provenance, world_size
 
 FREE = {  # options that change no number of a run
     "stage1": {"enable_flash_attention2"},
-    "data": {"num_workers", "pin_mem", "multi_epochs_dataloader", "feature_dir"},
+    "data": {"num_workers", "pin_mem", "multi_epochs_dataloader", "feature_dir", "strict", "max_skipped"},
     "run": {
         *("device", "resume", "start_epoch", "log_dir", "dist_eval", "find_unused_parameters", "compile"),
         *("world_size", "local_rank", "dist_url"),

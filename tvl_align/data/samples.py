@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tvl_align.console import UserError
 from tvl_align.data.text import PROMPT, caption_key, evaluation_text, read_synonyms, training_text
 from tvl_align.data.transforms import ImageOptions, Pictures
 from tvl_align.data.tvl import Row, TVLData, locate
@@ -32,26 +31,40 @@ def find_synonyms(root: Path, keep: int | None) -> dict[str, list[str]]:
     return read_synonyms(locate(root, "ssvtp") / "synonyms.json", keep)
 
 
-class Samples(Dataset[dict[str, Tensor]]):
-    """The pictures and sentences of some rows. Indexing with (row, view) loads the pictures of a view; row -1 has none."""
+@dataclass(frozen=True)
+class Views:
+    """The pictures of one view of a row, and {modality: reason} for those that cannot be used."""
 
-    def __init__(self, root: Path, rows: Sequence[Row], images: ImageOptions, text: TextOptions, seed: int) -> None:
+    pictures: dict[str, Tensor]
+    faults: dict[str, str]
+
+
+class Samples(Dataset[Views]):
+    """The pictures and sentences of some rows. Indexing with (row, view) loads the pictures of a view; row -1 has none.
+
+    dropped: rows that the reader of the data folder left out, by reason.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        rows: Sequence[Row],
+        images: ImageOptions,
+        text: TextOptions,
+        seed: int,
+        dropped: Mapping[str, int] | None = None,
+    ) -> None:
         self.root, self.rows, self.text, self.seed = root, list(rows), text, seed
-        self.pictures = Pictures(root, images)
+        self.pictures, self.dropped = Pictures(root, images), dict(dropped or {})
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, job: tuple[int, int]) -> dict[str, Tensor]:
+    def __getitem__(self, job: tuple[int, int]) -> Views:
         row, view = job
         if row < 0:
-            return {}
-        try:
-            return self.pictures(self.rows[row], self._draw(row, view, "picture") if view else None)
-        except OSError as error:
-            raise UserError(
-                f"{self.rows[row].name} or its touch image cannot be read ({error}); mend or remove it."
-            ) from error
+            return Views({}, {})
+        return Views(*self.pictures(self.rows[row], self._draw(row, view, "picture") if view else None))
 
     def sentence(self, row: int, view: int) -> str | None:
         """The sentence of a view; None where the row has no caption."""
@@ -74,4 +87,5 @@ class Samples(Dataset[dict[str, Tensor]]):
 
 
 def make_samples(data: TVLData, images: ImageOptions, text: TextOptions, seed: int) -> dict[str, Samples]:
-    return {name: Samples(data.root, data.split(name), images, text, seed) for name in ("train", "val", "test")}
+    splits = ("train", "val", "test")
+    return {name: Samples(data.root, data.split(name), images, text, seed, data.dropped) for name in splits}

@@ -10,6 +10,8 @@ Shapes: pictures are (3, S, S) float32, normalised. Randomness comes from the se
 
 import math
 import random
+import struct
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -26,6 +28,8 @@ from tvl_align.console import UserError
 from tvl_align.data.tvl import CROP_FRACTION, Row, background_file
 
 CROP_JITTER = 0.05
+MOST_PIXELS = 64_000_000
+LEAST_SIDE = 8
 DATA3_TOP = 200  # pixels; HCT's third part was filmed with the sensor lower in the picture
 
 PHOTO_MEAN, PHOTO_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -89,8 +93,9 @@ class Pictures:
     def __init__(self, root: Path, options: ImageOptions) -> None:
         self.root, self.options = root, options
 
-    def __call__(self, row: Row, seed: int | None = None) -> dict[str, Tensor]:
-        """{"vision": (3, S, S), "tactile": (3, S', S')}, without what the row lacks.
+    def __call__(self, row: Row, seed: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """{"vision": (3, S, S), "tactile": (3, S', S')} without what the row lacks, and {modality: reason} for a picture
+        that cannot be used.
 
         `seed=None` is the plain view, and the only one without `augment`. Otherwise every draw follows from the seed alone.
         """
@@ -105,13 +110,21 @@ class Pictures:
             torch.manual_seed(rng.getrandbits(62))
             return self._views(row, rng, photo, touch)
 
-    def _views(self, row: Row, rng: random.Random | None, photo: Geometry, touch: Geometry) -> dict[str, Tensor]:
+    def _views(
+        self, row: Row, rng: random.Random | None, photo: Geometry, touch: Geometry
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
         views: dict[str, Tensor] = {}
-        if row.vision is not None:
-            views["vision"] = self._photo(row, rng, photo)
-        if row.tactile is not None:
-            views["tactile"] = self._touch(row, rng, touch)
-        return views
+        faults: dict[str, str] = {}
+        for modality, path, load, geometry in (
+            ("vision", row.vision, self._photo, photo),
+            ("tactile", row.tactile, self._touch, touch),
+        ):
+            if path is not None:
+                try:
+                    views[modality] = load(row, rng, geometry)
+                except BadPicture as error:
+                    faults[modality] = str(error)
+        return views, faults
 
     def _photo(self, row: Row, rng: random.Random | None, geometry: Geometry) -> Tensor:
         assert row.vision is not None
@@ -146,9 +159,39 @@ class Pictures:
         return F.normalize(image, list(mean), list(std))
 
 
+class BadPicture(Exception):
+    """A picture that cannot be used; the message is the reason, the same for all of its kind."""
+
+
 def _open(path: Path) -> Tensor:
-    with Image.open(path) as file:
-        return F.pil_to_tensor(file.convert("RGB"))
+    """A picture file, upright -> (3, H, W) uint8. Raises BadPicture for what is not a whole picture of a usable size.
+
+    The kind is told by content, not by name. Sizes are looked at before anything is decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is stricter
+            with Image.open(path) as file:
+                if min(file.size) < LEAST_SIDE:
+                    raise BadPicture(f"a side of fewer than {LEAST_SIDE} pixels")
+                if file.width * file.height > MOST_PIXELS:
+                    raise BadPicture(f"more than {MOST_PIXELS // 10**6} million pixels")
+                if file.mode == "F":
+                    raise BadPicture("fractional grey values, whose scale is unknown")
+                if file.mode.startswith("I"):  # 16 bits of grey: Pillow would cut them off at 255
+                    wide = np.clip(np.asarray(file, dtype=np.int64), 0, 2**16 - 1)
+                    file = Image.fromarray((wide >> 8).astype(np.uint8))
+                return F.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    except FileNotFoundError as error:
+        raise BadPicture("the file is missing") from error
+    except PermissionError as error:
+        raise BadPicture("the file may not be read") from error
+    except UnidentifiedImageError as error:
+        raise BadPicture("not a picture") from error
+    except Image.DecompressionBombError as error:
+        raise BadPicture(f"more than {MOST_PIXELS // 10**6} million pixels") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:  # what decoders raise
+        raise BadPicture("broken or cut off") from error
 
 
 def crop_photo(image: Tensor, row: Row, rng: random.Random | None = None) -> Tensor:
@@ -174,7 +217,10 @@ def square_turn(image: Tensor) -> Tensor:
 
 
 def preview(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """The photo's crop and the turned touch image as (S, S, 3) uint8, for people to look at."""
+    """The photo's crop and the turned touch image as (S, S, 3) uint8, for people to look at; grey where one is bad."""
     assert row.vision is not None and row.tactile is not None
-    photo, touch = crop_photo(_open(root / row.vision), row), square_turn(_open(root / row.tactile))
+    try:
+        photo, touch = crop_photo(_open(root / row.vision), row), square_turn(_open(root / row.tactile))
+    except BadPicture:
+        photo = touch = torch.full((3, 8, 8), 128, dtype=torch.uint8)
     return photo.permute(1, 2, 0).numpy(), touch.permute(1, 2, 0).numpy()

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tvl_align.console import UserError
 from tvl_align.data.split import grouped_split
@@ -24,6 +25,9 @@ DATASETS = ("ssvtp", "hct")
 CROP_FRACTION = math.sqrt(2) * 0.18  # the side of the cropped part over the longer side of the photo
 VAL_FRACTION = 0.1
 NOT_CONTACT_CAPTION = "background"
+TOO_MANY = "more cells than columns: a caption with commas needs quotes"
+IN_TEST = "training row is in the official test split"
+HARMLESS = (IN_TEST, "duplicate of another row")
 log = logging.getLogger(__name__)
 
 
@@ -98,12 +102,31 @@ def find_root(datasets_dir: Path, datasets: Sequence[str]) -> Path:
     raise UserError(f"{datasets_dir} has no {wanted} (found: {found}); point --datasets_dir at the folder above them.")
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How much of the data may be bad. `strict`: nothing; else at most a share of the rows, left out and counted."""
+
+    strict: bool = False
+    max_skipped: float = 0.05
+
+    def check(self, bad: int, of: int, why: str) -> None:
+        """Raises UserError where `bad` of `of` rows are too many."""
+        if bad and self.strict:
+            raise UserError(f"{why}, and --strict allows no bad row; mend it or leave --strict out.")
+        if bad > self.max_skipped * of:
+            raise UserError(
+                f"{bad} of {of} rows are bad, more than {self.max_skipped:.0%} (for example: {why}); mend the data, or "
+                "allow more with --max_skipped."
+            )
+
+
 def read_tvl(
     datasets_dir: Path | str,
     datasets: Sequence[str] = DATASETS,
     seed: int = 0,
     use_not_contact: bool = False,
     percent_not_contact: float = 0.1,
+    tolerance: Tolerance | None = None,
 ) -> TVLData:
     """Read a TVL folder.
 
@@ -136,7 +159,7 @@ def read_tvl(
         rows.sort(key=lambda row: (row.dataset, row.name, row.tactile or "", row.caption or ""))
     tested = {row.name for row in data.test}
     kept = [row for row in trainable if row.name not in tested]
-    data.dropped["training row is in the official test split"] += len(trainable) - len(kept)
+    data.dropped[IN_TEST] += len(trainable) - len(kept)
     data.train, data.val = grouped_split(kept, VAL_FRACTION, seed)
     idle = [row for row in idle if row.name not in tested]
     count = min(len(idle), int(len(data.train) * percent_not_contact))
@@ -144,6 +167,11 @@ def read_tvl(
     data.dropped = Counter({reason: n for reason, n in sorted(data.dropped.items()) if n})
     for reason, n in data.dropped.items():
         log.warning("dropped %d rows: %s", n, reason)
+    bad = Counter({reason: n for reason, n in data.dropped.items() if reason not in HARMLESS})
+    if bad:
+        total = len(data.train) + len(data.val) + len(data.test) + bad.total()
+        most, _ = bad.most_common(1)[0]
+        (tolerance or Tolerance()).check(bad.total(), total, f"{root} has {bad.total()} such rows, {most}")
     if not data.train:
         raise UserError(f"{root} has no usable training row; the reasons are listed above.")
     return data
@@ -170,18 +198,25 @@ def _fault(row: Row, root: Path) -> str | None:
     present = (row.vision is not None) + (row.tactile is not None) + (row.caption is not None)
     if present < 2:
         return "fewer than two modalities"
+    for kind, path in (("vision", row.vision), ("tactile", row.tactile), ("background", row.background)):
+        if path is not None and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
+            return f"{kind} path leaves the data folder"
     for modality, path in (("vision", row.vision), ("tactile", row.tactile)):
         if path is None:
             continue
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            return f"{modality} path leaves the data folder"
-        if not (root / path).is_file():
+        if "\0" in path:
+            return f"{modality} path holds a NUL"
+        try:
+            there = (root / path).is_file()
+        except OSError:  # no permission, a name that is too long
+            return f"{modality} file cannot be reached"
+        if not there:
             return f"{modality} file is missing"
     return None
 
 
-def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of a CSV with a header, by column name; a missing column is an error that lists the header."""
+def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str] | None]:
+    """Rows of a CSV by column name, None for too many cells; an error about a missing column lists the header."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -190,9 +225,14 @@ def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str]]:
             for column in needed:
                 if column not in header:
                     raise UserError(f"{path} has no column {column!r} (its header: {', '.join(header) or 'empty'}).")
-            return [{k: (v or "").strip() for k, v in row.items() if isinstance(k, str)} for row in reader]
+            return [_cells(row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a UTF-8 CSV file ({error}); save it as UTF-8.") from error
+
+
+def _cells(row: dict[str | None, Any]) -> dict[str, str] | None:
+    """A CSV row by column; None where it has more cells than the header, so that one cannot tell which is which."""
+    return None if None in row else {str(k): (v or "").strip() for k, v in row.items()}
 
 
 def _caption(text: str | None) -> str | None:
@@ -207,6 +247,9 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
         return
     prefix = folder.relative_to(root).as_posix()
     for cells in _read_csv(path, ["url"]):
+        if cells is None:
+            yield TOO_MANY
+            continue
         url = cells["url"]
         number = re.fullmatch(r"image_(\d+)_rgb", PurePosixPath(url).stem)
         if number is None:
@@ -223,8 +266,12 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
 def _first_line(path: Path) -> str | None:
     if not path.is_file():
         return None
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.readline().strip()
+    try:
+        with path.open(encoding="utf-8") as file:
+            return file.readline().strip()
+    except UnicodeDecodeError:
+        log.warning("%s is not UTF-8; its row has no caption", path)
+        return None
 
 
 def _join(prefix: str, relative: str) -> str | None:
@@ -239,6 +286,9 @@ def _read_hct(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
     path = folder / f"{split}.csv"
     if path.is_file():
         for cells in _read_csv(path, ["url", "tactile"]):
+            if cells is None:
+                yield TOO_MANY
+                continue
             yield _hct_row(
                 root, folder, cells["url"], cells["tactile"], cells.get("tactile_background"), cells.get("caption")
             )

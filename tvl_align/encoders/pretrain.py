@@ -12,6 +12,7 @@ Pictures are not augmented: a flip would forbid the shared features to know orie
 """
 
 import argparse
+import logging
 import math
 import random
 from dataclasses import asdict, dataclass
@@ -27,13 +28,15 @@ from tvl_align.console import UserError, progress
 from tvl_align.data.samples import Samples, TextOptions
 from tvl_align.data.text import PROMPT, evaluation_text, training_text
 from tvl_align.data.transforms import ImageOptions
-from tvl_align.data.tvl import DATASETS, read_tvl
+from tvl_align.data.tvl import DATASETS, Tolerance, read_tvl
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import GRID, Stage1, create_touch_encoder
 from tvl_align.features import load_pictures
 from tvl_align.losses import MAX_LOGIT_SCALE, info_nce, positive_pairs
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.runtime import generator, pick_device, provenance, seed_everything
+
+log = logging.getLogger(__name__)
 
 BANDS, ORIENTATIONS = 6, 8
 TOUCH_MODEL = "vit_tiny_patch16_224"
@@ -147,15 +150,20 @@ def _load(samples: Samples, workers: int, quiet: bool) -> dict[str, Tensor]:
     """All plain pictures of rows that have both, fp16: small pictures fit in memory, and are decoded once."""
     jobs = [(i, 0) for i, row in enumerate(samples.rows) if row.vision and row.tactile]
     parts: dict[str, list[Tensor]] = {"vision": [], "tactile": []}
+    rows: list[int] = []
     with progress(len(jobs), "decode", "picture", quiet) as bar:
         batches = [jobs[i : i + 128] for i in range(0, len(jobs), 128)]
         for part, batch in zip(batches, load_pictures(samples, batches, workers, ("vision", "tactile")), strict=True):
-            for modality, (_, images) in batch.items():
-                parts[modality].append(images.half())
+            both = sorted(set(range(len(part))) - {position for position, _, _ in batch.faults})
+            for modality, (positions, images) in batch.pictures.items():
+                parts[modality].append(images[[positions.index(i) for i in both]].half())
+            rows += [part[i][0] for i in both]
             bar.update(len(part))
-    return {modality: torch.cat(images) for modality, images in parts.items()} | {
-        "rows": torch.tensor([row for row, _ in jobs])
-    }
+    if len(rows) < len(jobs):
+        why = f"{len(jobs) - len(rows)} rows have a picture that cannot be used"
+        log.warning("left out: %s", why)
+        Tolerance().check(len(jobs) - len(rows), len(jobs), why)
+    return {modality: torch.cat(images) for modality, images in parts.items()} | {"rows": torch.tensor(rows)}
 
 
 def _fit(
