@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare bench test check
+.PHONY: demo compare bench faults test check
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
@@ -11,6 +11,9 @@ compare: .venv/ready  ## every method, three seeds, one report
 
 bench: .venv/ready  ## what things cost, as ratios
 	$(BIN)/tvl-align bench
+
+faults: .venv/ready  ## the fault campaign: half an hour
+	$(BIN)/python tests/faults.py
 
 test: .venv/ready  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest

@@ -28,6 +28,7 @@ from tvl_align.console import UserError
 
 SPLITS = ("train", "val", "test")
 SHARES = (0.8, 0.1, 0.1)
+MOST_UNPACKED, MOST_RATIO = 2**26, 200  # above both a compressed file is taken for a bomb
 TAKEN = ("index", "caption_keys")  # beside the tables of a store
 
 
@@ -55,6 +56,10 @@ class Arrays:
 def read_npz(path: Path, seed: int = 0) -> Arrays:
     """The arrays of an .npz file. Raises UserError for anything that is not as the module's docstring says."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked, packed = (sum(getattr(part, k) for part in archive.infolist()) for k in ("file_size", "compress_size"))
+        if unpacked > MOST_UNPACKED and unpacked > MOST_RATIO * packed:
+            raise ValueError(f"it would unpack to {unpacked} bytes, more than {MOST_RATIO} times what it is")
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             given = {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, EOFError, KeyError) as error:

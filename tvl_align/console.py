@@ -1,6 +1,7 @@
 """What a person at the terminal sees: progress, and one-sentence errors."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -9,6 +10,7 @@ from typing import Any, ParamSpec
 from tqdm import tqdm
 
 P = ParamSpec("P")
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
 FULL = "what was written before is untouched; free some space and give the same command again"
 REMEDIES = {
     errno.ENOSPC: FULL,
@@ -35,6 +37,13 @@ def says_it_plainly(main: Callable[P, None]) -> Callable[P, None]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in LOST_PEER):
+                raise
+            me = os.environ.get("RANK", "0")
+            why = f"process {me} lost another process ({' '.join(str(error).split())[:160]})"
+            print(f"error: {why}; its own log says why, and the same command goes on.", file=sys.stderr)
+            os._exit(2)  # an orderly end would wait for the process that is gone
         except OSError as error:
             remedy = REMEDIES.get(error.errno or 0)
             if remedy is None:

@@ -40,6 +40,7 @@ from tvl_align.console import UserError, progress
 from tvl_align.contract import Batch, Features, FeatureSpec, Tokens
 from tvl_align.data.samples import Samples, Views
 from tvl_align.data.swapped import swapped_groups
+from tvl_align.data.transforms import PHOTO_MEAN, PHOTO_STD, TOUCH_MEAN, TOUCH_STD
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.files import hold
@@ -150,7 +151,7 @@ class FeatureStore:
             self.key = str(self.manifest["key"])
             self.specs = {str(m): FeatureSpec(**{k: int(v) for k, v in s.items()}) for m, s in self._inside("modalities")}
             self.splits = {name: StoredSplit(folder / name, self.specs, info) for name, info in self._inside("splits")}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, OSError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{path} is not the manifest of a feature store ({reason}); make the store again.") from error
 
@@ -358,13 +359,12 @@ def _encode(
         if now != ingredients["rows"]:
             shutil.rmtree(partial)
             raise UserError("the data changed while they were encoded; nothing of it is kept, give the command again.")
-        suspects = {name: _swapped(partial / name, samples[name]) for name in splits}
-        for name, groups in suspects.items():
-            if groups:
-                some = ", ".join(groups[:3]) + (" and more" if len(groups) > 3 else "")
-                log.warning("%s: photos and touch images look swapped in %d groups: %s", name, len(groups), some)
-                if tolerance.strict:
-                    raise UserError(f"photos and touch images look swapped in {some}; swap their folders back.")
+        suspects = _swapped(partial, {name: samples[name] for name in splits})
+        if suspects:
+            some = ", ".join(suspects[:3]) + (" and more" if len(suspects) > 3 else "")
+            log.warning("photos and touch images look swapped in %d groups: %s", len(suspects), some)
+            if tolerance.strict:
+                raise UserError(f"photos and touch images look swapped in {some}; swap their folders back.")
         for name in splits:
             shutil.rmtree(partial / name / "done")
         left_out = {
@@ -449,7 +449,7 @@ def _encode_split(
                 at = torch.stack([index[modality][part[i]] for i in positions])
                 _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])
                 plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
-                done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(images[plain])
+                done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
             for position, modality, reason in batch.faults:
                 row, view = part[position]
                 if modality in index:
@@ -474,14 +474,19 @@ def _faults(folder: Path) -> list[tuple[int, str, str]]:
     return sorted({(int(row), str(modality), str(reason)) for row, modality, reason in map(json.loads, lines)})
 
 
-def _look(images: Tensor) -> Tensor:
-    """(n, 3, S, S) -> (n, 6): mean and spread of every channel, by which photos and touch images are told apart."""
-    return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+def _look(modality: str, images: Tensor) -> Tensor:
+    """(n, 3, S, S) normalised -> (n, 6): mean and spread of every channel as they are in the file, by which photos and touch
+    images are told apart."""
+    mean, std = (PHOTO_MEAN, PHOTO_STD) if modality == "vision" else (TOUCH_MEAN, TOUCH_STD)
+    scale = torch.tensor(std)
+    return torch.cat([images.mean((2, 3)) * scale + torch.tensor(mean), images.std((2, 3)) * scale], dim=1)
 
 
-def _swapped(folder: Path, samples: Samples) -> list[str]:
-    done = TensorDict.load_memmap(folder / "done")
-    return swapped_groups([row.group for row in samples.rows], done["look_vision"], done["look_tactile"])
+def _swapped(folder: Path, samples: Mapping[str, Samples]) -> list[str]:
+    """Groups of any split whose photos and touch images look swapped."""
+    looks = [TensorDict.load_memmap(folder / name / "done") for name in samples]
+    groups = [row.group for split in samples.values() for row in split.rows]
+    return swapped_groups(groups, *(torch.cat([d[f"look_{m}"] for d in looks]) for m in ("vision", "tactile")))
 
 
 def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:

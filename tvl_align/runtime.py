@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,6 +56,22 @@ def is_main() -> bool:
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def join_again(device: torch.device, timeout: timedelta) -> None:
+    """Form the process group of a further attempt under torchrun (`--max_restarts`).
+
+    torchrun's store outlives an attempt, and a group formed the usual way would read the addresses of processes that are
+    gone from it; here each attempt has names of its own. The first attempt is left to whoever forms the group.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    size, me = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(address, port, size, is_master=False, timeout=timeout))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=timeout)
 
 
 def pick_device(name: str | None) -> torch.device:

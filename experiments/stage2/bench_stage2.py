@@ -32,6 +32,7 @@ from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_cli
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder
 from tvl_align.evaluation import retrieval
 from tvl_align.features import ENCODE_BATCH, FeatureStore, load_pictures, open_or_encode
+from tvl_align.files import write_whole
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.plots import growth_curves
 from tvl_align.registers import Attention
@@ -95,9 +96,9 @@ def bench(config: BenchConfig) -> list[Figure]:
     with progress(len(config.parts), "bench", "part") as bar:
         for name in config.parts:
             figures += known[name](config)
+            written = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
+            write_whole(config.out, json.dumps(written, indent=1))
             bar.update()
-    written = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
-    config.out.write_text(json.dumps(written, indent=1), encoding="utf-8")
     table = Table(title="costs, ours over the reference", title_justify="left")
     for column in ("what", "ours", "reference", "ratio", "unit"):
         table.add_column(column, justify="left" if column in ("what", "unit") else "right")
@@ -281,7 +282,7 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
     for label, clip_name, touch, more in SIZES:
         stage1, rows = _stage1(clip_name, touch), more * config.pictures
         with jobs.scratch() as folder:
-            world = write_world(folder / "world", rows, 8, seed=0, quiet=True)
+            world = write_world(folder / "world", rows, 32, seed=0, quiet=True)
             images = ImageOptions(stage1.photo_size, stage1.touch_size)
             samples = {"train": make_samples(read_tvl(world), images, TextOptions(), 0)["train"]}
             count = len(samples["train"])

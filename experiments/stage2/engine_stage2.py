@@ -43,6 +43,7 @@ from tvl_align.runtime import (
     gather,
     generator,
     is_main,
+    join_again,
     mean_over_processes,
     pick_device,
     rank,
@@ -68,13 +69,14 @@ class Inputs:
 
 def make_accelerator(settings: Settings[Any]) -> Accelerator:
     """Device, processes and precision: bf16 autocast on a GPU, float32 on a CPU."""
-    device = pick_device(settings.run.device)
+    device, patience = pick_device(settings.run.device), timedelta(hours=6)  # one process may have far more to encode
+    join_again(device, patience)
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if device.type == "cuda" else "no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(find_unused_parameters=settings.run.find_unused_parameters),
-            InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # one process may have far more to encode
+            InitProcessGroupKwargs(timeout=patience),
         ],
     )
 

@@ -80,15 +80,21 @@ def load_run(folder: Path) -> tuple[Settings[Any], Method, dict[str, Any]]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder (no config.json); give <output_dir>/<log_name>.")
-    config = json.loads(path.read_text(encoding="utf-8"))
-    made_by = config["implementation"]["experiment_id"]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        made_by, plain, _ = config["implementation"]["experiment_id"], config["settings"], config["store"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is not the configuration of a run ({type(error).__name__}: {error}).") from error
     found = [m for m in METHODS.values() if m.implementation.experiment_id == made_by]
     if not found:
         known = ", ".join(m.implementation.experiment_id for m in METHODS.values())
         raise UserError(f"{folder} was made by {made_by}, which METHODS does not list ({known}).")
-    plain, method = config["settings"], found[0]
+    method = found[0]
     groups = {"stage1": Stage1Config, "knobs": method.knobs, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
-    return Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()}), method, config
+    try:
+        return Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()}), method, config
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds settings that cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def evaluate_run(options: EvaluateConfig) -> Path:

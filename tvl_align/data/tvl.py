@@ -25,7 +25,6 @@ DATASETS = ("ssvtp", "hct")
 CROP_FRACTION = math.sqrt(2) * 0.18  # the side of the cropped part over the longer side of the photo
 VAL_FRACTION = 0.1
 NOT_CONTACT_CAPTION = "background"
-TOO_MANY = "more cells than columns: a caption with commas needs quotes"
 IN_TEST = "training row is in the official test split"
 HARMLESS = (IN_TEST, "duplicate of another row")
 log = logging.getLogger(__name__)
@@ -215,8 +214,8 @@ def _fault(row: Row, root: Path) -> str | None:
     return None
 
 
-def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str] | None]:
-    """Rows of a CSV by column name, None for too many cells; an error about a missing column lists the header."""
+def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str] | str]:
+    """Rows of a CSV by column name, or the reason why one is of no use; an error about a missing column lists the header."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
@@ -230,9 +229,13 @@ def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str] | None]:
         raise UserError(f"{path} is not a UTF-8 CSV file ({error}); save it as UTF-8.") from error
 
 
-def _cells(row: dict[str | None, Any]) -> dict[str, str] | None:
-    """A CSV row by column; None where it has more cells than the header, so that one cannot tell which is which."""
-    return None if None in row else {str(k): (v or "").strip() for k, v in row.items()}
+def _cells(row: dict[str | None, Any]) -> dict[str, str] | str:
+    """A CSV row by column; a reason where it has more or fewer cells than the header, so that none can be trusted."""
+    if None in row:
+        return "more cells than columns: a caption with commas needs quotes"
+    if None in row.values():
+        return "fewer cells than columns"
+    return {str(k): v.strip() for k, v in row.items()}
 
 
 def _caption(text: str | None) -> str | None:
@@ -247,8 +250,8 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
         return
     prefix = folder.relative_to(root).as_posix()
     for cells in _read_csv(path, ["url"]):
-        if cells is None:
-            yield TOO_MANY
+        if isinstance(cells, str):
+            yield cells
             continue
         url = cells["url"]
         number = re.fullmatch(r"image_(\d+)_rgb", PurePosixPath(url).stem)
@@ -286,8 +289,8 @@ def _read_hct(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
     path = folder / f"{split}.csv"
     if path.is_file():
         for cells in _read_csv(path, ["url", "tactile"]):
-            if cells is None:
-                yield TOO_MANY
+            if isinstance(cells, str):
+                yield cells
                 continue
             yield _hct_row(
                 root, folder, cells["url"], cells["tactile"], cells.get("tactile_background"), cells.get("caption")

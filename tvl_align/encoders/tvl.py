@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tvl_align.checkpoint import check_weights, load_safely
 from tvl_align.console import UserError
 from tvl_align.contract import MODALITIES, Batch, Features, FeatureSpec, Tokens
 from tvl_align.encoders.small import register_small_clip, touch_overrides
@@ -229,12 +230,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     """
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; give --stage1_checkpoint a TVL checkpoint (.pth).")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds for a broken or foreign file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({reason}).") from error
+    content = load_safely(path, [argparse.Namespace])
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"{path} is not a TVL checkpoint: it has no 'model' entry with weights.")
     args = content.get("args")
@@ -270,20 +266,23 @@ def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> N
     state = {k: v for k, v in state.items() if k != "logit_bias"}  # read by no feature
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
-        f"{k} {tuple(state[k].shape)}, needs {tuple(own[k].shape)}"
+        f"{k} {tuple(getattr(state[k], 'shape', ()))}, needs {tuple(own[k].shape)}"
         for k in sorted(own.keys() & state.keys())
         if not isinstance(state[k], Tensor) or state[k].shape != own[k].shape
     ]
-    faults = [f"{kind}: {_few(keys)}" for kind, keys in _named(missing, unexpected, shapes) if keys]
+    kinds = [
+        f"{k} {state[k].dtype}, needs {own[k].dtype}"
+        for k in sorted(own.keys() & state.keys())
+        if isinstance(state[k], Tensor) and state[k].is_floating_point() != own[k].is_floating_point()
+    ]
+    named = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes, "wrong kinds": kinds}
+    faults = [f"{kind}: {_few(keys)}" for kind, keys in named.items() if keys]
     if faults:
         raise UserError(
             f"{path} does not fit these encoders, {'; '.join(faults)}; check --tactile_model and --common_latent_dim."
         )
+    check_weights(dict(state), path)
     stage1.load_state_dict(dict(state), strict=False)  # strict for all but the CLIP weights, just checked
-
-
-def _named(missing: list[str], unexpected: list[str], shapes: list[str]) -> list[tuple[str, list[str]]]:
-    return [("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", shapes)]
 
 
 def _few(names: Sequence[str], most: int = 8) -> str:

@@ -1,0 +1,75 @@
+"""The fault campaign in short: each fault a few times. `make faults` makes all of them, many times."""
+
+from pathlib import Path
+
+import bad_inputs
+import faults
+import pytest
+from faults import Ground
+
+
+@pytest.fixture(scope="module")
+def ground(world: Path, stage1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    """The session's world and Stage 1 where the campaign looks for them."""
+    root = tmp_path_factory.mktemp("faults")
+    (root / "world").symlink_to(world)
+    (root / "stage1").symlink_to(stage1_checkpoint.parent)
+    return Ground.prepare(root)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(ground: Ground) -> None:
+    outcome = faults.killed_training(ground, 3)
+    assert not outcome.lost, outcome
+
+
+def test_a_killed_encode_goes_on_to_the_same_store(ground: Ground) -> None:
+    outcome = faults.killed_encode(ground, 1)
+    assert not outcome.lost, outcome
+
+
+def test_a_training_that_is_told_to_end_loses_no_step(ground: Ground) -> None:
+    outcome = faults.told_to_end(ground, 2)
+    assert not outcome.lost, outcome
+
+
+def test_a_full_disk_costs_nothing_that_was_there(ground: Ground) -> None:
+    outcome = faults.full_disk(ground)
+    assert not outcome.lost, outcome
+    assert "free some space" in outcome.outcome
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_dead_process_ends_the_others_or_all_start_again(ground: Ground, restarts: int) -> None:
+    outcome = faults.dead_rank(ground, 2, restarts)
+    assert not outcome.lost, outcome
+
+
+def test_two_at_once_tear_nothing(ground: Ground) -> None:
+    outcome = faults.races(ground, 2)
+    assert not outcome.lost, outcome
+
+
+def test_files_from_strangers_are_refused_and_nothing_of_theirs_runs(ground: Ground) -> None:
+    outcome = faults.strangers(ground)
+    assert not outcome.lost, outcome
+
+
+def test_numbers_gone_bad(ground: Ground) -> None:
+    outcome = faults.gone_bad(ground)
+    assert not outcome.lost, outcome
+
+
+def test_same_seed_same_metrics(ground: Ground) -> None:
+    outcome = faults.reproducible(ground)
+    assert not outcome.lost, outcome
+
+
+def test_mutated_files_are_read_or_refused(ground: Ground) -> None:
+    outcome = faults.fuzzed(ground, 5)
+    assert not outcome.lost, outcome
+
+
+def test_bad_inputs_are_used_left_out_or_refused(ground: Ground) -> None:
+    outcome = bad_inputs.all_of_them(ground.root, ground.checkpoint)
+    assert outcome.times >= 30
+    assert not outcome.lost, outcome
