@@ -82,3 +82,18 @@ def test_names_are_escaped(folder: Path, tmp_path: Path) -> None:
     html = write_comparison([one, evil], tmp_path / "out", "x").read_text()
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_a_script_in_a_name_is_text_on_the_page(folder: Path, tmp_path: Path) -> None:
+    script = "<script>alert(1)</script>"
+    run = tmp_path / "<b>run"
+    shutil.copytree(runs(folder)[0], run)
+    results = json.loads((run / "results.json").read_text())
+    results["method"] = results["run"]["command"] = results["run"]["store"] = script
+    results["factors"]["vision"][script] = next(iter(results["factors"]["vision"].values()))
+    (run / "results.json").write_text(json.dumps(results))
+    page = write_comparison([run], tmp_path, script).read_text()
+    assert "&lt;script&gt;" in page
+    assert "&lt;b&gt;run" in page
+    assert script not in page
+    assert "<b>run" not in page

@@ -195,3 +195,15 @@ def test_the_engine_takes_the_large_batch(settings: Settings[Stage2Config]) -> N
     for one, other in zip(*rows, strict=True):
         for name in one:
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
+
+
+def test_compiled_training_gives_the_same_numbers(settings: Settings[Any]) -> None:
+    """With a last batch of another size, and evaluation, which is never compiled."""
+    method = METHODS["cursor"]
+    knobs = method.knobs(register_token_dim=32, num_heads=4)
+    rows = []
+    for compiled in (False, True):
+        given = changed(changed(settings, "optim", epochs=1), "run", compile=compiled, log_name=f"compiled{compiled}")
+        rows.append(metrics(fit(replace(given, knobs=knobs), method))[0])
+    for name in rows[0]:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-4), name

@@ -94,3 +94,11 @@ def test_the_five_steps_add_a_method(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, stage2 / "test_modules.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "ok  toy: two processes" in done.stdout
+
+
+def test_every_promise_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs/PROMISES.md").read_text()
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text() if test else (ROOT / file).is_file(), (file, test)

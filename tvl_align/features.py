@@ -48,7 +48,6 @@ from tvl_align.runtime import barrier, is_main, package_versions, provenance, ra
 
 FORMAT = 1
 ENCODE_BATCH = 64
-RELEASE_EVERY = 4  # batches
 log = logging.getLogger(__name__)
 
 
@@ -99,17 +98,16 @@ class StoredSplit:
         return Features(tokens, self.index["caption_keys"][rows, views], rows)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
-        for step, (row, view) in enumerate(zip(rows, views, strict=True)):
-            if step % RELEASE_EVERY == 0:
-                self.release()
+        for row, view in zip(rows, views, strict=True):
             batch = self.read(row, view)
+            self.release()
             if device.type == "cuda":
                 batch = batch.map(Tensor.pin_memory)
             yield batch.to(device)
 
     def release(self) -> None:
         """Give back the memory of pages that were read: they stay in the system's cache, but not in this process, whose
-        memory would otherwise grow to the size of the store in the course of an epoch."""
+        memory would otherwise grow to the size of the store (a row that is read maps the 64 KB around it)."""
         for table in (self.index, *self.tables.values()):
             for mapped in table.values():
                 release_pages(mapped)

@@ -91,7 +91,8 @@ class RegisterModel(nn.Module):
         keys = [self.readers[name](t) for name, t in zip(names, tokens, strict=True)]
         # With causal registers a prefix is what it is whether or not later ones are read, so all of them are.
         reading = torch.ones_like(kept) if self.causal else kept
-        read = self.read_each(names, keys, list(masks), reading)
+        needed = kept if self.training else None  # in training nothing reads a group of registers where all are dropped
+        read = self.read_each(names, keys, list(masks), reading, needed)
         split = self.num_overlapping
         over, comp = {n: z[:, :split] for n, z in read.items()}, {n: z[:, split:] for n, z in read.items()}
         over, comp = self.settle(over, comp, features)
@@ -137,25 +138,41 @@ class RegisterModel(nn.Module):
             return modality.pooled[:, None], modality.present[:, None]
         return modality.tokens, modality.mask & modality.present[:, None]
 
-    def read(self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor) -> Tensor:
-        """Registers that attend to the named modalities, to all of them at once: (B, N, D), dropped ones zero."""
+    def read(
+        self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor, needed: Tensor | None = None
+    ) -> Tensor:
+        """Registers that attend to the named modalities, to all of them at once: (B, N, D), dropped ones zero.
+
+        needed: (B, N) bool; a group of registers is left at zero in rows where none of it is needed.
+        """
         present = [mask.any(1) for mask in masks]
         owners = [self.stacks["shared" if "shared" in self.stacks else name] for name in names]
-        parts = [
-            joint_read([owner[i] for owner in owners], self.registers[g], keys, masks, kept[:, g], present)
-            for i, g in enumerate(self.groups)
-        ]
+        parts = []
+        for i, g in enumerate(self.groups):
+            stacks = [owner[i] for owner in owners]
+            some = None if needed is None or len(self.groups) == 1 else needed[:, g].any(1)
+            if some is None or some.all():
+                parts.append(joint_read(stacks, self.registers[g], keys, masks, kept[:, g], present))
+                continue
+            some[0] = True  # so that every parameter has a gradient on every process
+            at = some.nonzero().squeeze(1)
+            inputs = [k[at] for k in keys], [m[at] for m in masks], kept[at][:, g], [p[at] for p in present]
+            z = joint_read(stacks, self.registers[g], *inputs)
+            parts.append(z.new_zeros(len(kept), *z.shape[1:]).index_copy(0, at, z))
         return torch.cat(parts, dim=1)
 
-    def read_each(self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor) -> dict[str, Tensor]:
+    def read_each(
+        self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor, needed: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Registers that attend to one modality at a time: {modality: (B, N, D)}. With shared blocks all go through as one
         batch, shorter sequences padded."""
         if "shared" not in self.stacks or len(names) == 1:
-            return {n: self.read([n], [k], [m], kept) for n, k, m in zip(names, keys, masks, strict=True)}
+            return {n: self.read([n], [k], [m], kept, needed) for n, k, m in zip(names, keys, masks, strict=True)}
         longest = max(k.shape[1] for k in keys)
         joined = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[1])) for k in keys])
         mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for m in masks])
-        read = self.read(names[:1], [joined], [mask], kept.repeat(len(names), 1))
+        needed = needed.repeat(len(names), 1) if needed is not None else None
+        read = self.read(names[:1], [joined], [mask], kept.repeat(len(names), 1), needed)
         return dict(zip(names, read.chunk(len(names)), strict=True))
 
     def settle(

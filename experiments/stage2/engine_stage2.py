@@ -75,7 +75,9 @@ def make_accelerator(settings: Settings[Any]) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision="bf16" if device.type == "cuda" else "no",
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=settings.run.find_unused_parameters),
+            DistributedDataParallelKwargs(
+                find_unused_parameters=settings.run.find_unused_parameters, gradient_as_bucket_view=True
+            ),
             InitProcessGroupKwargs(timeout=patience),
         ],
     )

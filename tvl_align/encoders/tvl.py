@@ -12,6 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +88,7 @@ class Stage1(nn.Module):
         embed = getattr(self.tactile_encoder, "patch_embed", None)
         return int(embed.img_size[0]) if embed is not None else 224
 
-    @property
+    @cached_property
     def specs(self) -> dict[str, FeatureSpec]:
         """The shapes of what `encode` returns, found by encoding one blank row; text may have up to its context length."""
         device = self.logit_scale.device
