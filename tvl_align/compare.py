@@ -38,6 +38,7 @@ def load_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
             ("feature stores", first["run"]["store"], other["run"]["store"]),
             ("splits", first["run"]["rows"], other["run"]["rows"]),
             ("sets of test rows", first["gallery"], other["gallery"]),
+            ("label columns", _columns(first), _columns(other)),
         ):
             if a != b:
                 raise UserError(
@@ -45,6 +46,10 @@ def load_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
                     "compare only runs of the same data, Stage 1 and data options."
                 )
     return found
+
+
+def _columns(results: Mapping[str, Any]) -> str:
+    return ", ".join(f"{m}: {f}" for m, table in sorted(results["factors"].items()) for f in sorted(table))
 
 
 def main_pair(results: Mapping[str, Any]) -> str:
