@@ -89,7 +89,8 @@ def test_a_script_in_a_name_is_text_on_the_page(folder: Path, tmp_path: Path) ->
     run = tmp_path / "<b>run"
     shutil.copytree(runs(folder)[0], run)
     results = json.loads((run / "results.json").read_text())
-    results["method"] = results["run"]["command"] = script
+    results["method"] = script
+    results["run"]["command"] = f"{script} --output_dir {run}"
     (run / "results.json").write_text(json.dumps(results))
     page = write_comparison([run, runs(folder)[1]], tmp_path, script).read_text()
     assert "&lt;script&gt;" in page
