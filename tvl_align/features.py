@@ -149,7 +149,16 @@ class FeatureStore:
             self.key = str(self.manifest["key"])
             self.specs = {str(m): FeatureSpec(**{k: int(v) for k, v in s.items()}) for m, s in self._inside("modalities")}
             self.splits = {name: StoredSplit(folder / name, self.specs, info) for name, info in self._inside("splits")}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, OSError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+            RuntimeError,
+            OSError,
+        ) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(f"{path} is not the manifest of a feature store ({reason}); make the store again.") from error
 

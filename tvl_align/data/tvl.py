@@ -329,6 +329,8 @@ def _read_pairs(path: Path) -> list[tuple[str, str, str]]:
         lists = json.loads(path.read_text(encoding="utf-8"))
         vision, tactile = lists["vision"], lists["tactile"]
         background = lists.get("background") or [""] * len(vision)
+        if not all(isinstance(x, list) for x in (vision, tactile, background)):
+            raise TypeError("not lists")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} must hold the lists vision and tactile ({error!r}).") from error
     if not len(vision) == len(tactile) == len(background):
