@@ -207,3 +207,11 @@ def test_compiled_training_gives_the_same_numbers(settings: Settings[Any]) -> No
         rows.append(metrics(fit(replace(given, knobs=knobs), method))[0])
     for name in rows[0]:
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("part", ["settings", "progress", "implementation"])
+def test_a_checkpoint_of_other_kinds_is_refused(settings: Settings[Any], part: str) -> None:
+    folder = fit(changed(settings, "optim", epochs=1), BASE)
+    save_checkpoint(folder / "checkpoint.pth", load_checkpoint(folder / "checkpoint.pth") | {part: 3})
+    with pytest.raises(UserError, match="was not written by this version"):
+        fit(changed(settings, "optim", epochs=1), BASE)

@@ -1,5 +1,8 @@
 """Processes: gathering with exact gradients, seeds, provenance."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch.multiprocessing as mp
 
 from tvl_align.console import UserError
 from tvl_align.runtime import (
+    SUBMITIT,
     alone,
     gather,
     gather_with_grad,
@@ -73,3 +77,26 @@ def test_results_carry_what_made_them() -> None:
     made = provenance()
     assert set(made) == {"command", "folder", "commit", "packages", "processes"}
     assert made["packages"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_task_of_submitit_leaves_sigterm_and_hands_its_signal_on() -> None:
+    """Slurm sends SIGTERM along with the signal on which submitit queues the job again; to leave on it loses the job."""
+    code = """
+import os, signal
+from tvl_align.runtime import StopSignals
+told = []
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, lambda n, _: told.append(n))
+with StopSignals() as signals:
+    signal.raise_signal(signal.SIGTERM)
+    assert signals.received is None and told == [signal.SIGTERM]
+    signal.raise_signal(signal.SIGUSR2)
+    assert signals.received == signal.SIGUSR2 and told == [signal.SIGTERM]
+    try:
+        signals.end()
+    except SystemExit as end:
+        print(end.code, told == [signal.SIGTERM, signal.SIGUSR2])
+"""
+    environment = os.environ | {SUBMITIT: "slurm"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["143", "True"], done.stderr

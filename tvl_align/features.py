@@ -443,11 +443,12 @@ def _encode_split(
     written = TensorDict.load_memmap(folder / "index")
     bad_rows: set[int] = set()
     mine, told = todo[rank() :: world_size()], untold[rank() :: world_size()]
-    with progress(len(mine), f"encode {name}", "view", quiet=not is_main()) as bar:
+    with progress(len(mine) + len(told), f"encode {name}", "view", quiet=not is_main()) as bar:
         for at in told.split(ENCODE_BATCH) if len(told) else ():
             ids = stage1.tokenize([texts[i] for i in at.tolist()]).to(device)
             _put(tables["text"], at, stage1.encode({"text": ids}).modalities["text"])
             done["text"][at] = True
+            bar.update(len(at))
         places = mine.split(ENCODE_BATCH) if len(mine) else ()
         parts = [[jobs[i] for i in at] for at in places]
         loaded = load_pictures(samples, parts, workers, stage1.modalities)

@@ -26,6 +26,7 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow"
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the end, and what schedulers send before they pre-empt
+SUBMITIT = "SUBMITIT_EXECUTOR"  # in the environment of a task that submitit started
 STOPPED = 143  # exit code of a process that SIGTERM ended
 _alone = False
 
@@ -179,7 +180,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+            # submitit ignores SIGTERM on purpose: Slurm sends it along with the signal on which submitit queues a job again.
+            taken = STOP_SIGNALS[1:] if SUBMITIT in os.environ else STOP_SIGNALS
+            self._previous = {number: signal.signal(number, self._note) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,6 +15,7 @@ from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
 from experiments.stage2.train_stage2 import train_method
 from tvl_align.console import UserError
+from tvl_align.runtime import SUBMITIT
 
 PLAIN = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "name", "stderr_to_stdout")
 
@@ -28,7 +29,7 @@ class Training:
 
     def __call__(self) -> None:
         environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
-        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        if os.environ.get(SUBMITIT) == "local":
             os.environ["MASTER_ADDR"] = "127.0.0.1"
         if environment.world_size == 1:
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):

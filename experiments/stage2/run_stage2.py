@@ -67,15 +67,19 @@ def find_checkpoint(settings: Settings[Any], who: Implementation) -> dict[str, A
         return None
     path = Path(asked) if asked not in ("", "auto") else own
     checkpoint = load_checkpoint(path)
-    made_by = checkpoint.get("implementation", {}).get("experiment_id")
+    parts = ("implementation", "progress", "settings")
+    if (
+        not all(isinstance(checkpoint.get(part), dict) for part in parts)
+        or not {"optimizer", "processes", "store"} <= checkpoint.keys()
+    ):
+        raise UserError(f"{path} was not written by this version of the project; start a new run.")
+    made_by = checkpoint["implementation"].get("experiment_id")
     if made_by != who.experiment_id:
         raise UserError(f"the checkpoint is of {made_by}, not of {who.experiment_id}; resume its own method.")
-    if not {"optimizer", "progress", "settings", "processes", "store"} <= checkpoint.keys():
-        raise UserError(f"{path} was written by another version of this project; start a new run.")
     changed = differences(checkpoint["settings"], to_plain(settings))
     if checkpoint["processes"] != world_size():
         changed.append(f"{world_size()} processes (it has {checkpoint['processes']})")
-    if changed and (not asked or checkpoint["progress"]["step"]):
+    if changed and (not asked or checkpoint["progress"].get("step")):
         remedy = "it stopped inside an epoch; give these" if asked else "give these values, --resume, or another --log_name"
         raise UserError(f"{path.parent} holds a run with other settings: {', '.join(changed)}; {remedy}.")
     return checkpoint
@@ -85,8 +89,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two plain settings, of what matters: `--lr 0.1 (it has 0.2)`."""
     found = []
     for group in new:
-        for name in sorted(new[group].keys() | old.get(group, {}).keys()):
-            was, now = old.get(group, {}).get(name), new[group].get(name)
+        old_group = old[group] if isinstance(old.get(group), dict) else {}
+        for name in sorted(new[group].keys() | old_group.keys()):
+            was, now = old_group.get(name), new[group].get(name)
             if was != now and name not in FREE.get(group, ()):
                 found.append(f"--{name} {now} (it has {was})")
     return found
