@@ -457,7 +457,8 @@ def _encode_split(
                 at = torch.stack([index[modality][part[i]] for i in positions])
                 _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])
                 plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
-                done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
+                if plain:
+                    done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
             for position, modality, reason in batch.faults:
                 row, view = part[position]
                 if modality in index:
