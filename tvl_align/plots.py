@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
 from tvl_align.evaluation import way
 
@@ -174,13 +174,22 @@ def growth_curves(found: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
     for axis, (what, points) in zip(axes, found.items(), strict=True):
         at = [p["at"] for p in points]
         axis.loglog(at, [p["seconds"] for p in points], marker="o", color="#c44e52")
-        axis.set(xlabel=what, xticks=at, xticklabels=[f"{x:g}" for x in at])
-        axis.minorticks_off()
-        axis.tick_params(axis="x", rotation=40)
+        _few_labels(axis)
         if not any(np.isnan(p["megabytes"]) for p in points):
             memory = axis.twinx()
             memory.loglog(at, [p["megabytes"] for p in points], marker="s", linestyle="--", color="#4c72b0")
             memory.set_ylabel("MB (dashed)", color="#4c72b0")
+            _few_labels(memory)
+        axis.xaxis.set_minor_locator(NullLocator())  # after the twin, which sets the axis they share anew
+        axis.set_xticks(at, [f"{x:g}" for x in at], rotation=40)
+        axis.set(xlabel=what)
     axes[0].set_ylabel("seconds", color="#c44e52")
     figure.tight_layout()
     return png(figure)
+
+
+def _few_labels(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5 on a logarithmic axis of values."""
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())

@@ -72,20 +72,24 @@ class Cost:
     megabytes: float
 
 
-def cost(job: Callable[..., Callable[[], Any]], *args: Any) -> Cost:
-    """job(*args) prepares and returns the work to measure."""
+def cost(job: Callable[..., Callable[[], Any]], *args: Any, turns: int = 1) -> Cost:
+    """job(*args) prepares and returns the work to measure. Memory is that of the first turn, time that of the fastest."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, (job, args, torch.get_num_threads()))
+        return pool.apply(_measured, (job, args, torch.get_num_threads(), turns))
 
 
-def _measured(job: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int) -> Cost:
+def _measured(job: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int, turns: int) -> Cost:
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         work = job(*args)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before, began = _memory("VmRSS"), time.perf_counter()
-        work()
-        return Cost(time.perf_counter() - began, _memory("VmHWM") - before)
+        before, seconds, peaks = _memory("VmRSS"), [], []
+        for _ in range(turns):
+            began = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - began)
+            peaks.append(_memory("VmHWM") - before)
+        return Cost(min(seconds), peaks[0])
 
 
 def _memory(name: str) -> float:

@@ -354,11 +354,11 @@ def _growth(config: BenchConfig) -> Iterator[Figure]:
             jobs.cost(_write, folder / "store", specs, rows)
             note("rows", rows, jobs.cost(jobs.training, folder / "store", 256, 64))
     for registers in (4, 8, 16, 32, 64):
-        note("registers", registers, jobs.cost(jobs.steps, registers, 17))
+        note("registers", registers, jobs.cost(jobs.steps, registers, 17, turns=4))
     for tokens in (1, 4, 16, 64, 256):
-        note("key tokens", tokens, jobs.cost(jobs.steps, 4, tokens))
+        note("key tokens", tokens, jobs.cost(jobs.steps, 4, tokens, turns=4))
     for rows in (1000, 4000, 16_000):
-        note("gallery", int(rows * scale), jobs.cost(jobs.gallery_retrieval, int(rows * scale)))
+        note("gallery", int(rows * scale), jobs.cost(jobs.gallery_retrieval, int(rows * scale), turns=4))
     with jobs.scratch() as folder:
         jobs.write_store(folder / "store", SMALL, 8 * config.batch)
         for processes in (1, 2):
