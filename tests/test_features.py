@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -53,11 +54,25 @@ def test_stored_features_are_the_encoders(world: Path, stage1: Stage1, store: Fe
             assert mine.mask[i].sum() == tokens.mask[0].sum()
 
 
+def resident(folder: Path) -> int:
+    """KB of the files under a folder that are mapped into this process."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split(maxsplit=1)[0].endswith(":"):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_read_pages_are_given_back_and_read_again(store: FeatureStore) -> None:
     split = store.splits["train"]
     rows = torch.arange(len(split))
+    assert split.tables["vision"]["tokens"].sum().isfinite()
+    assert resident(store.folder / "train" / "vision") > 0
     before = split.read(rows)
-    split.release()
+    assert resident(store.folder / "train" / "vision") == 0
     for name, tokens in split.read(rows).modalities.items():
         assert torch.equal(tokens.tokens, before.modalities[name].tokens)
 

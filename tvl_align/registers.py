@@ -75,7 +75,7 @@ class Attention(nn.Module):
         asked = torch.einsum("bhnd,hdw->bhnw", q, to_key).flatten(1, 2)[:, None]
         tokens, scale = keys[:, None], q.shape[-1] ** -0.5
         read = F.scaled_dot_product_attention(asked, tokens, tokens, attn_mask=mask[:, None, None], scale=scale)
-        values = torch.einsum("bhnw,hdw->bhnd", read[:, 0].unflatten(1, (self.heads, -1)), to_value)
+        values = torch.einsum("bhnw,hdw->bhnd", read.squeeze(1).unflatten(1, (self.heads, -1)), to_value)
         return rearrange(values, "b h n d -> b n (h d)") + self.key_value.bias.chunk(2)[1]
 
 

@@ -74,8 +74,12 @@ class Cost:
 
 def cost(job: Callable[..., Callable[[], Any]], *args: Any, turns: int = 1) -> Cost:
     """job(*args) prepares and returns the work to measure. Memory is that of the first turn, time that of the fastest."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    pool = multiprocessing.get_context("spawn").Pool(1)
+    try:
         return pool.apply(_measured, (job, args, torch.get_num_threads(), turns))
+    finally:
+        pool.close()
+        pool.join()
 
 
 def _measured(job: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int, turns: int) -> Cost:
