@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -311,16 +312,18 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
 
 
 def _processes(config: BenchConfig) -> Iterator[Figure]:
-    """An epoch on 1 process of 1 thread against 2 such processes, same joined batch: 2 would be perfect."""
+    """An epoch on 1 process of 1 thread against 2 such processes, same joined batch: 2 would be perfect. What processes
+    exchange in a step, the gradients of all weights, does not grow with the batch."""
+    rows = 8 * config.batch
     with jobs.scratch() as folder:
-        jobs.write_store(folder / "store", SMALL, 6 * config.batch)
-        for name, width in (("base", config.width), ("cursor", config.width), ("base", config.width // 3)):
-            given = (folder / "store", name, config.batch, width)
+        jobs.write_store(folder / "store", SMALL, rows)
+        for name, batch in product(("base", "cursor"), (config.batch, 4 * config.batch)):
             one, two = (
-                min(jobs.seconds_of_an_epoch(given[0], name, processes, config.batch, width) for _ in range(2))
-                for processes in (1, 2)
+                min(jobs.seconds_of_an_epoch(folder / "store", name, n, batch, config.width) for _ in range(2))
+                for n in (1, 2)
             )
-            yield Figure(f"epoch of {name} (width {width}) on 1 process / on 2", one, two, one / two, "s")
+            what = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
+            yield Figure(what, one, two, one / two, "s")
 
 
 def _memory(config: BenchConfig) -> Iterator[Figure]:
