@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tvl_align.optimisation import Schedule, decays, descend, make_adamw
+from tvl_align.optimisation import Schedule, decays, descend, gradient_norm, make_adamw
 
 
 def test_schedule_is_a_line_then_half_a_cosine() -> None:
@@ -51,3 +51,17 @@ def test_accumulated_gradients_are_those_of_their_mean() -> None:
             descend(layer(data).square().mean(), optimizer, 0.1)
         ends.append(torch.cat([p.flatten() for p in layer.parameters()]))
     assert torch.allclose(*ends)
+
+
+def test_gradient_norm_is_that_of_all_numbers_together() -> None:
+    """Whatever their shapes and layouts; one bad number anywhere makes it bad."""
+    shapes = [(), (7,), (5, 3), (2, 4, 3)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.randn(p.shape)
+    parameters[2].grad = torch.randn(3, 5).T
+    optimizer = make_adamw([(str(i), p) for i, p in enumerate(parameters)], 0.05)
+    together = torch.cat([p.grad.reshape(-1) for p in parameters])
+    assert torch.allclose(gradient_norm(optimizer), together.norm())
+    parameters[3].grad[0, 1, 2] = torch.nan
+    assert not gradient_norm(optimizer).isfinite()

@@ -547,17 +547,11 @@ def load_pictures(
         batch_sampler=batches,
         num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
         collate_fn=_collate,
-        worker_init_fn=_give_way,
         pin_memory=torch.cuda.is_available(),
     )
     for batch in loader:
         faults = [fault for fault in batch.faults if fault[1] in modalities]
         yield Loaded({m: pictures for m, pictures in batch.pictures.items() if m in modalities}, faults)
-
-
-def _give_way(_: int) -> None:
-    """Encoders come first where cores are few: workers that share them made an encode 15% slower."""
-    os.nice(10)
 
 
 def _collate(items: list[Views]) -> Loaded:

@@ -68,4 +68,5 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads or grads[0].is_cuda:
         return nn.utils.get_total_norm(grads)
-    return torch.stack([torch.dot(g.flatten(), g.flatten()) for g in grads]).sum().sqrt()  # half the time of norms on a CPU
+    rows = [(g if g.ndim < 2 or g.is_contiguous() else g.mT).flatten() for g in grads]  # transposed ones without a copy
+    return torch.stack([torch.dot(row, row) for row in rows]).sum().sqrt()  # half the time of norms on a CPU

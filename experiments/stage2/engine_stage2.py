@@ -44,6 +44,7 @@ from tvl_align.runtime import (
     generator,
     is_main,
     join_again,
+    keep_freed_memory,
     mean_over_processes,
     pick_device,
     rank,
@@ -71,6 +72,8 @@ def make_accelerator(settings: Settings[Any]) -> Accelerator:
     """Device, processes and precision: bf16 autocast on a GPU, float32 on a CPU."""
     device, patience = pick_device(settings.run.device), timedelta(hours=6)  # one process may have far more to encode
     join_again(device, patience)
+    if device.type == "cpu":
+        keep_freed_memory()
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if device.type == "cuda" else "no",
