@@ -283,6 +283,17 @@ def test_data_that_change_while_they_are_encoded_are_refused(
     assert not list((tmp_path / "features").glob("*/manifest.json"))
 
 
+def test_a_modality_that_every_row_lacks_is_left_out(store: FeatureStore, tmp_path: Path) -> None:
+    """Whether its table is there or not."""
+    shutil.copytree(store.folder, tmp_path / "store")
+    index = tmp_path / "store/train/index/vision.memmap"
+    index.write_bytes(b"\xff" * index.stat().st_size)
+    for file in (tmp_path / "store/train/vision").glob("*.memmap"):
+        file.write_bytes(b"")
+    rows = torch.arange(3)
+    assert "vision" not in FeatureStore(tmp_path / "store").splits["train"].read(rows).modalities
+
+
 def test_a_damaged_store_is_refused(store: FeatureStore, tmp_path: Path) -> None:
     """A store holds numbers: a size that does not fit, an index that points nowhere, a manifest of something else."""
 

@@ -1,6 +1,8 @@
 """Processes: gathering with exact gradients, seeds, provenance."""
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from tvl_align.runtime import (
     gather,
     gather_with_grad,
     generator,
+    keep_freed_memory,
     mean_count,
     mean_over_processes,
     pick_device,
@@ -100,3 +103,20 @@ with StopSignals() as signals:
     environment = os.environ | {SUBMITIT: "slurm"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["143", "True"], done.stderr
+
+
+def _pages_taken_again(index: int, folder: str) -> None:
+    keep_freed_memory()
+    before = 0
+    for _ in range(8):  # the last round takes what the others gave back
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        held = [torch.ones(2**22) for _ in range(8)]
+        del held
+    Path(folder, str(index)).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator's own business")
+def test_freed_memory_is_taken_again_without_new_pages(tmp_path: Path) -> None:
+    """Of 32,768 pages; in three processes, since without it some of them happen to keep theirs."""
+    mp.start_processes(_pages_taken_again, args=(str(tmp_path),), nprocs=3, start_method="spawn")
+    assert max(int(found.read_text()) for found in tmp_path.iterdir()) < 1000

@@ -77,7 +77,8 @@ class StoredSplit:
         shape = len(self.names), self.views + 1
         self.index = {m: _mapped(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
         self.index["caption_keys"] = _mapped(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
-        self.tables = {m: _open_table(folder / m, spec) for m, spec in modalities.items() if (folder / m).is_dir()}
+        tables = {m: _open_table(folder / m, spec) for m, spec in modalities.items()}
+        self.tables = {m: table for m, table in tables.items() if len(table["mask"])}
         for m in modalities:
             rows = len(self.tables[m]["mask"]) if m in self.tables else 0
             if shape[0] and int(self.index[m].max()) >= rows:

@@ -157,7 +157,7 @@ def steps(registers: int, tokens: int, batch: int = 64, width: int = 256, count:
 
 
 def seconds_of_an_epoch(store: Path, method: str, processes: int, batch: int, width: int) -> float:
-    """The training part of the faster of an epoch's repeats on some processes of one thread each, joined batch `batch`."""
+    """The training part of the faster of two epochs, after a first, on processes of one thread; joined batch `batch`."""
     knobs = f"--batch_size {batch // processes} --register_token_dim {width} --method {method} --epochs 3 --lr 1e-5"
     with tempfile.TemporaryDirectory(dir=store.parent) as out:
         tool = [str(Path(sys.executable).parent / "torchrun"), f"--nproc_per_node={processes}", "--no_python"]

@@ -33,11 +33,11 @@ from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_cli
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder
 from tvl_align.evaluation import retrieval
 from tvl_align.features import ENCODE_BATCH, FeatureStore, load_pictures, open_or_encode
-from tvl_align.files import write_whole
+from tvl_align.files import replacing, write_whole
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.plots import growth_curves
 from tvl_align.registers import Attention
-from tvl_align.runtime import StopSignals, provenance
+from tvl_align.runtime import StopSignals, keep_freed_memory, provenance
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class BenchConfig:
     parts: tuple[str, ...] = (
         *("encode", "step", "engine", "accumulation", "retrieval", "store", "processes", "memory", "growth"),
     )
-    """What to measure. Encoding comes first: its workers are forks, and a process that holds much makes them dear."""
+    """What to measure."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,11 @@ def bench(config: BenchConfig) -> list[Figure]:
     unknown = [name for name in config.parts if name not in known]
     if unknown:
         raise UserError(f"unknown part {unknown[0]!r}; --parts takes {', '.join(known)}.")
+    keep_freed_memory()  # as trainings and encodes have it
     figures: list[Figure] = []
     with progress(len(config.parts), "bench", "part") as bar:
         for name in config.parts:
+            bar.set_postfix_str(name)
             figures += known[name](config)
             written = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
             write_whole(config.out, json.dumps(written, indent=1))
@@ -318,10 +320,7 @@ def _processes(config: BenchConfig) -> Iterator[Figure]:
     with jobs.scratch() as folder:
         jobs.write_store(folder / "store", SMALL, rows)
         for name, batch in product(("base", "cursor"), (config.batch, 4 * config.batch)):
-            one, two = (
-                min(jobs.seconds_of_an_epoch(folder / "store", name, n, batch, config.width) for _ in range(2))
-                for n in (1, 2)
-            )
+            one, two = (jobs.seconds_of_an_epoch(folder / "store", name, n, batch, config.width) for n in (1, 2))
             what = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
             yield Figure(what, one, two, one / two, "s")
 
@@ -368,6 +367,7 @@ def _growth(config: BenchConfig) -> Iterator[Figure]:
             seconds = jobs.seconds_of_an_epoch(folder / "store", "base", processes, config.batch, config.width // 3)
             note("processes", processes, jobs.Cost(seconds, float("nan")))
     out = config.out.with_name("growth.json")
-    out.write_text(json.dumps({"made_by": provenance(), "growth": found}, indent=1), encoding="utf-8")
-    out.with_suffix(".png").write_bytes(growth_curves(found))
+    write_whole(out, json.dumps({"made_by": provenance(), "growth": found}, indent=1))
+    with replacing(out.with_suffix(".png")) as file:
+        file.write(growth_curves(found))
     yield from ()
