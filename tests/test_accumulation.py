@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from experiments.stage2.methods import METHODS
 from experiments.stage2.test_modules import SPECS, _eight_rows
+from tvl_align import alignment
 from tvl_align.accumulation import large_batch_gradient
 from tvl_align.contract import MODALITIES, Features, Method
 
@@ -63,6 +64,23 @@ def test_gradient_of_the_parts_is_that_of_the_whole(name: str) -> None:
     small = [loss(model(f, kept=k, joint=False))["total_loss"] / 2 for f, k in cut(features, kept, (4, 4))]
     torch.stack(small).sum().backward()
     assert (gradient(model) - expected).abs().max() > 1e-3
+
+
+def test_scores_in_pieces_are_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss = built(METHODS["base"])
+    features, kept = _eight_rows(model.registers.shape[0])
+    found = []
+    for piece in (8, 3):
+        monkeypatch.setattr(alignment, "PIECE", piece)
+        model.zero_grad()
+        numbers = loss(model(features, kept=kept, joint=False))
+        numbers["total_loss"].backward()
+        found.append((numbers, gradient(model)))
+    (whole, expected), (pieces, ours) = found
+    assert {name: value.item() for name, value in pieces.items()} == pytest.approx(
+        {name: value.item() for name, value in whole.items()}, rel=1e-5, abs=1e-6
+    )
+    assert (ours - expected).abs().max() < 1e-6
 
 
 def test_dropout_is_the_same_in_both_passes() -> None:

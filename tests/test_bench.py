@@ -12,10 +12,10 @@ from tvl_align.console import UserError
 
 def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
     sizes = {"batch": 8, "width": 192, "gallery": 64, "large_gallery": 64, "rows": 2000, "pictures": 8, "turns": 1}
-    parts = ("step", "engine", "accumulation", "retrieval", "memory")
+    parts = ("step", "engine", "accumulation", "retrieval", "probes", "memory")
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=parts, **sizes))
     *written, made = json.loads((tmp_path / "bench.json").read_text())
-    assert len(written) == len(figures) == 11
+    assert len(written) == len(figures) == 15
     assert all({"name", "ours", "reference", "ratio", "unit"} == f.keys() for f in written)
     assert "commit" in made["made_by"]
     with pytest.raises(UserError, match="unknown part 'speed'"):

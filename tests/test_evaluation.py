@@ -1,5 +1,6 @@
 """Retrieval against its twin; probes that find what is there and nothing else."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +20,20 @@ def unit(rows: int, seed: int) -> torch.Tensor:
 
 
 @settings(deadline=None)
-@given(st.integers(1, 12), st.integers(0, 999), st.booleans())
-def test_retrieval_equals_its_twin(rows: int, seed: int, captions: bool) -> None:
+@given(st.integers(1, 12), st.integers(0, 999), st.integers(0, 3), st.integers(1, 12))
+def test_retrieval_equals_its_twin(rows: int, seed: int, columns: int, chunk: int) -> None:
     x, y = unit(rows, seed), unit(rows, seed + 1)
-    keys = torch.randint(4, (rows, 1), generator=torch.Generator().manual_seed(seed)) if captions else None
-    found = retrieval(x, y, torch.ones(rows, dtype=torch.bool), keys)
-    positives = np.eye(rows, dtype=bool) if keys is None else (keys == keys.T).numpy()
+    keys = torch.randint(4, (rows, columns), generator=torch.Generator().manual_seed(seed)) if columns else None
+    found = retrieval(x, y, torch.ones(rows, dtype=torch.bool), keys, 20.0, chunk)
+    positives = np.eye(rows, dtype=bool) if keys is None else (keys[:, None] == keys[None]).any(2).numpy()
     a, b = x.numpy(), y.numpy()
     for k, ours in ((1, found.acc1), (5, found.acc5)):
         expected = (reference.accuracy(a, b, positives, k) + reference.accuracy(b, a, positives.T, k)) / 2
         assert ours == pytest.approx(expected)
     assert found.chance1 == pytest.approx(100 * positives.mean())
+    everyone = np.ones(rows, dtype=bool)
+    losses = (reference.info_nce(u, v, 20.0, positives, everyone) for u, v in ((a, b), (b, a)))
+    assert found.loss == pytest.approx(sum(losses) / 2 / rows, rel=1e-4, abs=1e-5)
 
 
 def test_the_chunk_changes_nothing() -> None:
@@ -45,6 +49,34 @@ def test_constant_features_do_not_look_good() -> None:
     x = torch.ones(10, 4) / 2
     found = retrieval(x, x, torch.ones(10, dtype=torch.bool))
     assert (found.acc1, found.acc5) == (0, 0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_a_copy_of_the_partner_is_before_it(two_threads: None, captions: bool) -> None:
+    """Though products of blocks of other shapes, on other threads, are rounded another way. A caption's copies are right."""
+    x = F.normalize(torch.randn(97, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
+    y = F.normalize(x + 0.1 * torch.randn(97, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
+    twice, keys = torch.ones(194, dtype=torch.bool), torch.arange(97).repeat(2)[:, None]
+    for chunk in (10, 100):
+        found = retrieval(x.repeat(2, 1), y.repeat(2, 1), twice, keys if captions else None, chunk=chunk)
+        assert (found.acc1, found.acc5) == (100 if captions else 0, 100)
+        assert retrieval(x, y, twice[:97], chunk=chunk).acc1 == 100
+
+
+def test_numbers_that_are_not_finite_count_against_us() -> None:
+    x, y = unit(20, 0), unit(20, 0)
+    x[3] = torch.nan
+    found = retrieval(x, y, torch.ones(20, dtype=torch.bool))
+    assert found.acc1 < 50
+    assert np.isnan(found.loss)
 
 
 def test_absent_rows_are_not_in_the_gallery_and_an_empty_one_is_nan() -> None:

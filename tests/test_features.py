@@ -18,7 +18,7 @@ from tvl_align.data.samples import Samples, TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Row, Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
-from tvl_align.features import FeatureStore, LiveSplit, open_or_encode, store_key
+from tvl_align.features import FeatureStore, LiveSplit, load_pictures, open_or_encode, store_key
 
 CPU = torch.device("cpu")
 
@@ -223,6 +223,23 @@ def test_absent_captions_and_pictures_are_masks(world: Path, stage1: Stage1, tmp
         assert features.modalities["tactile"].present.tolist() == [True, True, False, True]
         assert (features.caption_keys[1, 0] == features.caption_keys[[0, 2, 3], 0]).sum() == 0
     assert not stored.modalities["text"].mask[1].any()
+
+
+def test_workers_change_neither_pictures_nor_draws(world: Path) -> None:
+    samples = samples_of(world)["train"]
+    batches = [[(i, 0), (i + 1, 1)] for i in range(9)]
+    found = []
+    for workers in (0, 2):
+        torch.manual_seed(0)
+        found.append((list(load_pictures(samples, batches, workers, ("vision", "tactile"))), torch.rand(1)))
+    (alone, draw), (helped, same) = found
+    assert len(alone) == len(helped) == 9
+    assert torch.equal(draw, same)
+    for a, b in zip(alone, helped, strict=True):
+        for modality, (positions, images) in a.pictures.items():
+            assert b.pictures[modality][0] == positions
+            assert torch.equal(b.pictures[modality][1], images)
+    assert list(load_pictures(samples, [], 2, ("vision",))) == []
 
 
 def test_on_the_fly_equals_the_store_on_plain_views(world: Path, stage1: Stage1, store: FeatureStore) -> None:

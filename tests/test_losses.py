@@ -10,15 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvl_align.losses import (
-    batch_hits,
-    diversity,
-    info_nce,
-    masked_mean,
-    positive_pairs,
-    reconstruction_error,
-    token_norm,
-)
+from tvl_align.losses import batch_hits, diversity, info_nce, masked_mean, positive_pairs, token_norm
+from tvl_align.registers import compare_tokens
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -102,8 +95,11 @@ def test_norm_and_reconstruction_read_only_what_is_there() -> None:
     norm.backward()
     assert norm.item() == pytest.approx(5)
     assert torch.isfinite(tokens.grad).all()
-    predicted, target = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 1.0, 1.0], [9.0, 9.0, 9.0]]])
-    assert float(reconstruction_error(predicted, target, torch.tensor([[True, False]]))) == pytest.approx(1)
+    rebuilt, frozen = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]])
+    told = compare_tokens(rebuilt, frozen, torch.tensor([[True, False]]))
+    assert told.error.tolist() == [[pytest.approx(1, abs=1e-4), 0]]
+    assert compare_tokens(F.layer_norm(frozen, (3,)) + 2, frozen, told.mask).error.tolist() == [[pytest.approx(4)] * 2]
+    assert float(masked_mean(told.error, told.mask)) == pytest.approx(1, abs=1e-4)
 
 
 def test_mean_of_nothing_is_zero() -> None:

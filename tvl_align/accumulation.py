@@ -3,7 +3,8 @@
 A contrastive loss is no mean over small batches: each of them has fewer negatives. So every part is first run without
 gradients and the outputs are joined; the loss of the joined output says what each number of it should become; then every
 part is run again, with its activations, and takes the gradient of its own numbers. Activations of one part at a time are
-held; features and outputs of all of them.
+held, and of all of them the features and the outputs, which are small: tokens of the registers and one error for each
+frozen token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,14 +37,17 @@ def large_batch_gradient(
     with torch.no_grad():
         for run in runs:
             states.append(_generators())
-            outputs.append(run())
+            outputs.append({entry: value for entry, value in run().items() if entry != "features"})  # no loss reads them
     after = _generators()
     sizes = [len(output["caption_keys"]) for output in outputs]
     joined = _join(outputs)
+    del outputs
     leaves = {path: t.requires_grad_() for path, t in _numbers(joined).items() if t.is_floating_point()}
     numbers = loss(joined)
     gradients = torch.autograd.grad(numbers["total_loss"], list(leaves.values()), allow_unused=True)
     wanted = {path: g for path, g in zip(leaves, gradients, strict=True) if g is not None}
+    numbers = {name: value.detach() for name, value in numbers.items()}
+    del joined, leaves, gradients
     start = 0
     for part, (run, state, size) in enumerate(zip(runs, states, sizes, strict=True)):
         _restore(state)
@@ -58,7 +62,7 @@ def large_batch_gradient(
             descend(torch.stack(terms).sum(), part)
         start += size
     _restore(after)
-    return {name: value.detach() for name, value in numbers.items()}
+    return numbers
 
 
 def _part_of(gradient: Tensor, x: Tensor, rows: slice) -> Tensor:
@@ -91,7 +95,7 @@ def _numbers(value: Any, path: str = "") -> dict[str, Tensor]:
     if isinstance(value, Tensor):
         return {path: value}
     if isinstance(value, Reconstruction):
-        return {f"{path}/predicted": value.predicted}
+        return {f"{path}/error": value.error}
     if isinstance(value, Mapping):
         return {p: t for key, x in value.items() for p, t in _numbers(x, f"{path}/{key}").items()}
     return {}

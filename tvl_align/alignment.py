@@ -1,17 +1,22 @@
 """The terms of a loss that methods share: aligning pairs over all processes, complementary regularisation, preservation."""
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tvl_align.config import RegisterConfig
 from tvl_align.console import UserError
 from tvl_align.contract import Output
-from tvl_align.losses import batch_hits, diversity, info_nce, positive_pairs, reconstruction_error, token_norm
+from tvl_align.losses import batch_hits, diversity, info_nce, masked_mean, positive_pairs, token_norm
 from tvl_align.registers import pooled_overlapping
 from tvl_align.runtime import gather_with_grad, rank, world_size
+
+PIECE = 512  # rows whose scores with all rows are held at a time
+_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def pair_name(first: str, second: str) -> str:
@@ -39,36 +44,39 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
 
     pooled: {modality: (B, D)}, normalised. Returns `<pair>_loss`, `<pair>_acc1`, `<pair>_acc5` (percent, inside the
     batch: for watching only), `overlapping_loss`, `average_acc1`, `average_acc5`. A pair without a row is left out of
-    the averages. Each process scores its own rows; the mean over processes is the loss of the joined batch.
+    the averages. Each process scores its own rows; the mean over processes is the loss of the joined batch. Scores of a
+    large batch are held for PIECE rows at a time and computed again for the gradient.
     """
-    names = list(pooled)
-    batch, device = len(output["caption_keys"]), output["caption_keys"].device
+    names, keys = list(pooled), output["caption_keys"]
+    batch, device = len(keys), keys.device
     everyone, present, all_keys = _joined(pooled, output)
     gathered = dict(zip(names, everyone.unbind(1), strict=True))
     there = dict(zip(names, present.unbind(1), strict=True))
-    mine = slice(rank() * batch, (rank() + 1) * batch)
-    own_row = torch.arange(len(everyone), device=device) == torch.arange(mine.start, mine.stop, device=device).unsqueeze(1)
-    same_words = own_row | positive_pairs(output["caption_keys"], all_keys)
+    pairs = [(first, second) for first, second in pairs if first in pooled and second in pooled]
+    valid = {pair: there[pair[0]] & there[pair[1]] for pair in pairs}
+    sums = {pair: [everyone.new_zeros(()) for _ in ("loss", "acc1", "acc5")] for pair in pairs}
+    for start in range(0, batch, PIECE):
+        piece = slice(start, min(start + PIECE, batch))
+        place = torch.arange(piece.start, piece.stop, device=device) + rank() * batch
+        own_row = torch.arange(len(everyone), device=device) == place[:, None]
+        same_words = own_row | positive_pairs(keys[piece], all_keys)
+        for (first, second), both in valid.items():
+            positives = same_words if "text" in (first, second) else own_row
+            total = sums[first, second]
+            for a, b in ((first, second), (second, first)):
+                own, mine = pooled[a][piece], both[place]
+                given = own, gathered[b], output["logit_scale"], positives, mine, both
+                total[0] = total[0] + (_again(info_nce, *given) if batch > PIECE else info_nce(*given)) / 2
+                for i, k in ((1, 1), (2, 5)):
+                    hit = batch_hits(own.detach(), gathered[b].detach(), positives, both, k) & mine
+                    total[i] = total[i] + hit.sum() / 2
     numbers: dict[str, Tensor] = {}
     ran: dict[str, Tensor] = {}
-    for first, second in pairs:
-        if first not in pooled or second not in pooled:
-            continue
-        name = pair_name(first, second)
-        valid = there[first] & there[second]
-        positives = same_words if "text" in (first, second) else own_row
-        rows = valid.sum().clamp(min=1)
-        loss, hits = everyone.new_zeros(()), {1: everyone.new_zeros(()), 5: everyone.new_zeros(())}
-        for a, b in ((first, second), (second, first)):
-            own = pooled[a]
-            loss = loss + info_nce(own, gathered[b], output["logit_scale"], positives, valid[mine], valid) / 2
-            for k in hits:
-                hit = batch_hits(own.detach(), gathered[b].detach(), positives, valid, k) & valid[mine]
-                hits[k] = hits[k] + hit.sum() / 2
+    for pair, (loss, hits1, hits5) in sums.items():
+        name, rows = pair_name(*pair), valid[pair].sum().clamp(min=1)
         numbers[f"{name}_loss"] = loss * world_size() / rows
-        for k, count in hits.items():
-            numbers[f"{name}_acc{k}"] = 100.0 * count * world_size() / rows
-        ran[name] = valid.any().to(loss.dtype)
+        numbers |= {f"{name}_acc{k}": 100.0 * hits * world_size() / rows for k, hits in ((1, hits1), (5, hits5))}
+        ran[name] = valid[pair].any().to(loss.dtype)
     share = torch.stack(list(ran.values()))
     share = share / share.sum().clamp(min=1)
     for total, part in (("overlapping_loss", "loss"), ("average_acc1", "acc1"), ("average_acc5", "acc5")):
@@ -102,11 +110,12 @@ def complementary_regularisation(output: Output) -> Tensor:
 
 
 def preservation(output: Output) -> Tensor:
-    """Error of rebuilding the frozen tokens, the mean over the modalities; zero where nothing is rebuilt."""
+    """Error of rebuilding the real frozen tokens, the mean over the modalities: 1 where nothing was kept; zero where nothing
+    is rebuilt."""
     rebuilt = output.get("reconstruction", {}).values()
     if not rebuilt:
         return output["logit_scale"] * 0.0
-    return torch.stack([reconstruction_error(r.predicted, r.target, r.mask) for r in rebuilt]).mean()
+    return torch.stack([masked_mean(r.error, r.mask) for r in rebuilt]).mean()
 
 
 def total(numbers: dict[str, Tensor], output: Output, reg_weight: float, preservation_weight: float) -> dict[str, Tensor]:

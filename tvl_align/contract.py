@@ -85,7 +85,7 @@ Output = dict[str, Any]
     present               {modality: (B,) bool}
     caption_keys          (B, K) int64
     reconstruction        {modality: Reconstruction}   where the method preserves information
-    features              Features                 what the model read
+    features              Features                 what the model read; no loss may use it
 
 A method may add entries of its own; it never changes the meaning of these.
 """
@@ -93,10 +93,13 @@ A method may add entries of its own; it never changes the meaning of these.
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a decoder made of the registers, and what it should have made. Both (B, T, W)."""
+    """How well a decoder rebuilt the frozen tokens from the registers.
 
-    predicted: Tensor
-    target: Tensor
+    error (B, T): mean squared difference to the token, standardised over its width, so that 1 means "nothing was kept".
+    mask (B, T) bool, True = a real token. The rebuilt tokens themselves, as large as what the model read, are not held.
+    """
+
+    error: Tensor
     mask: Tensor
 
 

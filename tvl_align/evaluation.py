@@ -1,15 +1,17 @@
 """Measuring: whole-gallery retrieval, and probes that ask what a set of tokens lets a reader know.
 
 Retrieval is over all rows of a split, in chunks. A tie counts against us: a candidate that scores as high as the best
-positive is ranked before it, so constant features never look good.
+positive, up to rounding, is ranked before it, so constant features never look good.
 
 Probes are trained on training rows and read on test rows; nothing is chosen on test rows.
 """
 
 import csv
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,8 @@ from tvl_align.losses import positive_pairs
 from tvl_align.optimisation import Schedule, descend, make_adamw
 from tvl_align.runtime import generator
 
-CHUNK = 256  # rows whose scores with the whole gallery are held at a time: few enough to stay in the caches
+CHUNK = 256  # rows
+TIE = 1e-6  # cosines that differ by less are equal: rounding decides between them
 TVL_THRESHOLDS = (0.6356450319, 0.8591097295, 0.8927201033, 0.9208499491)
 
 
@@ -42,41 +45,92 @@ class Retrieval:
     gallery: int
 
 
+class _Direction:
+    """What is known of the queries of one direction while scores come in: positives first, then all. Tensors are (M,)."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.best = like.new_full((len(like),), -torch.inf)  # score of the best positive
+        self.positive_sum, self.positives = torch.zeros_like(self.best), torch.zeros_like(self.best)
+        self.highest, self.mass = (
+            self.best.clone(),
+            torch.zeros_like(self.best),
+        )  # of all: sum of exp(score - highest)
+        self.behind = torch.zeros_like(self.best, dtype=torch.int32)  # negatives that score lower than the best positive
+
+    def take_positives(self, at: Tensor, scores: Tensor, positive: Tensor, dim: int) -> None:
+        self.best[at] = torch.maximum(self.best[at], torch.where(positive, scores, -torch.inf).amax(dim))
+        self.positive_sum[at] += torch.where(positive, scores, 0.0).sum(dim)
+        self.positives[at] += positive.sum(dim)
+
+    def take_all(self, at: slice, scores: Tensor, dim: int, spare: Tensor) -> None:
+        highest = torch.maximum(self.highest[at], scores.amax(dim))
+        weights = torch.sub(scores, highest.unsqueeze(dim), out=spare).exp_()
+        self.mass[at] = self.mass[at] * (self.highest[at] - highest).exp() + weights.sum(dim)
+        self.highest[at] = highest
+
+    def rank(self, at: slice, negatives: Tensor, dim: int, tie: float) -> None:
+        self.behind[at] += (negatives < (self.best[at] - tie).unsqueeze(dim)).sum(dim, dtype=torch.int32)
+
+    def found(self) -> Tensor:
+        """(3,) how many have a positive first, among the first 5, and the sum of their losses."""
+        ahead = len(self.best) - self.positives - self.behind  # so that ties and NaN count against us
+        loss = self.highest + self.mass.log() - self.positive_sum / self.positives
+        return torch.stack([(ahead < 1).sum(), (ahead < 5).sum(), loss.double().sum()])
+
+
 def retrieval(
-    x: Tensor, y: Tensor, valid: Tensor, keys: Tensor | None = None, scale: float = 100.0, chunk: int = CHUNK
+    x: Tensor, y: Tensor, valid: Tensor, keys: Tensor | None = None, scale: float = 100.0, chunk: int = 1024
 ) -> Retrieval:
     """Acc@1 and Acc@5 of x -> y and y -> x over the rows that have both.
 
     x, y (M, D) L2-normalised; valid (M,) bool. keys (M, K): rows that agree in any column are positives of each other
     (a pair with text); None: only the same row is. chance1 is the Acc@1 of a random ranking: the mean share of the
-    gallery that is positive. scale: positive, as in the loss. Memory: chunk x M.
+    gallery that is positive. scale: positive, as in the loss. A score is computed once and read in both directions; `chunk`
+    x 8 `chunk` of them are held at a time.
     """
-    x, y = x[valid], y[valid]
-    keys = keys[valid] if keys is not None else None
+    x, y = scale * x[valid], y[valid]
     count = len(x)
     if count == 0:
         return Retrieval(float("nan"), float("nan"), float("nan"), float("nan"), 0)
-    hits1 = hits5 = share = loss = 0.0
-    held = x.new_empty(min(chunk, count), count)  # one block of scores, used again and again
-    for queries, gallery in ((scale * x, y), (scale * y, x)):
-        for start in range(0, count, chunk):
-            part = queries[start : start + chunk]
-            scores = torch.mm(part, gallery.T, out=held[: len(part)])
-            if keys is None:  # one positive each, so nothing of the size of the scores is made beside them
-                own = scores.diagonal(start)[:, None]
-                ahead = count - 1 - (scores < own).sum(1, dtype=torch.int32)  # so that ties and NaN count against us
-                positives, log_positive = torch.ones(len(part), device=x.device), own.squeeze(1)
-            else:
-                positive = positive_pairs(keys[start : start + chunk], keys)
-                best = torch.where(positive, scores, -torch.inf).amax(1, keepdim=True)
-                ahead = count - (scores < best).logical_or_(positive).sum(1, dtype=torch.int32)
-                positives = positive.sum(1, dtype=torch.int32).float()
-                log_positive = torch.where(positive, scores, 0.0).sum(1) / positives
-            hits1 += (ahead < 1).sum().item() / 2
-            hits5 += (ahead < 5).sum().item() / 2
-            share += (positives / count).sum().item() / 2
-            loss += (scores.logsumexp(1) - log_positive).sum().item() / 2
-    return Retrieval(100 * hits1 / count, 100 * hits5 / count, 100 * share / count, loss / count, count)
+    ids = torch.arange(count, device=x.device)[:, None] if keys is None else keys[valid]
+    ids = torch.stack([column.unique(return_inverse=True)[1] for column in ids.T], dim=1).int()
+    forth, back = _Direction(x), _Direction(y)
+    for rows, columns, scores, positive in _positive_scores(x, y, ids):
+        forth.take_positives(rows, scores, positive, 1)
+        back.take_positives(columns, scores, positive, 0)
+    held = x.new_empty(2, min(chunk, count) * min(8 * chunk, count))
+    for start, first in product(range(0, count, chunk), range(0, count, 8 * chunk)):
+        rows, columns = slice(start, min(start + chunk, count)), slice(first, min(first + 8 * chunk, count))
+        size = rows.stop - rows.start, columns.stop - columns.start
+        scores, spare = (block[: math.prod(size)].view(size) for block in held)
+        torch.mm(x[rows], y[columns].T, out=scores)
+        forth.take_all(rows, scores, 1, spare)
+        back.take_all(columns, scores, 0, spare)
+        negatives = scores.masked_fill_(positive_pairs(ids[rows], ids[columns]), torch.inf)
+        forth.rank(rows, negatives, 1, TIE * scale)
+        back.rank(columns, negatives, 0, TIE * scale)
+    hits1, hits5, loss = ((forth.found() + back.found()) / 2 / count).tolist()
+    return Retrieval(100 * hits1, 100 * hits5, 100 * forth.positives.mean().item() / count, loss, count)
+
+
+def _positive_scores(x: Tensor, y: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Blocks that together hold every pair of positives once: rows, columns, their scores and which are positives.
+
+    In the order of a column of ids, the positives of CHUNK rows are neighbours: little more than CHUNK of them, unless many
+    rows say the same.
+    """
+    for k in range(ids.shape[1]):
+        order = ids[:, k].argsort()
+        ordered = ids[order]
+        end = torch.bincount(ids[:, k]).cumsum(0).tolist()
+        of = ordered[:, k].tolist()
+        for start in range(0, len(x), CHUNK):
+            rows = slice(start, min(start + CHUNK, len(x)))
+            columns = slice(end[of[start] - 1] if of[start] else 0, end[of[rows.stop - 1]])
+            positive = positive_pairs(ordered[rows, k : k + 1], ordered[columns, k : k + 1])
+            if k:  # agreed in an earlier column: seen there
+                positive &= ~positive_pairs(ordered[rows, :k], ordered[columns, :k])
+            yield order[rows], order[columns], x[order[rows]] @ y[order[columns]].T, positive
 
 
 def tvl_protocol(x: Tensor, y: Tensor, text: Tensor, threshold: float, k: int, chunk: int = CHUNK) -> float:

@@ -542,17 +542,29 @@ class Loaded:
 def load_pictures(
     samples: Samples, batches: Sequence[Jobs], num_workers: int, modalities: Sequence[str]
 ) -> Iterator[Loaded]:
-    """The pictures of every batch of (row, view), decoded by workers. A row -1 has none."""
+    """The pictures of every batch of (row, view), decoded by workers. A row -1 has none.
+
+    With a GPU workers are always a few batches ahead. Without one they would only take turns with the encoders on the same
+    cores, batch by batch and in each other's way: there they decode some batches and then rest.
+    """
+    workers, beside = min(num_workers, os.cpu_count() or 1, len(batches)), torch.cuda.is_available()
+    ahead: list[Jobs] = []
     loader = DataLoader(
         samples,
-        batch_sampler=batches,
-        num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
+        batch_sampler=ahead,
+        num_workers=workers,
         collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=beside,
+        persistent_workers=workers > 0,
+        generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))),  # one draw, however many workers there are
     )
-    for batch in loader:
-        faults = [fault for fault in batch.faults if fault[1] in modalities]
-        yield Loaded({m: pictures for m, pictures in batch.pictures.items() if m in modalities}, faults)
+    resting = workers and not beside
+    size = 2 * workers if resting else max(1, len(batches))
+    for start in range(0, len(batches), size):
+        ahead[:] = batches[start : start + size]
+        for batch in list(loader) if resting else loader:
+            faults = [fault for fault in batch.faults if fault[1] in modalities]
+            yield Loaded({m: pictures for m, pictures in batch.pictures.items() if m in modalities}, faults)
 
 
 def _collate(items: list[Views]) -> Loaded:

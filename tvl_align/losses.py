@@ -69,11 +69,3 @@ def diversity(tokens: Tensor, kept: Tensor) -> Tensor:
     cosine = unit @ unit.transpose(1, 2)
     off_diagonal = ~torch.eye(count, dtype=torch.bool, device=tokens.device)
     return masked_mean(cosine.square(), kept[:, :, None] & kept[:, None, :] & off_diagonal)
-
-
-def reconstruction_error(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error of the masked tokens; targets have unit variance, so 1 means "nothing was kept".
-
-    predicted, target (B, T, W), mask (B, T) bool -> ().
-    """
-    return masked_mean((predicted - target).square().mean(-1), mask)

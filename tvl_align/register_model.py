@@ -17,7 +17,7 @@ from tvl_align.contract import Batch, Features, FeatureSpec, Output, Reconstruct
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.losses import MAX_LOGIT_SCALE
 from tvl_align.nested import draw_kept
-from tvl_align.registers import KeyReader, RegisterStack, TokenDecoder, joint_read, token_target
+from tvl_align.registers import KeyReader, RegisterStack, TokenDecoder, compare_tokens, joint_read
 
 Keys = Literal["tokens", "pooled"]
 
@@ -184,4 +184,4 @@ class RegisterModel(nn.Module):
     def rebuild(self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
         """Overlapping tokens are given to the decoder but not changed by it: what they lack, complementary ones hold."""
         memory = torch.cat([over.detach(), comp], dim=1)
-        return Reconstruction(self.decoders[name](memory, kept, tokens.shape[1]), token_target(tokens), mask)
+        return compare_tokens(self.decoders[name](memory, kept, tokens.shape[1]), tokens, mask)

@@ -20,7 +20,7 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from tvl_align.console import UserError
-from tvl_align.contract import FeatureSpec, Output
+from tvl_align.contract import FeatureSpec, Output, Reconstruction
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,6 @@ def pooled_overlapping(output: Output) -> dict[str, Tensor]:
     }
 
 
-def token_target(tokens: Tensor) -> Tensor:
-    """What a decoder should rebuild: each frozen token, standardised over its width."""
-    return F.layer_norm(tokens, tokens.shape[-1:])
+def compare_tokens(rebuilt: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
+    """Rebuilt (B, T, W) beside what should have been rebuilt: the frozen tokens (B, T, W), standardised over their width."""
+    return Reconstruction((rebuilt - F.layer_norm(tokens, tokens.shape[-1:])).square().mean(-1), mask)

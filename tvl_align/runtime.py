@@ -171,16 +171,16 @@ def release_pages(mapped: Tensor) -> None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(mapped.nbytes), mmap.MADV_DONTNEED)
 
 
-def keep_freed_memory() -> None:
-    """Let C's allocator keep what tensors of up to 32 MB free, for the tensors to come; larger ones go back to the system.
+def keep_freed_memory(up_to: int = 32 * 2**20) -> None:
+    """Let C's allocator keep what tensors of `up_to` bytes free, for the tensors to come; larger ones go back to the system.
 
     A training step frees and takes the same memory again and again; taking it from the system, page by page, made a step on
     a CPU 5% slower. glibc only: elsewhere nothing happens.
     """
-    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3); 32 MB is the most it takes
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt(3), which takes 32 MB at most
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(trim_threshold, -1)
-        ctypes.CDLL(None).mallopt(mmap_threshold, 32 * 2**20)
+        ctypes.CDLL(None).mallopt(mmap_threshold, up_to)
 
 
 class StopSignals:

@@ -23,7 +23,7 @@ from tvl_align.config import RegisterConfig
 from tvl_align.contract import Features, FeatureSpec, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.register_model import RegisterModel
-from tvl_align.registers import token_target
+from tvl_align.registers import compare_tokens
 from tvl_align.runtime import joint_noise
 from tvl_align.separation import Separation, separate
 
@@ -142,7 +142,7 @@ class SeparatedModel(RegisterModel):
             told = self.separations[name].told(-1, units).view_as(comp)
             comp = comp + told * kept[:, self.num_overlapping :, None]
         memory = torch.cat([units, comp.flatten(1)], dim=1)
-        return Reconstruction(self.decoders[name](memory, tokens.shape[1]), token_target(tokens), mask)
+        return compare_tokens(self.decoders[name](memory, tokens.shape[1]), tokens, mask)
 
 
 class LinearDecoder(nn.Module):

@@ -26,6 +26,7 @@ from tvl_align.contract import MODALITIES, Features, FeatureSpec, Tokens
 from tvl_align.evaluation import retrieval
 from tvl_align.features import FeatureStore
 from tvl_align.optimisation import descend, make_adamw
+from tvl_align.runtime import keep_freed_memory
 
 SMALL = {"vision": FeatureSpec(192, 17, 128), "tactile": FeatureSpec(192, 17, 128), "text": FeatureSpec(128, 9, 128)}
 VALIDATION = 2000  # rows of a made-up store that validate, however many it has
@@ -72,18 +73,23 @@ class Cost:
     megabytes: float
 
 
-def cost(job: Callable[..., Callable[[], Any]], *args: Any, turns: int = 1) -> Cost:
-    """job(*args) prepares and returns the work to measure. Memory is that of the first turn, time that of the fastest."""
+def cost(job: Callable[..., Callable[[], Any]], *args: Any, turns: int = 1, live: bool = False) -> Cost:
+    """job(*args) prepares and returns the work to measure. Memory is that of the first turn, time that of the fastest.
+
+    live: give freed memory back at once, so that memory is that of tensors in use and not what the allocator keeps; slow.
+    """
     pool = multiprocessing.get_context("spawn").Pool(1)
     try:
-        return pool.apply(_measured, (job, args, torch.get_num_threads(), turns))
+        return pool.apply(_measured, (job, args, torch.get_num_threads(), turns, live))
     finally:
         pool.close()
         pool.join()
 
 
-def _measured(job: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int, turns: int) -> Cost:
+def _measured(job: Callable[..., Callable[[], Any]], args: Sequence[Any], threads: int, turns: int, live: bool) -> Cost:
     torch.set_num_threads(threads)
+    if live:
+        keep_freed_memory(up_to=2**16)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         work = job(*args)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far

@@ -11,11 +11,13 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import open_clip
 import torch
 from rich.console import Console
 from rich.table import Table
+from sklearn.linear_model import LogisticRegression
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.stage2 import bench_jobs_stage2 as jobs
@@ -31,7 +33,7 @@ from tvl_align.data.tvl import read_tvl
 from tvl_align.data.world import write_world
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder
-from tvl_align.evaluation import retrieval
+from tvl_align.evaluation import attentive_probe, linear_probe, retrieval
 from tvl_align.features import ENCODE_BATCH, FeatureStore, load_pictures, open_or_encode
 from tvl_align.files import replacing, write_whole
 from tvl_align.optimisation import Schedule, descend, make_adamw
@@ -61,7 +63,7 @@ class BenchConfig:
     turns: int = 5
     """Turns per side; the best counts."""
     parts: tuple[str, ...] = (
-        *("encode", "step", "engine", "accumulation", "retrieval", "store", "processes", "memory", "growth"),
+        *("encode", "step", "engine", "accumulation", "retrieval", "probes", "store", "processes", "memory", "growth"),
     )
     """What to measure."""
 
@@ -84,6 +86,7 @@ def bench(config: BenchConfig) -> list[Figure]:
         "engine": _engine,
         "accumulation": _parts_of_a_batch,
         "retrieval": _retrieval,
+        "probes": _probes,
         "store": _store_and_encoders,
         "encode": _encode,
         "processes": _processes,
@@ -225,13 +228,16 @@ def _parts_of_a_batch(config: BenchConfig) -> Iterator[Figure]:
     in_parts, whole = (jobs.batch_gradient(config.batch, n) for n in (4, 1))
     yield compare("gradient of a batch in 4 parts / at once", in_parts, whole, config.turns)
     rows = 8 * config.batch
-    in_parts, part, whole = (jobs.cost(jobs.batch_gradient, *x).megabytes for x in ((rows, 8), (config.batch, 1), (rows, 1)))
-    yield Figure(f"memory: batch of {rows} in 8 parts / one part", in_parts, part, in_parts / part, "MB")
-    yield Figure(f"memory: batch of {rows} in 8 parts / at once", in_parts, whole, in_parts / whole, "MB")
+    for what, live in (("memory in use", True), ("resident memory", False)):
+        in_parts, part, whole = (
+            jobs.cost(jobs.batch_gradient, *x, live=live).megabytes for x in ((rows, 8), (config.batch, 1), (rows, 1))
+        )
+        yield Figure(f"{what}: batch of {rows} in 8 parts / one part", in_parts, part, in_parts / part, "MB")
+        yield Figure(f"{what}: batch of {rows} in 8 parts / at once", in_parts, whole, in_parts / whole, "MB")
 
 
 def _retrieval(config: BenchConfig) -> Iterator[Figure]:
-    """Whole-gallery retrieval against its bare matrix products."""
+    """Whole-gallery retrieval in both directions against the bare matrix products of both."""
     x, y = jobs.unit_rows(config.gallery, 768)
     keys = torch.randint(200, (config.gallery, 2), generator=torch.Generator().manual_seed(0))
     everyone = torch.ones(config.gallery, dtype=torch.bool)
@@ -243,7 +249,7 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
 
     for what, column in (("one partner each", None), ("captions", keys)):
         yield compare(
-            f"retrieval, gallery {config.gallery}, {what} / its matrix products",
+            f"retrieval, gallery {config.gallery}, {what} / the matrix products of both directions",
             lambda column=column: retrieval(x, y, everyone, column),
             bare,
             config.turns,
@@ -252,6 +258,42 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
     held = 2 * config.large_gallery * 768 * 4 / 2**20
     name = f"retrieval, gallery {config.large_gallery}: memory above the features / the features"
     yield Figure(name, found.megabytes, held, found.megabytes / held, "MB")
+
+
+def _probes(config: BenchConfig) -> Iterator[Figure]:
+    """Training and reading a probe against its bare matrix products: two for every step of a linear one."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (config.gallery,), generator=g)
+    centres = 0.05 * torch.randn(5, 768, generator=g)
+    rows = torch.randn(config.gallery, 768, generator=g) + centres[labels]
+    given = rows, labels.numpy(), rows, labels.numpy()
+    fitted: list[tuple[int, int]] = []
+    fit = LogisticRegression.fit
+
+    def counted(self: LogisticRegression, x: Any, y: Any) -> LogisticRegression:
+        fit(self, x, y)
+        fitted.append((len(x), int(self.n_iter_[0])))
+        return self
+
+    with mock.patch.object(LogisticRegression, "fit", counted):
+        linear_probe(*given)
+    read_out = centres.T.contiguous()
+
+    def bare() -> None:
+        for count, steps in fitted:
+            for _ in range(steps):
+                (rows[:count] @ read_out).T @ rows[:count]
+
+    yield compare(f"linear probe, {len(rows)} rows / its matrix products", lambda: linear_probe(*given), bare, config.turns)
+    features = made_up(SMALL, config.batch).modalities["vision"]
+    tokens, mask, factors = features.tokens, features.mask, [labels[: config.batch].numpy()] * 5
+
+    def attentive() -> None:
+        attentive_probe(tokens, mask, factors, tokens, mask, factors, steps=40)
+
+    with MatrixProducts() as products:
+        attentive()
+    yield compare("attentive probe, 5 factors / its matrix products", attentive, products.again(), config.turns)
 
 
 def _stage1(clip_name: str, touch: dict[str, Any]) -> Stage1:

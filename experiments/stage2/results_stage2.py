@@ -200,10 +200,9 @@ def read_split(
         kept = None if length is None else prefix(len(features), registers, length)
         output = model(features, kept=kept, joint=False)
         for name, r in output.get("reconstruction", {}).items():
-            squared = (r.predicted - r.target).square().mean(-1)[r.mask]
             sums = error.setdefault(name, [0.0, 0.0])
-            sums[0] += float(squared.sum())
-            sums[1] += float(r.target[r.mask].square().mean(-1).sum())
+            sums[0] += float(r.error[r.mask].sum())
+            sums[1] += float(r.mask.sum())
         outputs.append({"pooled": pooled_overlapping(output)} | {k: output[k] for k in _KEPT})
 
     def joined(entry: str, name: str) -> Tensor:

@@ -133,7 +133,7 @@ class Pictures:
         image = geometry(F.resize(image, [size, size], antialias=True))
         if rng is not None:
             image = _photo_augmentation(size)(image)
-        return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(PHOTO_MEAN), list(PHOTO_STD))
+        return F.normalize(F.to_dtype(image, torch.float32, scale=True), list(PHOTO_MEAN), list(PHOTO_STD), inplace=True)
 
     def _touch(self, row: Row, rng: random.Random | None, geometry: Geometry) -> Tensor:
         assert row.tactile is not None
@@ -156,7 +156,7 @@ class Pictures:
             image = v2.RandomApply([_TOUCH_JITTER], p=0.8)(image)
         size = self.options.touch_size
         image = geometry(F.resize(F.to_dtype(image, torch.float32, scale=True), [size, size], antialias=True))
-        return F.normalize(image, list(mean), list(std))
+        return F.normalize(image, list(mean), list(std), inplace=True)
 
 
 class BadPicture(Exception):
@@ -181,7 +181,8 @@ def _open(path: Path) -> Tensor:
                 if file.mode.startswith("I"):  # 16 bits of grey: Pillow would cut them off at 255
                     wide = np.clip(np.asarray(file, dtype=np.int64), 0, 2**16 - 1)
                     file = Image.fromarray((wide >> 8).astype(np.uint8))
-                return F.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+                ImageOps.exif_transpose(file, in_place=True)
+                return F.pil_to_tensor(file if file.mode == "RGB" else file.convert("RGB"))
     except FileNotFoundError as error:
         raise BadPicture("the file is missing") from error
     except PermissionError as error:
