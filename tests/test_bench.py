@@ -15,7 +15,7 @@ def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
     parts = ("step", "engine", "accumulation", "retrieval", "probes", "memory")
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=parts, **sizes))
     *written, made = json.loads((tmp_path / "bench.json").read_text())
-    assert len(written) == len(figures) == 15
+    assert len(written) == len(figures) == 17
     assert all({"name", "ours", "reference", "ratio", "unit"} == f.keys() for f in written)
     assert "commit" in made["made_by"]
     with pytest.raises(UserError, match="unknown part 'speed'"):

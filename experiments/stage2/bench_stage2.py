@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments.stage2 import bench_jobs_stage2 as jobs
@@ -150,13 +151,19 @@ class MatrixProducts(TorchDispatchMode):
     def _attention(self, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
         self.shapes += [(q, (*q[:2], q[3], k[2])), ((*q[:3], k[2]), v)]
 
-    def again(self) -> Callable[[], None]:
-        """The same products on numbers of their own."""
+    def again(self, cold: bool = False) -> Callable[[], None]:
+        """The same products on made-up numbers: of one shape the same ones, which may stay in a cache, or, cold, on operands
+        of their own, as what they stand for has them."""
         held = {tuple(shape): torch.randn(*shape) for pair in self.shapes for shape in pair}
 
+        def operand(shape: Sequence[int]) -> Tensor:
+            return held[tuple(shape)].clone() if cold else held[tuple(shape)]
+
+        operands = [(operand(a), operand(b)) for a, b in self.shapes]
+
         def run() -> None:
-            for a, b in self.shapes:
-                torch.matmul(held[tuple(a)], held[tuple(b)])
+            for a, b in operands:
+                torch.matmul(a, b)
 
         return run
 
@@ -182,7 +189,8 @@ def _step(config: BenchConfig) -> Iterator[Figure]:
         step = _training(name, config)
         with MatrixProducts() as products:
             step()
-        yield compare(f"step of {name} ({size}) / its matrix products", step, products.again(), config.turns)
+        for what, cold in (("its matrix products", False), ("the same on operands of their own", True)):
+            yield compare(f"step of {name} ({size}) / {what}", step, products.again(cold), config.turns)
     short = Attention._absorbing_is_cheaper
     step = _training("base", config)
 
