@@ -9,6 +9,7 @@ from experiments.stage2.methods import METHODS
 from experiments.stage2.test_modules import SPECS, random_features
 from tvl_align.contract import Features
 from tvl_align.evaluation import linear_probe
+from tvl_align.separated_model import LinearDecoder
 from tvl_align.separation import Separation, least_squares, separate
 
 ROWS = 6000
@@ -115,3 +116,11 @@ def test_too_few_rows_with_every_modality_are_said_and_nothing_is_fitted(caplog:
         assert not any(s.to_comp.any() for s in model.separations.values())
         assert not model.readout.fitted
         assert "no training rows have all of vision, tactile, text" in caplog.text
+
+
+def test_a_shorter_sequence_is_rebuilt_as_the_beginning_of_a_longer_one() -> None:
+    torch.manual_seed(0)
+    decoder, memory = LinearDecoder(SPECS["text"], 40), torch.randn(3, 40)
+    longest = SPECS["text"].tokens
+    assert torch.allclose(decoder(memory, longest), decoder.map(memory).view(3, longest, SPECS["text"].width), atol=1e-6)
+    assert torch.allclose(decoder(memory, 2), decoder(memory, longest)[:, :2], atol=1e-6)

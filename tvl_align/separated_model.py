@@ -154,4 +154,6 @@ class LinearDecoder(nn.Module):
         self.map = nn.Sequential(nn.Linear(size, min(size, width)), nn.Linear(min(size, width), spec.tokens * spec.width))
 
     def forward(self, memory: Tensor, length: int) -> Tensor:
-        return self.map(memory).unflatten(1, (self.spec.tokens, self.spec.width))[:, :length]
+        narrow, wide = self.map
+        size = length * self.spec.width  # sentences are short: tokens that no row has are not computed
+        return F.linear(narrow(memory), wide.weight[:size], wide.bias[:size]).unflatten(1, (length, self.spec.width))
