@@ -83,6 +83,48 @@ def test_scores_in_pieces_are_the_scores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (ours - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_held_of_all_rows_is_small(name: str) -> None:
+    """Nothing as large as the frozen tokens is kept for all parts, and of a large batch no scores of all rows with all."""
+    model, loss = built(METHODS[name])
+    features, kept = _eight_rows(model.registers.shape[0])
+    widths = {(m.tokens.shape[1], m.tokens.shape[2]) for m in features.modalities.values()}
+    seen: list[tuple[int, ...]] = []
+
+    def shapes(value: Any) -> list[tuple[int, ...]]:
+        if isinstance(value, Tensor):
+            return [tuple(value.shape)]
+        inner = (
+            value.values() if isinstance(value, dict) else vars(value).values() if dataclasses.is_dataclass(value) else []
+        )
+        return [shape for x in inner for shape in shapes(x)]
+
+    def watched(output: dict[str, Any]) -> dict[str, Tensor]:
+        seen.extend(shapes(output))
+        return loss(output)
+
+    runs = [partial(model, f, kept=k, joint=False) for f, k in cut(features, kept, (4, 4))]
+    large_batch_gradient(runs, watched, lambda scalar, part: scalar.backward())
+    assert seen
+    assert not {shape[1:] for shape in seen} & widths
+
+
+def test_scores_of_a_large_batch_are_not_kept_for_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, loss = built(METHODS["base"])
+    features, kept = _eight_rows(model.registers.shape[0])
+    output = model(features, kept=kept, joint=False)
+
+    def saved(piece: int) -> list[Tensor]:
+        monkeypatch.setattr(alignment, "PIECE", piece)
+        held: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+            loss(output)
+        return [t for t in held if t.is_floating_point() and t.ndim == 2 and t.shape[1] == 8]
+
+    assert saved(8)
+    assert not saved(3)
+
+
 def test_dropout_is_the_same_in_both_passes() -> None:
     layer, seen = nn.Dropout(0.5), []
     weight = nn.Parameter(torch.ones(4, 3))

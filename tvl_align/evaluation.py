@@ -51,10 +51,7 @@ class _Direction:
     def __init__(self, like: Tensor) -> None:
         self.best = like.new_full((len(like),), -torch.inf)  # score of the best positive
         self.positive_sum, self.positives = torch.zeros_like(self.best), torch.zeros_like(self.best)
-        self.highest, self.mass = (
-            self.best.clone(),
-            torch.zeros_like(self.best),
-        )  # of all: sum of exp(score - highest)
+        self.highest, self.mass = self.best.clone(), torch.zeros_like(self.best)  # of all: sum of exp(score - highest)
         self.behind = torch.zeros_like(self.best, dtype=torch.int32)  # negatives that score lower than the best positive
 
     def take_positives(self, at: Tensor, scores: Tensor, positive: Tensor, dim: int) -> None:

@@ -558,7 +558,7 @@ def load_pictures(
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))),  # one draw, however many workers there are
     )
-    resting = workers and not beside
+    resting = workers > 0 and not beside
     size = 2 * workers if resting else max(1, len(batches))
     for start in range(0, len(batches), size):
         ahead[:] = batches[start : start + size]
