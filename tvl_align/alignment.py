@@ -62,14 +62,14 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
         same_words = own_row | positive_pairs(keys[piece], all_keys)
         for (first, second), both in valid.items():
             positives = same_words if "text" in (first, second) else own_row
-            total = sums[first, second]
+            so_far = sums[first, second]
             for a, b in ((first, second), (second, first)):
                 own, mine = pooled[a][piece], both[place]
                 given = own, gathered[b], output["logit_scale"], positives, mine, both
-                total[0] = total[0] + (_again(info_nce, *given) if batch > PIECE else info_nce(*given)) / 2
+                so_far[0] = so_far[0] + (_again(info_nce, *given) if batch > PIECE else info_nce(*given)) / 2
                 for i, k in ((1, 1), (2, 5)):
                     hit = batch_hits(own.detach(), gathered[b].detach(), positives, both, k) & mine
-                    total[i] = total[i] + hit.sum() / 2
+                    so_far[i] = so_far[i] + hit.sum() / 2
     numbers: dict[str, Tensor] = {}
     ran: dict[str, Tensor] = {}
     for pair, (loss, hits1, hits5) in sums.items():
