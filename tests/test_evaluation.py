@@ -36,6 +36,20 @@ def test_retrieval_equals_its_twin(rows: int, seed: int, columns: int, chunk: in
     assert found.loss == pytest.approx(sum(losses) / 2 / rows, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("scale", [100.0, 400.0])
+def test_losses_of_any_scale(scale: float) -> None:
+    """Also of rows whose best score is so low that a sum of exp() around the highest possible one underflows."""
+    x, y = unit(30, 0), unit(30, 1)
+    x[:3], y[:3] = torch.eye(6)[0], -torch.eye(6)[0]  # opposite to their partners
+    x[3:], y[3:] = (F.normalize(part[3:].abs() * torch.tensor([1e-3, 1, 1, 1, 1, 1]), dim=-1) for part in (x, y))
+    y[3:, 0] = -4.0
+    y[3:] = F.normalize(y[3:], dim=-1)
+    found = retrieval(x, y, torch.ones(30, dtype=torch.bool), None, scale)
+    scores = scale * x.double() @ y.double().T
+    expected = sum(F.cross_entropy(s, torch.arange(30)) for s in (scores, scores.T)) / 2
+    assert found.loss == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_the_chunk_changes_nothing() -> None:
     """Trap 4: accuracy belongs to the gallery, not to a batch."""
     x, y, everyone = unit(50, 0), unit(50, 0) + 0.3 * unit(50, 1), torch.ones(50, dtype=torch.bool)

@@ -31,6 +31,7 @@ from tvl_align.runtime import generator
 
 CHUNK = 256  # rows
 TIE = 1e-6  # cosines that differ by less are equal: rounding decides between them
+HIGHEST, LEAST_MASS = 70.0, 1e-20  # what exp of scores and sums of it may be in float32, with room for 10^7 of them
 TVL_THRESHOLDS = (0.6356450319, 0.8591097295, 0.8927201033, 0.9208499491)
 
 
@@ -46,33 +47,31 @@ class Retrieval:
 
 
 class _Direction:
-    """What is known of the queries of one direction while scores come in: positives first, then all. Tensors are (M,)."""
+    """What is known of the queries of one direction while scores come in: positives first, then the others. Tensors are
+    (M,); a mass is the sum of exp(score - shift)."""
 
     def __init__(self, like: Tensor) -> None:
         self.best = like.new_full((len(like),), -torch.inf)  # score of the best positive
-        self.positive_sum, self.positives = torch.zeros_like(self.best), torch.zeros_like(self.best)
-        self.highest, self.mass = self.best.clone(), torch.zeros_like(self.best)  # of all: sum of exp(score - highest)
-        self.behind = torch.zeros_like(self.best, dtype=torch.int32)  # negatives that score lower than the best positive
+        self.positive_sum, self.positives, self.mass, self.behind = like.new_zeros(4, len(like))
 
-    def take_positives(self, at: Tensor, scores: Tensor, positive: Tensor, dim: int) -> None:
+    def take_positives(self, at: Tensor, scores: Tensor, positive: Tensor, shift: float, dim: int) -> None:
         self.best[at] = torch.maximum(self.best[at], torch.where(positive, scores, -torch.inf).amax(dim))
         self.positive_sum[at] += torch.where(positive, scores, 0.0).sum(dim)
         self.positives[at] += positive.sum(dim)
+        self.mass[at] += torch.where(positive, (scores - shift).exp(), 0.0).sum(dim)
 
-    def take_all(self, at: slice, scores: Tensor, dim: int, spare: Tensor) -> None:
-        highest = torch.maximum(self.highest[at], scores.amax(dim))
-        weights = torch.sub(scores, highest.unsqueeze(dim), out=spare).exp_()
-        self.mass[at] = self.mass[at] * (self.highest[at] - highest).exp() + weights.sum(dim)
-        self.highest[at] = highest
+    def rank(self, at: slice, scores: Tensor, tie: float, spare: Tensor, dim: int) -> None:
+        """Count what scores lower than the best positive; positives come as -inf, and NaN is not lower."""
+        self.behind[at] += torch.lt(scores, (self.best[at] - tie).unsqueeze(dim), out=spare).sum(dim)
 
-    def rank(self, at: slice, negatives: Tensor, dim: int, tie: float) -> None:
-        self.behind[at] += (negatives < (self.best[at] - tie).unsqueeze(dim)).sum(dim, dtype=torch.int32)
-
-    def found(self) -> Tensor:
+    def found(self, queries: Tensor, gallery: Tensor, shift: float, chunk: int) -> Tensor:
         """(3,) how many have a positive first, among the first 5, and the sum of their losses."""
-        ahead = len(self.best) - self.positives - self.behind  # so that ties and NaN count against us
-        loss = self.highest + self.mass.log() - self.positive_sum / self.positives
-        return torch.stack([(ahead < 1).sum(), (ahead < 5).sum(), loss.double().sum()])
+        ahead = len(gallery) - self.behind
+        log_mass = shift + self.mass.log()
+        for rows in (~(self.mass > LEAST_MASS)).nonzero().squeeze(1).split(chunk):  # all score too low for this shift
+            log_mass[rows] = (queries[rows] @ gallery.T).logsumexp(1)
+        losses = log_mass - self.positive_sum / self.positives
+        return torch.stack([(ahead < 1).sum(), (ahead < 5).sum(), losses.double().sum()])
 
 
 def retrieval(
@@ -83,31 +82,41 @@ def retrieval(
     x, y (M, D) L2-normalised; valid (M,) bool. keys (M, K): rows that agree in any column are positives of each other
     (a pair with text); None: only the same row is. chance1 is the Acc@1 of a random ranking: the mean share of the
     gallery that is positive. scale: positive, as in the loss. A score is computed once and read in both directions; `chunk`
-    x 8 `chunk` of them are held at a time.
+    x `chunk` of them are held at a time, few enough to stay in a cache.
     """
     x, y = scale * x[valid], y[valid]
     count = len(x)
     if count == 0:
         return Retrieval(float("nan"), float("nan"), float("nan"), float("nan"), 0)
     ids = torch.arange(count, device=x.device)[:, None] if keys is None else keys[valid]
-    ids = torch.stack([column.unique(return_inverse=True)[1] for column in ids.T], dim=1).int()
+    ids = torch.stack([_first_alike(column) for column in ids.T], dim=1).unique(dim=1).int()  # columns that agree count once
     forth, back = _Direction(x), _Direction(y)
+    shift = max(0.0, scale - HIGHEST)
     for rows, columns, scores, positive in _positive_scores(x, y, ids):
-        forth.take_positives(rows, scores, positive, 1)
-        back.take_positives(columns, scores, positive, 0)
-    held = x.new_empty(2, min(chunk, count) * min(8 * chunk, count))
-    for start, first in product(range(0, count, chunk), range(0, count, 8 * chunk)):
-        rows, columns = slice(start, min(start + chunk, count)), slice(first, min(first + 8 * chunk, count))
+        forth.take_positives(rows, scores, positive, shift, 1)
+        back.take_positives(columns, scores, positive, shift, 0)
+    held = x.new_empty(2, min(chunk, count) ** 2)
+    for start, first in product(range(0, count, chunk), range(0, count, chunk)):
+        rows, columns = slice(start, min(start + chunk, count)), slice(first, min(first + chunk, count))
         size = rows.stop - rows.start, columns.stop - columns.start
         scores, spare = (block[: math.prod(size)].view(size) for block in held)
         torch.mm(x[rows], y[columns].T, out=scores)
-        forth.take_all(rows, scores, 1, spare)
-        back.take_all(columns, scores, 0, spare)
-        negatives = scores.masked_fill_(positive_pairs(ids[rows], ids[columns]), torch.inf)
-        forth.rank(rows, negatives, 1, TIE * scale)
-        back.rank(columns, negatives, 0, TIE * scale)
-    hits1, hits5, loss = ((forth.found() + back.found()) / 2 / count).tolist()
+        scores.masked_fill_(positive_pairs(ids[rows], ids[columns]), -torch.inf)
+        forth.rank(rows, scores, TIE * scale, spare, 1)
+        back.rank(columns, scores, TIE * scale, spare, 0)
+        weights = scores.sub_(shift).exp_()
+        forth.mass[rows] += weights.sum(1)
+        back.mass[columns] += weights.sum(0)
+    found = forth.found(x, y, shift, chunk) + back.found(y, x, shift, chunk)
+    hits1, hits5, loss = (found / 2 / count).tolist()
     return Retrieval(100 * hits1, 100 * hits5, 100 * forth.positives.mean().item() / count, loss, count)
+
+
+def _first_alike(column: Tensor) -> Tensor:
+    """(M,) keys -> (M,) the first row with the same key."""
+    values, which = column.unique(return_inverse=True)
+    rows = torch.arange(len(column), device=column.device)
+    return rows.new_empty(len(values)).scatter_reduce(0, which, rows, "amin", include_self=False)[which]
 
 
 def _positive_scores(x: Tensor, y: Tensor, ids: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
