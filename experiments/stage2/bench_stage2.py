@@ -17,7 +17,7 @@ import open_clip
 import torch
 from rich.console import Console
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model._linear_loss import LinearModelLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -264,28 +264,26 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
 
 
 def _probes(config: BenchConfig) -> Iterator[Figure]:
-    """Training and reading a probe against its bare matrix products: two for every step of a linear one."""
+    """Training and reading a probe against its bare matrix products: two whenever a linear one looks at its loss."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (config.gallery,), generator=g)
     centres = 0.05 * torch.randn(5, 768, generator=g)
     rows = torch.randn(config.gallery, 768, generator=g) + centres[labels]
     given = rows, labels.numpy(), rows, labels.numpy()
-    fitted: list[tuple[int, int]] = []
-    fit = LogisticRegression.fit
+    sizes: list[int] = []
+    evaluate = LinearModelLoss.loss_gradient
 
-    def counted(self: LogisticRegression, x: Any, y: Any) -> LogisticRegression:
-        fit(self, x, y)
-        fitted.append((len(x), int(self.n_iter_[0])))
-        return self
+    def counted(self: LinearModelLoss, weights: Any, x: Any, *more: Any, **named: Any) -> Any:
+        sizes.append(len(x))
+        return evaluate(self, weights, x, *more, **named)
 
-    with mock.patch.object(LogisticRegression, "fit", counted):
+    with mock.patch.object(LinearModelLoss, "loss_gradient", counted):
         linear_probe(*given)
     read_out = centres.T.contiguous()
 
     def bare() -> None:
-        for count, steps in fitted:
-            for _ in range(steps):
-                (rows[:count] @ read_out).T @ rows[:count]
+        for count in sizes:
+            (rows[:count] @ read_out).T @ rows[:count]
 
     yield compare(f"linear probe, {len(rows)} rows / its matrix products", lambda: linear_probe(*given), bare, config.turns)
     features = made_up(SMALL, config.batch).modalities["vision"]
