@@ -50,6 +50,7 @@ def test_a_store_gives_back_what_was_put_in(npz: Path, tmp_path: Path) -> None:
     assert sum(len(s) for s in store.splits.values()) == len(arrays.names)
     for name, split in store.splits.items():
         rows = np.flatnonzero(arrays.split == name)
+        assert list(split.names) == [arrays.names[row] for row in rows]
         read = split.read(torch.arange(len(split)))
         for m, view in arrays.views.items():
             there = view.present[rows]

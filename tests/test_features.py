@@ -54,6 +54,18 @@ def test_stored_features_are_the_encoders(world: Path, stage1: Stage1, store: Fe
             assert mine.mask[i].sum() == tokens.mask[0].sum()
 
 
+def test_a_store_names_its_rows_and_their_data_sets(world: Path, store: FeatureStore) -> None:
+    for name, samples in samples_of(world).items():
+        split = store.splits[name]
+        assert list(split.names) == [row.name for row in samples.rows]
+        known = store.manifest["splits"][name]["datasets"]
+        assert [known[at] for at in split.datasets.tolist()] == [row.dataset for row in samples.rows]
+    names = split.names
+    assert (names[-1], names[1:3]) == (list(names)[-1], list(names)[1:3])
+    with pytest.raises(IndexError):
+        names[len(names)]
+
+
 def resident(folder: Path) -> int:
     """KB of the files under a folder that are mapped into this process."""
     found, inside = 0, False
@@ -329,6 +341,9 @@ def test_a_damaged_store_is_refused(store: FeatureStore, tmp_path: Path) -> None
     damaged("gone", lambda f: (f / "val/index/text.memmap").unlink())
     index = (store.folder / "train/index/vision.memmap").stat().st_size
     damaged("far", lambda f: (f / "train/index/vision.memmap").write_bytes(b"\x00\x00\x00\x7f" * (index // 4)))
+    damaged("names", lambda f: os.truncate(f / "train/rows/names.memmap", 10))
+    dataset = (store.folder / "train/rows/dataset.memmap").stat().st_size
+    damaged("dataset", lambda f: (f / "train/rows/dataset.memmap").write_bytes(b"\xff" * dataset))
     damaged("list", lambda f: (f / "manifest.json").write_text("[]"))
     damaged("text", lambda f: (f / "manifest.json").write_text("{"))
     damaged("outside", lambda f: edit(f, splits={"../train": {}}))

@@ -35,7 +35,7 @@ def test_fewer_rows_than_a_batch() -> None:
 
 def test_importance_sampling_draws_each_data_set_equally() -> None:
     """Trap 16: and what is drawn is what is used."""
-    weights = balanced_weights(["ssvtp"] * 100 + ["hct"] * 900)
+    weights = balanced_weights(torch.tensor([1] * 100 + [0] * 900))
     drawn = epoch_batches(1000, 10, 0, 0, weights).flatten()
     assert 400 < int((drawn < 100).sum()) < 600
     assert len(set(drawn.tolist())) < 1000

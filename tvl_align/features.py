@@ -4,8 +4,10 @@ A store is a folder, `<feature_dir>/<key>`. The key is a hash of everything that
 text options, rows, file sizes and times, package versions), so another setting is another folder and an old one is never
 reused in silence. Layout:
 
-    manifest.json                 key, what made it, the shapes, the rows' names, what was left out and why; written last:
-                                  with it the store is whole
+    manifest.json                 key, what made it, the shapes, what was left out and why; written last: with it the
+                                  store is whole
+    <split>/rows/                 memory-mapped: dataset (N,) int64, names (bytes,) uint8 of all rows' names one after
+                                  another, and name_ends (N,) int64, where each ends
     <split>/index/                memory-mapped TensorDict: {modality: (N, V+1) int64} rows of the tables, -1 = absent
                                   and caption_keys (N, V+1, 2) int64
     <split>/<modality>/           memory-mapped TensorDict of R rows: tokens (R, T, W) fp16, mask (R, T) bool,
@@ -21,7 +23,6 @@ import logging
 import math
 import os
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -47,7 +48,7 @@ from tvl_align.encoders.tvl import Stage1
 from tvl_align.files import hold
 from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, release_pages, world_size
 
-FORMAT = 1
+FORMAT = 2
 ENCODE_BATCH = 64
 READ_AT_ONCE = 128  # rows
 log = logging.getLogger(__name__)
@@ -57,8 +58,9 @@ class FeatureSource(Protocol):
     """Where features of a split come from: a store, or the encoders themselves."""
 
     views: int
-    names: list[str]
-    datasets: list[str]
+    names: Sequence[str]
+    datasets: Tensor
+    """(N,) int64: equal for rows of the same data set."""
 
     def __len__(self) -> int: ...
 
@@ -71,10 +73,12 @@ class StoredSplit:
     """A split of a store, memory-mapped: reading a batch touches only its rows."""
 
     def __init__(self, folder: Path, modalities: Mapping[str, FeatureSpec], info: Mapping[str, Any]) -> None:
-        self.names: list[str] = info["names"]
-        self.datasets = [sys.intern(name) for name in info["datasets"]]  # few names, many rows
         self.views = int(info["views"])
-        shape = len(self.names), self.views + 1
+        shape = int(info["rows"]), self.views + 1
+        self.names = RowNames(folder / "rows", shape[0])
+        self.datasets = _mapped(folder / "rows" / "dataset.memmap", torch.int64, shape[:1])
+        if shape[0] and not 0 <= int(self.datasets.min()) <= int(self.datasets.max()) < len(info["datasets"]):
+            raise UserError(f"{folder} names data sets that are not in the manifest; the store is damaged, make it again.")
         self.index = {m: _mapped(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
         self.index["caption_keys"] = _mapped(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
         tables = {m: _open_table(folder / m, spec) for m, spec in modalities.items()}
@@ -83,6 +87,7 @@ class StoredSplit:
             rows = len(self.tables[m]["mask"]) if m in self.tables else 0
             if shape[0] and int(self.index[m].max()) >= rows:
                 raise UserError(f"{folder} points to rows of {m} that are not there; the store is damaged, make it again.")
+            release_pages(self.index[m])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -109,6 +114,37 @@ class StoredSplit:
             if device.type == "cuda":
                 batch = batch.map(Tensor.pin_memory)
             yield batch.to(device)
+
+
+class RowNames(Sequence[str]):
+    """The names of the rows of a split, read from a memory map one at a time."""
+
+    def __init__(self, folder: Path, rows: int) -> None:
+        self.ends = _mapped(folder / "name_ends.memmap", torch.int64, (rows,))
+        self.text = _mapped(folder / "names.memmap", torch.uint8, (int(self.ends[-1]) if rows else 0,))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self[i] for i in range(len(self))[at]]
+        at = range(len(self))[at]
+        start, end = int(self.ends[at - 1]) if at else 0, int(self.ends[at])
+        return bytes(self.text[start:end].numpy()).decode(errors="replace")
+
+
+def _write_rows(folder: Path, names: Sequence[str], datasets: Sequence[str]) -> dict[str, Any]:
+    """The rows of a split -> `folder`/rows, and what the manifest says of them."""
+    encoded = [name.encode(errors="backslashreplace") for name in names]
+    known = sorted(set(datasets))
+    columns = {
+        "names": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
+        "name_ends": torch.tensor([len(name) for name in encoded]).cumsum(0),
+        "dataset": torch.tensor([known.index(name) for name in datasets]),
+    }
+    TensorDict(columns).memmap(folder / "rows")
+    return {"rows": len(names), "datasets": known}
 
 
 def _rows(mapped: Tensor, at: Tensor, length: int | None = None) -> Tensor:
@@ -212,13 +248,8 @@ class FeatureStore:
         for split in SPLITS:
             rows = np.flatnonzero(checked.split == split)
             if len(rows):
-                names = [checked.names[i] for i in rows]
-                splits[split] = {
-                    "views": 0,
-                    "names": names,
-                    "datasets": ["arrays"] * len(rows),
-                    "captions": [None] * len(rows),
-                }
+                told = _write_rows(out / split, [checked.names[i] for i in rows], ["arrays"] * len(rows))
+                splits[split] = {"views": 0, **told}
                 _write_arrays(out / split, checked.views, rows, shapes)
         if checked.labels:
             _write_labels(out, checked)
@@ -354,12 +385,7 @@ def _encode(
             continue
         split_views = views if name == "train" else 0
         _encode_split(partial / name, name, stage1, specs, split, split_views, num_workers, tolerance)
-        splits[name] = {
-            "views": split_views,
-            "names": [row.name for row in split.rows],
-            "datasets": [row.dataset for row in split.rows],
-            "captions": [row.caption for row in split.rows],
-        }
+        splits[name] = {"views": split_views}
     barrier()
     if is_main():
         skipped = {name: _faults(partial / name) for name in splits}
@@ -380,7 +406,9 @@ def _encode(
             log.warning("photos and touch images look swapped in %d groups: %s", len(suspects), some)
             if tolerance.strict:
                 raise UserError(f"photos and touch images look swapped in {some}; swap their folders back.")
-        for name in splits:
+        for name, told in splits.items():
+            rows = samples[name].rows
+            told |= _write_rows(partial / name, [row.name for row in rows], [row.dataset for row in rows])
             shutil.rmtree(partial / name / "done")
         left_out = {
             "dropped": next(iter(samples.values())).dropped,
@@ -586,7 +614,8 @@ class LiveSplit:
         self.tolerance, self._bad = tolerance or Tolerance(), dict[tuple[int, str], str]()
         self.views = 10**9 if train else 0  # every draw is a new view
         self.names = [row.name for row in samples.rows]
-        self.datasets = [row.dataset for row in samples.rows]
+        known = sorted({row.dataset for row in samples.rows})
+        self.datasets = torch.tensor([known.index(row.dataset) for row in samples.rows], dtype=torch.int64)
         self._captions = samples.caption_ids()
 
     def __len__(self) -> int:

@@ -175,11 +175,10 @@ def growth_curves(found: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
         at = [p["at"] for p in points]
         axis.loglog(at, [p["seconds"] for p in points], marker="o", color="#c44e52")
         _few_labels(axis)
-        if not any(np.isnan(p["megabytes"]) for p in points):
-            memory = axis.twinx()
-            memory.loglog(at, [p["megabytes"] for p in points], marker="s", linestyle="--", color="#4c72b0")
-            memory.set_ylabel("MB (dashed)", color="#4c72b0")
-            _few_labels(memory)
+        memory = axis.twinx()
+        memory.loglog(at, [p["megabytes"] for p in points], marker="s", linestyle="--", color="#4c72b0")
+        memory.set_ylabel("MB (dashed)", color="#4c72b0")
+        _few_labels(memory)
         axis.xaxis.set_minor_locator(NullLocator())  # after the twin, which sets the axis they share anew
         axis.set_xticks(at, [f"{x:g}" for x in at], rotation=40)
         axis.set(xlabel=what)

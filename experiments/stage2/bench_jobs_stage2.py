@@ -162,17 +162,22 @@ def steps(registers: int, tokens: int, batch: int = 64, width: int = 256, count:
     return work
 
 
-def seconds_of_an_epoch(store: Path, method: str, processes: int, batch: int, width: int) -> float:
-    """The training part of the faster of two epochs, after a first, on processes of one thread; joined batch `batch`."""
+def epoch_on_processes(store: Path, method: str, processes: int, batch: int, width: int) -> Cost:
+    """The training part of the faster of two epochs, after a first, on processes of one thread; joined batch `batch`. Memory
+    is the peak of the largest process, libraries included."""
     knobs = f"--batch_size {batch // processes} --register_token_dim {width} --method {method} --epochs 3 --lr 1e-5"
     with tempfile.TemporaryDirectory(dir=store.parent) as out:
         tool = [str(Path(sys.executable).parent / "torchrun"), f"--nproc_per_node={processes}", "--no_python"]
         command = [*tool, str(Path(sys.executable).parent / "tvl-align"), "train", "--store", str(store), *knobs.split()]
         command += ["--device", "cpu", "--warmup_epochs", "0", "--output_dir", out, "--log_name", "run"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, capture_output=True, env=environment)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+        _, status, usage = os.wait4(started.pid, 0)  # of a process and those it waited for
+        started.returncode = os.waitstatus_to_exitcode(status)
+        if started.returncode:
+            raise subprocess.CalledProcessError(started.returncode, command)
         lines = (Path(out) / "run" / "times.jsonl").read_text(encoding="utf-8").splitlines()
-    return min(float(json.loads(line)["train"]) for line in lines[1:])
+    return Cost(min(float(json.loads(line)["train"]) for line in lines[1:]), usage.ru_maxrss / 1024)
 
 
 @contextmanager

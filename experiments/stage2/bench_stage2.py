@@ -362,8 +362,9 @@ def _processes(config: BenchConfig) -> Iterator[Figure]:
     rows = 8 * config.batch
     with jobs.scratch() as folder:
         jobs.write_store(folder / "store", SMALL, rows)
-        for name, batch in product(("base", "cursor"), (config.batch, 4 * config.batch)):
-            one, two = (jobs.seconds_of_an_epoch(folder / "store", name, n, batch, config.width) for n in (1, 2))
+        for name, batch in product(("base", "cursor"), (config.batch, 2 * config.batch, 4 * config.batch)):
+            costs = [jobs.epoch_on_processes(folder / "store", name, n, batch, config.width) for n in (1, 2)]
+            one, two = (given.seconds for given in costs)
             what = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
             yield Figure(what, one, two, one / two, "s")
 
@@ -407,8 +408,8 @@ def _growth(config: BenchConfig) -> Iterator[Figure]:
     with jobs.scratch() as folder:
         jobs.write_store(folder / "store", SMALL, 8 * config.batch)
         for processes in (1, 2):
-            seconds = jobs.seconds_of_an_epoch(folder / "store", "base", processes, config.batch, config.width // 3)
-            note("processes", processes, jobs.Cost(seconds, float("nan")))
+            given = jobs.epoch_on_processes(folder / "store", "base", processes, config.batch, config.width // 3)
+            note("processes", processes, given)
     out = config.out.with_name("growth.json")
     write_whole(out, json.dumps({"made_by": provenance(), "growth": found}, indent=1))
     with replacing(out.with_suffix(".png")) as file:
