@@ -146,6 +146,25 @@ def test_an_interrupted_encode_goes_on_where_it_stopped(
         assert not (mended.folder / name / "done").exists()
 
 
+def test_features_that_are_not_numbers_end_the_encode_and_are_not_ticked_off(
+    world: Path, stage1: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they are written, and looked at, while the next batch is encoded."""
+    encode = Stage1.encode
+
+    def broken(self: Stage1, batch: Batch) -> Features:
+        found = encode(self, batch)
+        return found.map(lambda t: t * torch.inf if t.is_floating_point() else t) if "tactile" in batch else found
+
+    monkeypatch.setattr(Stage1, "encode", broken)
+    assert stage1.specs
+    with pytest.raises(UserError, match="NaN, inf or above 65,504"):
+        open_or_encode(tmp_path, stage1, samples_of(world), 0, 0)
+    flags = next(tmp_path.glob("*.partial/train/done/pictures.memmap")).read_bytes()
+    assert flags and not any(flags)
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+
 def test_evaluation_views_do_not_depend_on_the_seed(world: Path) -> None:
     one, other = samples_of(world, seed=0), samples_of(world, seed=9)
     for name in ("val", "test"):

@@ -25,6 +25,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -441,7 +442,6 @@ def _encode_split(
     """Encode one split; each process fills its own rows of the same tables. Rows that are done are not done again."""
     count, device = len(samples), stage1.logit_scale.device
     drawn_views = views + 1 if samples.pictures.options.augment else 1  # of pictures; sentences always vary
-    jobs = [(row, view) for row in range(count) for view in range(drawn_views)]
     index = {m: torch.full((count, views + 1), -1, dtype=torch.int64) for m in stage1.modalities}
     sizes: dict[str, int] = {}
     for modality, lacks in (("vision", "vision"), ("tactile", "tactile")):
@@ -467,7 +467,8 @@ def _encode_split(
         for modality, size in sizes.items():
             if size:
                 _empty_table(size, specs[modality]).memmap_like(folder / modality)
-        done = {"pictures": torch.zeros(len(jobs), dtype=torch.bool), "text": torch.zeros(len(texts), dtype=torch.bool)}
+        flags = {"pictures": count * drawn_views, "text": len(texts)}
+        done = {what: torch.zeros(size, dtype=torch.bool) for what, size in flags.items()}
         done |= {f"look_{m}": torch.full((count, 6), torch.nan) for m in ("vision", "tactile")}
         TensorDict(done).memmap(folder / "begun")
         os.replace(folder / "begun", folder / "done")  # now the tables are whole, if empty
@@ -479,19 +480,23 @@ def _encode_split(
     written = TensorDict.load_memmap(folder / "index")
     bad_rows: set[int] = set()
     mine, told = todo[rank() :: world_size()], untold[rank() :: world_size()]
-    with progress(len(mine) + len(told), f"encode {name}", "view", quiet=not is_main()) as bar:
+    title = f"encode {name}"
+    with progress(len(mine) + len(told), title, "view", quiet=not is_main()) as bar, ThreadPoolExecutor(1) as writer:
+        kept = writer.submit(lambda: None)  # what is written while the next batch is encoded
         for at in told.split(ENCODE_BATCH) if len(told) else ():
-            ids = stage1.tokenize([texts[i] for i in at.tolist()]).to(device)
-            _put(tables["text"], at, stage1.encode({"text": ids}).modalities["text"])
-            done["text"][at] = True
+            encoded = stage1.encode({"text": stage1.tokenize([texts[i] for i in at.tolist()]).to(device)}).modalities
+            kept.result()
+            kept = writer.submit(_keep, [(tables["text"], at, encoded["text"])], done, "text", at)
             bar.update(len(at))
+        kept.result()  # workers are forked from here on
         places = mine.split(ENCODE_BATCH) if len(mine) else ()
-        parts = [[jobs[i] for i in at] for at in places]
+        parts = [[divmod(i, drawn_views) for i in at.tolist()] for at in places]  # (row, view)
         loaded = load_pictures(samples, parts, workers, stage1.modalities)
         for at_once, part, batch in zip(places, parts, loaded, strict=True):
+            entries = []
             for modality, (positions, images) in batch.pictures.items():
                 at = torch.stack([index[modality][part[i]] for i in positions])
-                _put(tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality])
+                entries.append((tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality]))
                 plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
                 if plain:
                     done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
@@ -503,8 +508,10 @@ def _encode_split(
                     bad_rows.add(row)
                     why = f"{modality} of {samples.rows[row].name}: {reason}"
                     tolerance.check(len(bad_rows), count, why)
-            done["pictures"][at_once] = True
+            kept.result()
+            kept = writer.submit(_keep, entries, done, "pictures", at_once)
             bar.update(len(part))
+        kept.result()
 
 
 def _note_fault(folder: Path, row: int, modality: str, reason: str) -> None:
@@ -545,14 +552,17 @@ def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
     )
 
 
-def _put(table: TensorDict, at: Tensor, tokens: Tokens) -> None:
-    length = tokens.tokens.shape[1]
-    kept = (tokens.tokens * tokens.mask[..., None]).half().cpu()  # what pads a batch is not kept
-    if not (kept.isfinite().all() and tokens.pooled.isfinite().all()):
-        raise UserError("the encoders gave features that are NaN, inf or above 65,504; their checkpoint is of no use.")
-    table["tokens"][at, :length] = kept
-    table["mask"][at, :length] = tokens.mask.cpu()
-    table["pooled"][at] = tokens.pooled.float().cpu()
+def _keep(entries: Sequence[tuple[TensorDict, Tensor, Tokens]], done: TensorDict, what: str, at: Tensor) -> None:
+    """Write tokens into (table, its rows, tokens), then tick them off: rows `at` of the flags done[what]."""
+    for table, rows, tokens in entries:
+        length = tokens.tokens.shape[1]
+        kept = (tokens.tokens * tokens.mask[..., None]).half().cpu()  # what pads a batch is not kept
+        if not (kept.isfinite().all() and tokens.pooled.isfinite().all()):
+            raise UserError("the encoders gave features that are NaN, inf or above 65,504; their checkpoint is of no use.")
+        table["tokens"][rows, :length] = kept
+        table["mask"][rows, :length] = tokens.mask.cpu()
+        table["pooled"][rows] = tokens.pooled.float().cpu()
+    done[what][at] = True
 
 
 Jobs = list[tuple[int, int]]
