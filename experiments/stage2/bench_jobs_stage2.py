@@ -29,7 +29,7 @@ from tvl_align.optimisation import descend, make_adamw
 from tvl_align.runtime import keep_freed_memory
 
 SMALL = {"vision": FeatureSpec(192, 17, 128), "tactile": FeatureSpec(192, 17, 128), "text": FeatureSpec(128, 9, 128)}
-VALIDATION = 2000  # rows of a made-up store that validate, however many it has
+VALIDATION = 2000  # rows of a made-up store that validate, at most
 
 
 def made_up(specs: dict[str, FeatureSpec], rows: int) -> Features:
@@ -47,10 +47,11 @@ def made_up(specs: dict[str, FeatureSpec], rows: int) -> Features:
     return Features(modalities, torch.arange(rows)[:, None], torch.arange(rows))
 
 
-def write_store(out: Path, specs: dict[str, FeatureSpec], rows: int) -> None:
+def write_store(out: Path, specs: dict[str, FeatureSpec], rows: int, validation: int = VALIDATION) -> None:
     """A store of random features with `rows` training rows and a few others."""
-    features = made_up(specs, rows + 2 * min(rows, VALIDATION))
-    split = np.array(["train"] * rows + ["val"] * min(rows, VALIDATION) + ["test"] * min(rows, VALIDATION))
+    few = min(rows, validation)
+    features = made_up(specs, rows + 2 * few)
+    split = np.array(["train"] * rows + ["val"] * few + ["test"] * few)
     FeatureStore.from_arrays({m: t.tokens.numpy() for m, t in features.modalities.items()}, out, split=split)
 
 

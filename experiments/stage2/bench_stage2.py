@@ -359,10 +359,9 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
 def _processes(config: BenchConfig) -> Iterator[Figure]:
     """An epoch on 1 process of 1 thread against 2 such processes, same joined batch: 2 would be perfect. What processes
     exchange in a step, the gradients of all weights, does not grow with the batch."""
-    rows = 8 * config.batch
     with jobs.scratch() as folder:
-        jobs.write_store(folder / "store", SMALL, rows)
-        for name, batch in product(("base", "cursor"), (config.batch, 2 * config.batch, 4 * config.batch)):
+        jobs.write_store(folder / "store", SMALL, 4 * config.batch, validation=config.batch)
+        for name, batch in product(("base", "cursor"), (config.batch, 4 * config.batch)):
             costs = [jobs.epoch_on_processes(folder / "store", name, n, batch, config.width) for n in (1, 2)]
             one, two = (given.seconds for given in costs)
             what = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
@@ -406,7 +405,7 @@ def _growth(config: BenchConfig) -> Iterator[Figure]:
     for rows in (1000, 4000, 16_000):
         note("gallery", int(rows * scale), jobs.cost(jobs.gallery_retrieval, int(rows * scale), turns=4))
     with jobs.scratch() as folder:
-        jobs.write_store(folder / "store", SMALL, 8 * config.batch)
+        jobs.write_store(folder / "store", SMALL, 8 * config.batch, validation=config.batch)
         for processes in (1, 2):
             given = jobs.epoch_on_processes(folder / "store", "base", processes, config.batch, config.width // 3)
             note("processes", processes, given)
