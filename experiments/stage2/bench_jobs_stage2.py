@@ -181,6 +181,22 @@ def epoch_on_processes(store: Path, method: str, processes: int, batch: int, wid
     return Cost(min(float(json.loads(line)["train"]) for line in lines[1:]), usage.ru_maxrss / 1024)
 
 
+def products_at_once(processes: int, rows: int, width: int, turns: int = 200) -> float:
+    """Seconds that `rows` rows of width `width` take through a bare layer, shared by processes of one thread that do nothing
+    else: what several processes can gain here at best."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return max(pool.starmap(_layer, [(rows // processes, width, turns)] * processes, chunksize=1))
+
+
+def _layer(rows: int, width: int, turns: int) -> float:
+    torch.set_num_threads(1)
+    x, weights = torch.randn(rows, width), torch.randn(width, 4 * width)
+    began = time.perf_counter()
+    for _ in range(turns):
+        x @ weights
+    return (time.perf_counter() - began) / turns
+
+
 @contextmanager
 def scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tvl-align-bench-") as folder:

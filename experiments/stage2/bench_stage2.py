@@ -366,6 +366,8 @@ def _processes(config: BenchConfig) -> Iterator[Figure]:
             one, two = (given.seconds for given in costs)
             what = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
             yield Figure(what, one, two, one / two, "s")
+    one, two = (jobs.products_at_once(n, 4 * config.batch, config.width) for n in (1, 2))
+    yield Figure("bare matrix products on 1 process / on 2, which exchange nothing", one, two, one / two, "s")
 
 
 def _memory(config: BenchConfig) -> Iterator[Figure]:
