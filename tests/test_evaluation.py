@@ -124,6 +124,14 @@ def labelled(rows: int, seed: int, signal: float) -> tuple[torch.Tensor, np.ndar
     return torch.tensor(signal * centres[labels] + rng.standard_normal((rows, 20))).float(), labels
 
 
+def test_a_constant_feature_tells_a_probe_nothing() -> None:
+    """Neither exact zeros, whose spread is zero, nor a value whose spread is rounding."""
+    (x, y), (x_test, y_test) = labelled(300, 0, 1.0), labelled(200, 1, 1.0)
+    constant = torch.tensor([0.0, 0.1, 1000.1])
+    more, more_test = (torch.cat([part, constant.expand(len(part), 3)], dim=1) for part in (x, x_test))
+    assert linear_probe(more, y, more_test, y_test) == pytest.approx(linear_probe(x, y, x_test, y_test), abs=1.0)
+
+
 def test_nan_is_never_a_hit() -> None:
     x = torch.full((6, 4), torch.nan)
     y = torch.nn.functional.normalize(torch.randn(6, 4), dim=-1)

@@ -22,6 +22,7 @@ from experiments.stage2.engine_stage2 import fit
 from experiments.stage2.methods import METHODS
 from tvl_align.accumulation import large_batch_gradient
 from tvl_align.config import DataConfig, OptimConfig, RunConfig, Settings, Stage1Config
+from tvl_align.console import UserError
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Tokens
 from tvl_align.evaluation import retrieval
 from tvl_align.features import FeatureStore
@@ -171,12 +172,15 @@ def epoch_on_processes(store: Path, method: str, processes: int, batch: int, wid
         tool = [str(Path(sys.executable).parent / "torchrun"), f"--nproc_per_node={processes}", "--no_python"]
         command = [*tool, str(Path(sys.executable).parent / "tvl-align"), "train", "--store", str(store), *knobs.split()]
         command += ["--device", "cpu", "--warmup_epochs", "0", "--output_dir", out, "--log_name", "run"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        started = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
-        _, status, usage = os.wait4(started.pid, 0)  # of a process and those it waited for
+        said = Path(out) / "said"
+        with said.open("wb") as file:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            started = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(started.pid, 0)  # of a process and those it waited for
         started.returncode = os.waitstatus_to_exitcode(status)
         if started.returncode:
-            raise subprocess.CalledProcessError(started.returncode, command)
+            why = [line for line in said.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+            raise UserError(f"a training on {processes} processes failed ({why[0] if why else started.returncode}).")
         lines = (Path(out) / "run" / "times.jsonl").read_text(encoding="utf-8").splitlines()
     return Cost(min(float(json.loads(line)["train"]) for line in lines[1:]), usage.ru_maxrss / 1024)
 
