@@ -486,7 +486,7 @@ def _encode_split(
         for at in told.split(ENCODE_BATCH) if len(told) else ():
             encoded = stage1.encode({"text": stage1.tokenize([texts[i] for i in at.tolist()]).to(device)}).modalities
             kept.result()
-            kept = writer.submit(_keep, [(tables["text"], at, encoded["text"])], done, "text", at)
+            kept = writer.submit(_write, [(tables["text"], at, _kept(encoded["text"]))], done["text"], at)
             bar.update(len(at))
         kept.result()  # workers are forked from here on
         places = mine.split(ENCODE_BATCH) if len(mine) else ()
@@ -496,7 +496,8 @@ def _encode_split(
             entries = []
             for modality, (positions, images) in batch.pictures.items():
                 at = torch.stack([index[modality][part[i]] for i in positions])
-                entries.append((tables[modality], at, stage1.encode({modality: images.to(device)}).modalities[modality]))
+                encoded = stage1.encode({modality: images.to(device)}).modalities
+                entries.append((tables[modality], at, _kept(encoded[modality])))
                 plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
                 if plain:
                     done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
@@ -509,7 +510,7 @@ def _encode_split(
                     why = f"{modality} of {samples.rows[row].name}: {reason}"
                     tolerance.check(len(bad_rows), count, why)
             kept.result()
-            kept = writer.submit(_keep, entries, done, "pictures", at_once)
+            kept = writer.submit(_write, entries, done["pictures"], at_once)
             bar.update(len(part))
         kept.result()
 
@@ -530,8 +531,9 @@ def _look(modality: str, images: Tensor) -> Tensor:
     """(n, 3, S, S) normalised -> (n, 6): mean and spread of every channel as they are in the file, by which photos and touch
     images are told apart."""
     mean, std = (PHOTO_MEAN, PHOTO_STD) if modality == "vision" else (TOUCH_MEAN, TOUCH_STD)
-    scale = torch.tensor(std)
-    return torch.cat([images.mean((2, 3)) * scale + torch.tensor(mean), images.std((2, 3)) * scale], dim=1)
+    scale, average = torch.tensor(std), images.mean((2, 3))
+    spread = (images.square().mean((2, 3)) - average.square()).clamp(min=0).sqrt()
+    return torch.cat([average * scale + torch.tensor(mean), spread * scale], dim=1)
 
 
 def _swapped(folder: Path, samples: Mapping[str, Samples]) -> list[str]:
@@ -552,17 +554,25 @@ def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
     )
 
 
-def _keep(entries: Sequence[tuple[TensorDict, Tensor, Tokens]], done: TensorDict, what: str, at: Tensor) -> None:
-    """Write tokens into (table, its rows, tokens), then tick them off: rows `at` of the flags done[what]."""
-    for table, rows, tokens in entries:
-        length = tokens.tokens.shape[1]
-        kept = (tokens.tokens * tokens.mask[..., None]).half().cpu()  # what pads a batch is not kept
-        if not (kept.isfinite().all() and tokens.pooled.isfinite().all()):
-            raise UserError("the encoders gave features that are NaN, inf or above 65,504; their checkpoint is of no use.")
-        table["tokens"][rows, :length] = kept
-        table["mask"][rows, :length] = tokens.mask.cpu()
-        table["pooled"][rows] = tokens.pooled.float().cpu()
-    done[what][at] = True
+Columns = dict[str, np.ndarray]
+
+
+def _kept(tokens: Tokens) -> Columns:
+    """What a table keeps of tokens, by its columns, in their precision; what pads a batch is not kept."""
+    kept = (tokens.tokens * tokens.mask[..., None]).half()
+    if not (kept.isfinite().all() and tokens.pooled.isfinite().all()):
+        raise UserError("the encoders gave features that are NaN, inf or above 65,504; their checkpoint is of no use.")
+    columns = {"tokens": kept, "mask": tokens.mask, "pooled": tokens.pooled.float()}
+    return {name: column.cpu().numpy() for name, column in columns.items()}
+
+
+def _write(entries: Sequence[tuple[TensorDict, Tensor, Columns]], done: Tensor, at: Tensor) -> None:
+    """Write columns into (table, its rows, columns), then tick rows `at` off. By NumPy, on one core: the threads of a torch
+    operation here would be in the way of the encoders'."""
+    for table, rows, columns in entries:
+        for name, column in columns.items():
+            table[name].numpy()[rows.numpy(), : column.shape[1]] = column
+    done.numpy()[at.numpy()] = True
 
 
 Jobs = list[tuple[int, int]]
