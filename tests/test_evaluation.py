@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvl_align.console import UserError
-from tvl_align.evaluation import attentive_probe, linear_probe, linear_probes, read_labels, retrieval, tvl_protocol, way
+from tvl_align.evaluation import attentive_probe, linear_probe, probe_all, read_labels, retrieval, tvl_protocol, way
 
 
 def unit(rows: int, seed: int) -> torch.Tensor:
@@ -132,6 +132,15 @@ def test_a_constant_feature_tells_a_probe_nothing() -> None:
     assert linear_probe(more, y, more_test, y_test) == pytest.approx(linear_probe(x, y, x_test, y_test), abs=1.0)
 
 
+@pytest.mark.parametrize("where", ["train", "test"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_probe_refuses_features_that_are_not_finite(where: str, value: float) -> None:
+    (x, y), (x_test, y_test) = labelled(60, 0, 1.0), labelled(40, 1, 1.0)
+    (x if where == "train" else x_test)[3, 7] = value
+    with pytest.raises(UserError, match="NaN or inf"):
+        list(probe_all(linear_probe, [(x, y, x_test, y_test)]))
+
+
 def test_nan_is_never_a_hit() -> None:
     x = torch.full((6, 4), torch.nan)
     y = torch.nn.functional.normalize(torch.randn(6, 4), dim=-1)
@@ -144,7 +153,7 @@ def test_linear_probe_reads_signal_and_not_noise() -> None:
         (x, y), (x_test, y_test) = labelled(400, 0, signal), labelled(200, 1, signal)
         score = linear_probe(x, y, x_test, y_test)
         assert low <= score <= high
-        assert linear_probes([(x, y, x_test, y_test)] * 2) == [score, score]
+        assert list(probe_all(linear_probe, [(x, y, x_test, y_test)] * 2)) == [score, score]
 
 
 def test_attentive_probe_finds_what_is_in_one_token_of_many() -> None:
@@ -162,7 +171,7 @@ def test_attentive_probe_finds_what_is_in_one_token_of_many() -> None:
 
     (x, y), (x_test, y_test) = made(1500, 0), made(300, 1)
     masks = [torch.ones(t.shape[:2], dtype=torch.bool) for t in (x, x_test)]
-    runs = [attentive_probe(x, masks[0], [y], x_test, masks[1], [y_test], seed=1) for _ in range(2)]
+    runs = list(probe_all(attentive_probe, [(x, masks[0], [y], x_test, masks[1], [y_test])] * 2, seed=1))
     assert runs[0] == runs[1]
     assert runs[0][0] > 90
     assert linear_probe(x.mean(1), y, x_test.mean(1), y_test) < 75

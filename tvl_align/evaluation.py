@@ -9,15 +9,17 @@ Probes are trained on training rows and read on test rows; nothing is chosen on 
 import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from joblib import Parallel, delayed
+from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -157,27 +159,33 @@ def tvl_protocol(x: Tensor, y: Tensor, text: Tensor, threshold: float, k: int, c
 def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_labels: np.ndarray, seed: int = 0) -> float:
     """Test accuracy in percent of a standardised logistic regression on (M, F) features.
 
-    The regularisation is chosen on a fifth of the training rows held out for it, then refitted on all of them.
+    The regularisation is chosen on a fifth of the training rows held out for it, then refitted on all of them. Raises
+    UserError for features that are NaN or inf.
     """
     mean = train.float().mean(0)
-    spread = (train - mean).square().mean(0).sqrt()
+    x, x_test = train - mean, test - mean
+    spread = (sum(part.square().sum(0) for part in x.split(CHUNK)) / len(x)).sqrt()
     spread = torch.where(spread > CONSTANT * mean.abs(), spread, 1.0)
-    x, x_test = (((rows - mean) / spread).numpy() for rows in (train, test))
+    if not (spread.isfinite().all() and x_test.sum().isfinite()):
+        raise UserError("features to probe are NaN or inf; the training that made them has diverged, lower its --lr.")
+    x, x_test = (rows.div_(spread).numpy() for rows in (x, x_test))
     fit, check, y_fit, y_check = train_test_split(x, train_labels, test_size=0.2, random_state=seed)
 
     def model(strength: float) -> LogisticRegression:
         return LogisticRegression(C=strength, max_iter=300, tol=1e-3)
 
     strengths = (0.003, 0.1)
-    scores = [model(strength).fit(fit, y_fit).score(check, y_check) for strength in strengths]
-    chosen = strengths[int(np.argmax(scores))]
-    return 100 * float(model(chosen).fit(x, train_labels).score(x_test, test_labels))
+    with config_context(assume_finite=True):  # seen above, and not with every fit again
+        scores = [model(strength).fit(fit, y_fit).score(check, y_check) for strength in strengths]
+        chosen = strengths[int(np.argmax(scores))]
+        return 100 * float(model(chosen).fit(x, train_labels).score(x_test, test_labels))
 
 
-def linear_probes(jobs: Sequence[tuple[Tensor, np.ndarray, Tensor, np.ndarray]], seed: int = 0) -> list[float]:
-    """`linear_probe` of several (train, train_labels, test, test_labels), one core each."""
-    work = (delayed(linear_probe)(*job, seed) for job in jobs)
-    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky")(work)
+def probe_all(probe: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], seed: int = 0) -> Iterator[Any]:
+    """The results of `linear_probe` or `attentive_probe` for several tuples of their data, in order, one core each: small
+    products gain little from a second core."""
+    work = (delayed(probe)(*job, seed) for job in jobs)
+    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky", return_as="generator")(work)
 
 
 class AttentiveProbe(nn.Module):

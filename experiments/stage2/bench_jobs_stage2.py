@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from experiments.stage2.engine_stage2 import fit
@@ -199,6 +200,18 @@ def _layer(rows: int, width: int, turns: int) -> float:
     for _ in range(turns):
         x @ weights
     return (time.perf_counter() - began) / turns
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, neither torch nor NumPy takes a second core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

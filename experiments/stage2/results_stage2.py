@@ -5,7 +5,7 @@ training rows only.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,8 @@ from tvl_align.evaluation import (
     TVL_THRESHOLDS,
     Labels,
     attentive_probe,
-    linear_probes,
+    linear_probe,
+    probe_all,
     read_labels,
     retrieval,
     tvl_protocol,
@@ -323,7 +324,7 @@ def _shared_retention(
                 x, x_test = (r.overlapping[modality].flatten(1) for r in (on_train, on_test))
                 jobs.append((x[fit_rows], y, x_test[read_rows], y_test))
                 ends.append((entry["chance"], entry["stage1"]))
-    scores = linear_probes(jobs, probes.seed)
+    scores = list(probe_all(linear_probe, jobs, probes.seed))
     return float(np.mean([way(s, *e) for s, e in zip(scores, ends, strict=True)])) if scores else None
 
 
@@ -383,32 +384,41 @@ def _factors(readings: Mapping[str, tuple[Readings, Readings]], probes: Probes) 
 
     readings: {"": of the trained model, "untrained_": of an untrained one}, each of training and of test rows.
     """
-    labels, frozen = probes.labels, probes.frozen
+    labels, groups = probes.labels, [who + group for who in readings for group in ("overlapping", "complementary")]
     modalities = list(readings[""][0].overlapping)
     plan = {m: [f for f in labels.levels if not labels.ownership[f] or m in labels.ownership[f]] for m in modalities}
+    rows = {m: probes.rows_of(m, plan[m]) for m in modalities}
+    truth = {m: {f: probes.truth(f, *rows[m]) for f in plan[m]} for m in modalities}
+
+    def tokens(modality: str) -> tuple[Any, ...]:
+        fit_rows, read_rows = rows[modality]
+        a, b = (probes.frozen[split].modalities[modality] for split in ("train", "test"))
+        answers = truth[modality].values()
+        return (
+            *(a.tokens[fit_rows], a.mask[fit_rows], [y for y, _ in answers]),
+            *(_fitted(b.tokens, a.tokens)[read_rows], _fitted(b.mask, a.mask)[read_rows], [y for _, y in answers]),
+        )
+
+    def features(modality: str, factor: str) -> Iterator[tuple[Any, ...]]:
+        (fit_rows, read_rows), (y, y_test) = rows[modality], truth[modality][factor]
+        yield (
+            *(probes.frozen["train"].modalities[modality].pooled[fit_rows], y),
+            *(probes.frozen["test"].modalities[modality].pooled[read_rows], y_test),
+        )
+        for on_train, on_test in readings.values():
+            for group in ("overlapping", "complementary"):
+                x, x_test = (getattr(reading, group)[modality].flatten(1) for reading in (on_train, on_test))
+                yield x[fit_rows], y, x_test[read_rows], y_test
+
     found: dict[str, dict[str, dict[str, Any]]] = {}
     with progress(sum(map(len, plan.values())), "probe", "factor") as bar:
-        for modality in modalities:
+        ceilings = list(probe_all(attentive_probe, (tokens(m) for m in modalities), probes.seed))
+        scores = probe_all(linear_probe, (job for m in modalities for f in plan[m] for job in features(m, f)), probes.seed)
+        for modality, attentive in zip(modalities, ceilings, strict=True):
             found[modality] = {}
-            fit_rows, read_rows = probes.rows_of(modality, plan[modality])
-            truth = [probes.truth(f, fit_rows, read_rows) for f in plan[modality]]
-            a, b = frozen["train"].modalities[modality], frozen["test"].modalities[modality]
-            attentive = attentive_probe(
-                a.tokens[fit_rows], a.mask[fit_rows], [t for t, _ in truth],
-                _fitted(b.tokens, a.tokens)[read_rows], _fitted(b.mask, a.mask)[read_rows], [t for _, t in truth],
-                probes.seed,
-            )  # fmt: skip
-            for factor, (y, y_test), ceiling in zip(plan[modality], truth, attentive, strict=True):
-                groups = {"stage1_pooled": (a.pooled, b.pooled)} | {
-                    who + group: (
-                        getattr(on_train, group)[modality].flatten(1),
-                        getattr(on_test, group)[modality].flatten(1),
-                    )
-                    for who, (on_train, on_test) in readings.items()
-                    for group in ("overlapping", "complementary")
-                }
-                jobs = [(x[fit_rows], y, t[read_rows], y_test) for x, t in groups.values()]
-                entry: dict[str, Any] = dict(zip(groups, linear_probes(jobs, probes.seed), strict=True))
+            for factor, ceiling in zip(plan[modality], attentive, strict=True):
+                y_test = truth[modality][factor][1]
+                entry: dict[str, Any] = {name: next(scores) for name in ("stage1_pooled", *groups)}
                 entry |= {
                     "ownership": list(labels.ownership[factor]),
                     "chance": 100 * float(np.bincount(y_test).max() / len(y_test)),
