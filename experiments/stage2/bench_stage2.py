@@ -374,11 +374,11 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
 
 
 def _processes(config: BenchConfig) -> Iterator[Figure]:
-    """An epoch on 1 process of 1 thread against 2 such processes, same joined batch: 2 would be perfect. What processes
-    exchange in a step, the gradients of all weights, does not grow with the batch."""
-    with jobs.scratch() as folder:
-        jobs.write_store(folder / "store", SMALL, 4 * config.batch, validation=config.batch)
-        for name, batch in product(("base", "cursor"), (config.batch, 4 * config.batch)):
+    """An epoch of 3 steps on 1 process of 1 thread against 2 such processes, same joined batch: 2 would be perfect. What
+    processes exchange in a step, the gradients of all weights, does not grow with the batch."""
+    for name, batch in product(("base", "cursor"), (config.batch, 4 * config.batch)):
+        with jobs.scratch() as folder:
+            jobs.write_store(folder / "store", SMALL, 3 * batch, validation=config.batch)
             costs = [jobs.epoch_on_processes(folder / "store", name, n, batch, config.width) for n in (1, 2)]
             one, two = (given.seconds for given in costs)
             what = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
