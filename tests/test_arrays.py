@@ -11,7 +11,10 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from experiments.stage2.bench_jobs_stage2 import run_settings
+from experiments.stage2.engine_stage2 import fit
 from experiments.stage2.methods import METHODS
+from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
 from tvl_align.arrays import check_arrays, read_npz
 from tvl_align.console import UserError
 from tvl_align.evaluation import read_labels
@@ -139,6 +142,23 @@ def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path:
     folders = " ".join(str(tmp_path / "runs" / name) for name in METHODS)
     run(f"compare {folders} --out {tmp_path}/page")
     assert "stage2_base" in (tmp_path / "page" / "report.md").read_text()
+
+
+def test_labels_are_probed_where_they_can_be(tmp_path: Path) -> None:
+    """A factor of two modalities is probed in these two; one that no probe can learn is named, whatever is wrong with it."""
+    arrays = {name: x[:400] for name, x in digits().items() if name != "owners.digit"}
+    labels = {"digit": arrays.pop("label.digit")}
+    views = {name: arrays[name] for name in ("top", "middle", "bottom")}
+    FeatureStore.from_arrays(views, tmp_path / "store", labels=labels, owners={"digit": ["top", "middle"]})
+    fit(run_settings(tmp_path / "store", tmp_path, 64, 16), METHODS["base"])
+    run = tmp_path / "run"
+    evaluate_run(EvaluateConfig(run))
+    assert set(json.loads((run / "results.json").read_text())["factors"]) == {"top", "middle"}
+    for levels in (lambda i: "same", lambda i: "", lambda i: "rare" if i % 100 == 0 else "common"):
+        lines = ["row,thing", *(f"row{i},{levels(i)}" for i in range(400))]
+        (tmp_path / "labels.csv").write_text("\n".join(lines))
+        with pytest.raises(UserError, match="the label 'thing' cannot be probed"):
+            evaluate_run(EvaluateConfig(run, labels=tmp_path / "labels.csv"))
 
 
 def test_a_subset_of_a_store(npz: Path, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ from tvl_align.runtime import pick_device, provenance, seed_everything
 
 BATCH = 256
 EXAMPLES = 8  # test rows shown on the page
+LEAST_OF_LEVEL = 10  # rows of a level, so that a fifth held out never holds them all
 
 
 @dataclass(frozen=True)
@@ -370,9 +371,16 @@ class Probes:
         return masks[0], masks[1]
 
     def truth(self, factor: str, fit_rows: Tensor, read_rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """The levels of a factor in the masked rows."""
+        """The levels of a factor in the masked rows. Raises UserError where no probe can learn them."""
         y, y_test = self.labels.of(factor, self._names), self.labels.of(factor, list(self.test.names))
-        return y[fit_rows.numpy()], y_test[read_rows.numpy()]
+        y, y_test = y[fit_rows.numpy()], y_test[read_rows.numpy()]
+        common = sorted(np.bincount(y).tolist())[-2:]  # rows of the two most common levels
+        if len(common) < 2 or common[0] < LEAST_OF_LEVEL or not len(y_test):
+            raise UserError(
+                f"the label {factor!r} cannot be probed: two of its levels need {LEAST_OF_LEVEL} training rows each, and "
+                f"some rows must be read (found: {common} and {len(y_test)}); leave out its column or raise --probe_rows."
+            )
+        return y, y_test
 
     @property
     def _names(self) -> list[str]:
@@ -385,8 +393,11 @@ def _factors(readings: Mapping[str, tuple[Readings, Readings]], probes: Probes) 
     readings: {"": of the trained model, "untrained_": of an untrained one}, each of training and of test rows.
     """
     labels, groups = probes.labels, [who + group for who in readings for group in ("overlapping", "complementary")]
-    modalities = list(readings[""][0].overlapping)
-    plan = {m: [f for f in labels.levels if not labels.ownership[f] or m in labels.ownership[f]] for m in modalities}
+    plan = {
+        m: [f for f in labels.levels if not labels.ownership[f] or m in labels.ownership[f]]
+        for m in readings[""][0].overlapping
+    }
+    modalities = [m for m in plan if plan[m]]
     rows = {m: probes.rows_of(m, plan[m]) for m in modalities}
     truth = {m: {f: probes.truth(f, *rows[m]) for f in plan[m]} for m in modalities}
 
