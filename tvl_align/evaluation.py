@@ -166,8 +166,10 @@ def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
     x, x_test = train - mean, test - mean
     spread = (sum(part.square().sum(0) for part in x.split(CHUNK)) / len(x)).sqrt()
     spread = torch.where(spread > CONSTANT * mean.abs(), spread, 1.0)
-    if not (spread.isfinite().all() and x_test.sum().isfinite()):
-        raise UserError("features to probe are NaN or inf; the training that made them has diverged, lower its --lr.")
+    if not (spread.isfinite().all() and x_test.sum().isfinite()):  # the mean carries what is not finite in train to both
+        raise UserError(
+            "features to probe are NaN, inf or as large; the training that made them has diverged, lower its --lr."
+        )
     x, x_test = (rows.div_(spread).numpy() for rows in (x, x_test))
     fit, check, y_fit, y_check = train_test_split(x, train_labels, test_size=0.2, random_state=seed)
 

@@ -486,7 +486,7 @@ def _encode_split(
         for at in told.split(ENCODE_BATCH) if len(told) else ():
             encoded = stage1.encode({"text": stage1.tokenize([texts[i] for i in at.tolist()]).to(device)}).modalities
             kept.result()
-            kept = writer.submit(_write, [(tables["text"], at, _kept(encoded["text"]))], done["text"], at)
+            kept = writer.submit(_write, [(tables["text"], at, _columns(encoded["text"]))], done["text"], at)
             bar.update(len(at))
         kept.result()  # workers are forked from here on
         places = mine.split(ENCODE_BATCH) if len(mine) else ()
@@ -497,7 +497,7 @@ def _encode_split(
             for modality, (positions, images) in batch.pictures.items():
                 at = torch.stack([index[modality][part[i]] for i in positions])
                 encoded = stage1.encode({modality: images.to(device)}).modalities
-                entries.append((tables[modality], at, _kept(encoded[modality])))
+                entries.append((tables[modality], at, _columns(encoded[modality])))
                 plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
                 if plain:
                     done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
@@ -557,7 +557,7 @@ def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
 Columns = dict[str, np.ndarray]
 
 
-def _kept(tokens: Tokens) -> Columns:
+def _columns(tokens: Tokens) -> Columns:
     """What a table keeps of tokens, by its columns, in their precision; what pads a batch is not kept."""
     kept = (tokens.tokens * tokens.mask[..., None]).half()
     if not (kept.isfinite().all() and tokens.pooled.isfinite().all()):

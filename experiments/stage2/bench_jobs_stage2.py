@@ -189,7 +189,9 @@ def epoch_on_processes(store: Path, method: str, processes: int, batch: int, wid
 def products_at_once(processes: int, rows: int, width: int, turns: int = 200) -> float:
     """Seconds that `rows` rows of width `width` take through a bare layer, shared by processes of one thread that do nothing
     else: what several processes can gain here at best."""
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    context = multiprocessing.get_context("spawn")
+    everyone = context.Barrier(processes)  # or the first would be done before the last has started
+    with context.Pool(processes, initializer=everyone.wait) as pool:
         return max(pool.starmap(_layer, [(rows // processes, width, turns)] * processes, chunksize=1))
 
 

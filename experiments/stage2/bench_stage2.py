@@ -321,14 +321,15 @@ def _stage1(clip_name: str, touch: dict[str, Any]) -> Stage1:
     return Stage1(clip, tokenizer, create_touch_encoder("vit_tiny_patch16_224", width, touch)).freeze()
 
 
-SIZES = (("small Stage 1", SMALL_CLIP, SMALL_TOUCH, 32), ("ViT-L-14 and ViT-Tiny at 224", "ViT-L-14", {}, 1))
+# label, CLIP, touch encoder; of BenchConfig.pictures, how many times as many make a store, and which part one batch
+SIZES = (("small Stage 1", SMALL_CLIP, SMALL_TOUCH, 32, 1), ("ViT-L-14 and ViT-Tiny at 224", "ViT-L-14", {}, 1, 8))
 
 
 def _store_and_encoders(config: BenchConfig) -> Iterator[Figure]:
     """An epoch that encodes what it reads against one that reads stored features, per row and view; random weights."""
-    for label, clip_name, touch, more in SIZES:
+    for label, clip_name, touch, _, part in SIZES:
         stage1 = _stage1(clip_name, touch)
-        rows = max(1, min(more, 8) * config.pictures // 8)
+        rows = max(1, config.pictures // part)
         raw = {m: torch.randn(rows, 3, s, s) for m, s in (("vision", stage1.photo_size), ("tactile", stage1.touch_size))}
         raw["text"] = stage1.tokenize(["grooved, coarse and a little sticky"] * rows)
         stored = stage1.encode(raw)
@@ -343,7 +344,7 @@ def _store_and_encoders(config: BenchConfig) -> Iterator[Figure]:
 
 def _encode(config: BenchConfig) -> Iterator[Figure]:
     """`tvl-align encode` against the bare forward pass of its encoders on data in memory; random weights."""
-    for label, clip_name, touch, more in SIZES:
+    for label, clip_name, touch, more, _ in SIZES:
         stage1, rows = _stage1(clip_name, touch), more * config.pictures
         with jobs.scratch() as folder:
             world = write_world(folder / "world", rows, 32, seed=0, quiet=True)
