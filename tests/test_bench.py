@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.stage2.bench_jobs_stage2 import products_at_once
 from experiments.stage2.bench_stage2 import BenchConfig, MatrixProducts, bench
 from tvl_align.console import UserError
 
@@ -20,6 +21,10 @@ def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
     assert "commit" in made["made_by"]
     with pytest.raises(UserError, match="unknown part 'speed'"):
         bench(BenchConfig(tmp_path / "bench.json", parts=("speed",)))
+
+
+def test_processes_that_multiply_start_together() -> None:
+    assert all(products_at_once(processes, 8, 4, turns=2) > 0 for processes in (1, 2))
 
 
 def test_matrix_products_of_forward_and_backward_are_noted() -> None:
