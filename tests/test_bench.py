@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.stage2 import bench_stage2
 from experiments.stage2.bench_jobs_stage2 import products_at_once
 from experiments.stage2.bench_stage2 import BenchConfig, MatrixProducts, bench
 from tvl_align.console import UserError
@@ -21,6 +22,14 @@ def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
     assert "commit" in made["made_by"]
     with pytest.raises(UserError, match="unknown part 'speed'"):
         bench(BenchConfig(tmp_path / "bench.json", parts=("speed",)))
+
+
+def test_encoding_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the small encoders; those of real size take minutes."""
+    monkeypatch.setattr(bench_stage2, "SIZES", bench_stage2.SIZES[:1])
+    sizes = {"batch": 8, "width": 192, "pictures": 2, "turns": 1}
+    figures = bench(BenchConfig(tmp_path / "bench.json", parts=("encode", "store"), **sizes))
+    assert ["small Stage 1" in f.name and f.ours > 0 for f in figures] == [True] * 3
 
 
 def test_processes_that_multiply_start_together() -> None:

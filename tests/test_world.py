@@ -29,6 +29,14 @@ def test_the_real_readers_read_it(world: Path) -> None:
     assert any(not r.contact for r in data.train)
 
 
+def test_the_smallest_world_is_read(tmp_path: Path) -> None:
+    """20 rows have 2 that touch nothing, all in one part of HCT."""
+    data = read_tvl(write_world(tmp_path / "world", 20, 10, quiet=True), use_not_contact=True)
+    assert len([r for r in data.train if r.contact]) + len(data.val) == 20
+    assert len(data.test) == 10
+    assert not data.dropped
+
+
 def test_same_seed_same_bytes_whatever_the_workers(world: Path, tmp_path: Path) -> None:
     again = write_world(tmp_path / "again", 96, 24, seed=3, workers=2, quiet=True)
     assert digest(again) == digest(world)

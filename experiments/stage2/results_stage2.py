@@ -43,7 +43,7 @@ from tvl_align.runtime import pick_device, provenance, seed_everything
 
 BATCH = 256
 EXAMPLES = 8  # test rows shown on the page
-LEAST_OF_LEVEL = 10  # rows of a level, so that a fifth held out never holds them all
+LEAST_OTHERS = 10  # rows of another level than the most common: a fifth of the rows, held out, never has them all
 
 
 @dataclass(frozen=True)
@@ -374,11 +374,12 @@ class Probes:
         """The levels of a factor in the masked rows. Raises UserError where no probe can learn them."""
         y, y_test = self.labels.of(factor, self._names), self.labels.of(factor, list(self.test.names))
         y, y_test = y[fit_rows.numpy()], y_test[read_rows.numpy()]
-        common = sorted(np.bincount(y).tolist())[-2:]  # rows of the two most common levels
-        if len(common) < 2 or common[0] < LEAST_OF_LEVEL or not len(y_test):
+        others, needed = len(y) - int(np.bincount(y, minlength=1).max()), min(LEAST_OTHERS, len(y) // 5 + 2)
+        if others < needed or not len(y_test):
             raise UserError(
-                f"the label {factor!r} cannot be probed: two of its levels need {LEAST_OF_LEVEL} training rows each, and "
-                f"some rows must be read (found: {common} and {len(y_test)}); leave out its column or raise --probe_rows."
+                f"the label {factor!r} cannot be probed: of its {len(y)} training rows {needed} must have another level "
+                f"than the most common one ({others} have), and some row must be read ({len(y_test)} are); leave out its "
+                "column or raise --probe_rows."
             )
         return y, y_test
 

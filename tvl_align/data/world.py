@@ -434,8 +434,8 @@ def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], size: int
             lines = [[*_hct_paths(row), row["caption"]] for row in part[split]]
             _write_csv(root / f"hct/{data}/{split}.csv", columns, lines)
         for name, split in (("contact", "train"), ("not_contact", "idle")):
-            columns = zip(*map(_hct_paths, part[split]), strict=True)
-            lists = dict(zip(("vision", "tactile", "background"), columns, strict=True))
+            paths = [_hct_paths(row) for row in part[split]]
+            lists = {name: [row[i] for row in paths] for i, name in enumerate(("vision", "tactile", "background"))}
             (root / f"hct/{data}/{name}.json").write_text(json.dumps(lists, indent=1) + "\n", encoding="utf-8")
     truth = [
         [split, row["vision"], *(row[name] for name in FACTORS)] for split in ("train", "test") for row in tables[split]
