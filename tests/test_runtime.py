@@ -3,8 +3,11 @@
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ import torch.multiprocessing as mp
 
 from tvl_align.console import UserError
 from tvl_align.runtime import (
+    MOST_LANES,
     SUBMITIT,
     alone,
     gather,
@@ -25,6 +29,7 @@ from tvl_align.runtime import (
     pick_device,
     provenance,
     rank,
+    side_by_side,
     world_size,
 )
 
@@ -103,6 +108,50 @@ with StopSignals() as signals:
     environment = os.environ | {SUBMITIT: "slurm"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["143", "True"], done.stderr
+
+
+def test_work_side_by_side_keeps_its_order_and_takes_no_more_than_it_needs() -> None:
+    """Results are those of one after another; few pieces are held; an error is told; the process keeps its threads."""
+    threads, taken = torch.get_num_threads(), 0
+
+    def pieces() -> Iterator[partial[tuple[int, int]]]:
+        nonlocal taken
+        for i in range(40):
+            taken += 1
+            yield partial(lambda i: (i, torch.get_num_threads()), i)
+
+    for i, (result, share) in enumerate(side_by_side(pieces())):
+        assert result == i
+        assert share * min(MOST_LANES, threads) <= threads
+        assert taken - i <= max(2, MOST_LANES) + 1
+    assert list(side_by_side([])) == []
+    with pytest.raises(ZeroDivisionError):
+        list(side_by_side(partial(divmod, 1, x) for x in (1, 0, 1)))
+    assert torch.get_num_threads() == threads
+
+
+def test_an_interrupt_waits_for_no_piece_of_work() -> None:
+    code = """
+import sys, time
+from functools import partial
+from tvl_align.console import says_it_plainly
+from tvl_align.runtime import side_by_side
+
+@says_it_plainly
+def main():
+    print("begun", flush=True)
+    list(side_by_side(partial(time.sleep, 3600) for _ in range(9)))
+
+main()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert said.startswith("interrupted; ") and len(said.splitlines()) == 1
 
 
 def _pages_taken_again(index: int, folder: str) -> None:

@@ -28,7 +28,7 @@ class UserError(Exception):
 
 def says_it_plainly(main: Callable[P, None]) -> Callable[P, None]:
     """Wrap an entry point: a `UserError`, or a file system that is full or forbids it, becomes one line on stderr and exit
-    code 2."""
+    code 2; Ctrl-C one line and exit code 130."""
 
     @wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -51,6 +51,9 @@ def says_it_plainly(main: Callable[P, None]) -> Callable[P, None]:
             where = f" {error.filename}" if error.filename else ""
             print(f"error: cannot write or read{where}: {error.strerror}; {remedy}.", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; train and encode go on when the same command is given.", file=sys.stderr, flush=True)
+            os._exit(130)  # an orderly end would wait for batches that other threads have begun
 
     return wrapped
 

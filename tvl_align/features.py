@@ -24,10 +24,10 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,10 +47,11 @@ from tvl_align.data.transforms import PHOTO_MEAN, PHOTO_STD, TOUCH_MEAN, TOUCH_S
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.files import hold
-from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, release_pages, world_size
+from tvl_align.runtime import barrier, is_main, package_versions, provenance, rank, release_pages, side_by_side, world_size
 
 FORMAT = 2
 ENCODE_BATCH = 64
+LEAST_BATCHES = 8  # of a process, unless rows are fewer: where few batches are encoded, no core waits long for the last
 READ_AT_ONCE = 128  # rows
 log = logging.getLogger(__name__)
 
@@ -373,23 +374,23 @@ def _encode(
     num_workers: int,
     tolerance: Tolerance,
 ) -> None:
-    partial = folder.with_name(folder.name + ".partial")
+    unfinished = folder.with_name(folder.name + ".partial")
     specs = stage1.specs
     if is_main():
         if len(list(folder.parent.glob("*/manifest.json"))):
             log.warning("%s holds stores of other settings; encoding one for these", folder.parent)
-        partial.mkdir(parents=True, exist_ok=True)  # what an interrupted encode of this very store left goes on
+        unfinished.mkdir(parents=True, exist_ok=True)  # what an interrupted encode of this very store left goes on
     barrier()
     splits: dict[str, Any] = {}
     for name, split in samples.items():
         if len(split) == 0:
             continue
         split_views = views if name == "train" else 0
-        _encode_split(partial / name, name, stage1, specs, split, split_views, num_workers, tolerance)
+        _encode_split(unfinished / name, name, stage1, specs, split, split_views, num_workers, tolerance)
         splits[name] = {"views": split_views}
     barrier()
     if is_main():
-        skipped = {name: _faults(partial / name) for name in splits}
+        skipped = {name: _faults(unfinished / name) for name in splits}
         for name, faults in skipped.items():
             bad = {row for row, _, _ in faults}
             if faults:
@@ -399,9 +400,9 @@ def _encode(
                 tolerance.check(len(bad), len(samples[name]), f"{modality} of {samples[name].rows[row].name}: {why}")
         now = {name: _rows_digest(split) for name, split in samples.items()}
         if now != ingredients["rows"]:
-            shutil.rmtree(partial)
+            shutil.rmtree(unfinished)
             raise UserError("the data changed while they were encoded; nothing of it is kept, give the command again.")
-        suspects = _swapped(partial, {name: samples[name] for name in splits})
+        suspects = _swapped(unfinished, {name: samples[name] for name in splits})
         if suspects:
             some = ", ".join(suspects[:3]) + (" and more" if len(suspects) > 3 else "")
             log.warning("photos and touch images look swapped in %d groups: %s", len(suspects), some)
@@ -409,8 +410,8 @@ def _encode(
                 raise UserError(f"photos and touch images look swapped in {some}; swap their folders back.")
         for name, told in splits.items():
             rows = samples[name].rows
-            told |= _write_rows(partial / name, [row.name for row in rows], [row.dataset for row in rows])
-            shutil.rmtree(partial / name / "done")
+            told |= _write_rows(unfinished / name, [row.name for row in rows], [row.dataset for row in rows])
+            shutil.rmtree(unfinished / name / "done")
         left_out = {
             "dropped": next(iter(samples.values())).dropped,
             "skipped": {
@@ -423,10 +424,63 @@ def _encode(
         manifest = {"format": FORMAT, "key": key, "root": str(next(iter(samples.values())).root.resolve())}
         manifest |= {"modalities": shapes, "splits": splits, "ingredients": ingredients, "made_by": provenance()}
         manifest |= left_out
-        (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        (unfinished / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        os.replace(unfinished, folder)
     barrier()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be encoded of a split, and where it goes.
+
+    index: {modality: (N, V+1) int64} rows of the tables; keys: (N, V+1, 2) int64 of captions and sentences; sizes:
+    {modality: rows of its table}; texts: each sentence once; views: of pictures, the plain one included.
+    """
+
+    index: dict[str, Tensor]
+    keys: Tensor
+    sizes: dict[str, int]
+    texts: list[str]
+    views: int
+
+    @classmethod
+    def of(cls, samples: Samples, views: int, modalities: Sequence[str]) -> "_Plan":
+        count = len(samples)
+        drawn_views = views + 1 if samples.pictures.options.augment else 1  # of pictures; sentences always vary
+        index = {m: torch.full((count, views + 1), -1, dtype=torch.int64) for m in modalities}
+        sizes: dict[str, int] = {}
+        for modality in ("vision", "tactile"):
+            if modality in index:
+                there = torch.tensor([getattr(row, modality) is not None for row in samples.rows])
+                sizes[modality] = int(there.sum()) * drawn_views
+                index[modality][there] = torch.arange(sizes[modality]).view(-1, drawn_views)
+        sentences: dict[str, int] = {}
+        drawn = torch.full((count, views + 1), -1, dtype=torch.int64)
+        for row, view in product(range(count), range(views + 1)):
+            sentence = samples.sentence(row, view)
+            if sentence is not None:
+                drawn[row, view] = sentences.setdefault(sentence, len(sentences))
+        if "text" in index:
+            index["text"], sizes["text"] = drawn, len(sentences)
+        captions = samples.caption_ids()[:, None].expand_as(drawn)
+        none = -1 - torch.arange(count)[:, None].expand_as(drawn)  # rows without a sentence agree with nobody
+        keys = torch.stack([captions, torch.where(drawn >= 0, drawn, none)], dim=-1)
+        return cls(index, keys, sizes, list(sentences) if "text" in index else [], drawn_views)
+
+    def begin(self, folder: Path, specs: Mapping[str, FeatureSpec]) -> None:
+        """Make the tables, empty, and the flags of what is done."""
+        count = len(self.keys)
+        shutil.rmtree(folder, ignore_errors=True)
+        TensorDict({**self.index, "caption_keys": self.keys}, batch_size=[count]).memmap(folder / "index")
+        for modality, size in self.sizes.items():
+            if size:
+                _empty_table(size, specs[modality]).memmap_like(folder / modality)
+        flags = {"pictures": count * self.views, "text": len(self.texts)}
+        done = {what: torch.zeros(size, dtype=torch.bool) for what, size in flags.items()}
+        done |= {f"look_{m}": torch.full((count, 6), torch.nan) for m in ("vision", "tactile")}
+        TensorDict(done).memmap(folder / "begun")
+        os.replace(folder / "begun", folder / "done")  # now the tables are whole, if empty
 
 
 def _encode_split(
@@ -440,79 +494,58 @@ def _encode_split(
     tolerance: Tolerance,
 ) -> None:
     """Encode one split; each process fills its own rows of the same tables. Rows that are done are not done again."""
-    count, device = len(samples), stage1.logit_scale.device
-    drawn_views = views + 1 if samples.pictures.options.augment else 1  # of pictures; sentences always vary
-    index = {m: torch.full((count, views + 1), -1, dtype=torch.int64) for m in stage1.modalities}
-    sizes: dict[str, int] = {}
-    for modality, lacks in (("vision", "vision"), ("tactile", "tactile")):
-        if modality in index:
-            there = torch.tensor([getattr(row, lacks) is not None for row in samples.rows])
-            sizes[modality] = int(there.sum()) * drawn_views
-            index[modality][there] = torch.arange(sizes[modality]).view(-1, drawn_views)
-    sentences: dict[str, int] = {}
-    drawn = torch.full((count, views + 1), -1, dtype=torch.int64)
-    for row, view in product(range(count), range(views + 1)):
-        sentence = samples.sentence(row, view)
-        if sentence is not None:
-            drawn[row, view] = sentences.setdefault(sentence, len(sentences))
-    if "text" in index:
-        index["text"], sizes["text"] = drawn, len(sentences)
-    captions = samples.caption_ids()[:, None].expand_as(drawn)
-    none = -1 - torch.arange(count)[:, None].expand_as(drawn)  # rows without a sentence agree with nobody
-    keys = torch.stack([captions, torch.where(drawn >= 0, drawn, none)], dim=-1)
-    texts = list(sentences) if "text" in index else []
+    count, device, plan = len(samples), stage1.logit_scale.device, _Plan.of(samples, views, stage1.modalities)
     if is_main() and not (folder / "done").is_dir():
-        shutil.rmtree(folder, ignore_errors=True)
-        TensorDict({**index, "caption_keys": keys.contiguous()}, batch_size=[count]).memmap(folder / "index")
-        for modality, size in sizes.items():
-            if size:
-                _empty_table(size, specs[modality]).memmap_like(folder / modality)
-        flags = {"pictures": count * drawn_views, "text": len(texts)}
-        done = {what: torch.zeros(size, dtype=torch.bool) for what, size in flags.items()}
-        done |= {f"look_{m}": torch.full((count, 6), torch.nan) for m in ("vision", "tactile")}
-        TensorDict(done).memmap(folder / "begun")
-        os.replace(folder / "begun", folder / "done")  # now the tables are whole, if empty
+        plan.begin(folder, specs)
     barrier()
     done = TensorDict.load_memmap(folder / "done")
     todo, untold = ((~done[what]).nonzero().squeeze(1) for what in ("pictures", "text"))
     barrier()  # nobody ticks anything off before everybody has looked
-    tables = {m: TensorDict.load_memmap(folder / m) for m, size in sizes.items() if size}
+    tables = {m: TensorDict.load_memmap(folder / m) for m, size in plan.sizes.items() if size}
     written = TensorDict.load_memmap(folder / "index")
     bad_rows: set[int] = set()
     mine, told = todo[rank() :: world_size()], untold[rank() :: world_size()]
-    title = f"encode {name}"
-    with progress(len(mine) + len(told), title, "view", quiet=not is_main()) as bar, ThreadPoolExecutor(1) as writer:
-        kept = writer.submit(lambda: None)  # what is written while the next batch is encoded
-        for at in told.split(ENCODE_BATCH) if len(told) else ():
-            encoded = stage1.encode({"text": stage1.tokenize([texts[i] for i in at.tolist()]).to(device)}).modalities
-            kept.result()
-            kept = writer.submit(_write, [(tables["text"], at, _columns(encoded["text"]))], done["text"], at)
-            bar.update(len(at))
-        kept.result()  # workers are forked from here on
-        places = mine.split(ENCODE_BATCH) if len(mine) else ()
-        parts = [[divmod(i, drawn_views) for i in at.tolist()] for at in places]  # (row, view)
-        loaded = load_pictures(samples, parts, workers, stage1.modalities)
-        for at_once, part, batch in zip(places, parts, loaded, strict=True):
-            entries = []
-            for modality, (positions, images) in batch.pictures.items():
-                at = torch.stack([index[modality][part[i]] for i in positions])
-                encoded = stage1.encode({modality: images.to(device)}).modalities
-                entries.append((tables[modality], at, _columns(encoded[modality])))
-                plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
-                if plain:
-                    done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
-            for position, modality, reason in batch.faults:
-                row, view = part[position]
-                if modality in index:
-                    written[modality][row, slice(view, view + 1) if drawn_views > 1 else slice(None)] = -1
-                    _note_fault(folder, row, modality, reason)
-                    bad_rows.add(row)
-                    why = f"{modality} of {samples.rows[row].name}: {reason}"
-                    tolerance.check(len(bad_rows), count, why)
-            kept.result()
-            kept = writer.submit(_write, entries, done["pictures"], at_once)
-            bar.update(len(part))
-        kept.result()
+
+    def batches(mine: Tensor, total: int) -> Sequence[Tensor]:
+        size = max(1, min(ENCODE_BATCH, total // (LEAST_BATCHES * world_size())))  # also of an encode that goes on
+        return mine.split(size) if len(mine) else ()
+
+    def write_text(at: Tensor) -> int:
+        encoded = stage1.encode({"text": stage1.tokenize([plan.texts[i] for i in at.tolist()]).to(device)}).modalities
+        _write(tables["text"], at, encoded["text"])
+        done["text"].numpy()[at.numpy()] = True
+        return len(at)
+
+    def write_pictures(at: Tensor, part: Jobs, batch: Loaded) -> int:
+        for modality, (positions, images) in batch.pictures.items():
+            encoded = stage1.encode({modality: images.to(device)}).modalities
+            _write(tables[modality], torch.stack([plan.index[modality][part[i]] for i in positions]), encoded[modality])
+            plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
+            if plain:
+                done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
+        done["pictures"].numpy()[at.numpy()] = True
+        return len(at)
+
+    def note(part: Jobs, faults: Sequence[tuple[int, str, str]]) -> None:
+        for position, modality, reason in faults:
+            row, view = part[position]
+            if modality in plan.index:
+                written[modality][row, slice(view, view + 1) if plan.views > 1 else slice(None)] = -1
+                _note_fault(folder, row, modality, reason)
+                bad_rows.add(row)
+                tolerance.check(len(bad_rows), count, f"{modality} of {samples.rows[row].name}: {reason}")
+
+    def pictures() -> Iterator[Callable[[], int]]:
+        places = batches(mine, count * plan.views)
+        parts = [[divmod(i, plan.views) for i in at.tolist()] for at in places]  # (row, view)
+        for at, part, batch in zip(places, parts, load_pictures(samples, parts, workers, stage1.modalities), strict=True):
+            note(part, batch.faults)
+            yield partial(write_pictures, at, part, batch)
+
+    with progress(len(mine) + len(told), f"encode {name}", "view", quiet=not is_main()) as bar:
+        for work in ((partial(write_text, at) for at in batches(told, len(plan.texts))), pictures()):
+            for finished in side_by_side(work):
+                bar.update(finished)
 
 
 def _note_fault(folder: Path, row: int, modality: str, reason: str) -> None:
@@ -554,25 +587,13 @@ def _empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
     )
 
 
-Columns = dict[str, np.ndarray]
-
-
-def _columns(tokens: Tokens) -> Columns:
-    """What a table keeps of tokens, by its columns, in their precision; what pads a batch is not kept."""
+def _write(table: TensorDict, rows: Tensor, tokens: Tokens) -> None:
+    """Write into these rows what a table keeps of tokens, in its precision; what pads a batch is not kept."""
     kept = (tokens.tokens * tokens.mask[..., None]).half()
     if not (kept.isfinite().all() and tokens.pooled.isfinite().all()):
         raise UserError("the encoders gave features that are NaN, inf or above 65,504; their checkpoint is of no use.")
-    columns = {"tokens": kept, "mask": tokens.mask, "pooled": tokens.pooled.float()}
-    return {name: column.cpu().numpy() for name, column in columns.items()}
-
-
-def _write(entries: Sequence[tuple[TensorDict, Tensor, Columns]], done: Tensor, at: Tensor) -> None:
-    """Write columns into (table, its rows, columns), then tick rows `at` off. By NumPy, on one core: the threads of a torch
-    operation here would be in the way of the encoders'."""
-    for table, rows, columns in entries:
-        for name, column in columns.items():
-            table[name].numpy()[rows.numpy(), : column.shape[1]] = column
-    done.numpy()[at.numpy()] = True
+    for name, column in (("tokens", kept), ("mask", tokens.mask), ("pooled", tokens.pooled.float())):
+        table[name].numpy()[rows.numpy(), : column.shape[1]] = column.cpu().numpy()
 
 
 Jobs = list[tuple[int, int]]
@@ -590,29 +611,18 @@ class Loaded:
 def load_pictures(
     samples: Samples, batches: Sequence[Jobs], num_workers: int, modalities: Sequence[str]
 ) -> Iterator[Loaded]:
-    """The pictures of every batch of (row, view), decoded by workers. A row -1 has none.
-
-    With a GPU workers are always a few batches ahead. Without one they would only take turns with the encoders on the same
-    cores, batch by batch and in each other's way: there they decode some batches and then rest.
-    """
-    workers, beside = min(num_workers, os.cpu_count() or 1, len(batches)), torch.cuda.is_available()
-    ahead: list[Jobs] = []
+    """The pictures of every batch of (row, view), decoded by workers, a few batches ahead. A row -1 has none."""
     loader = DataLoader(
         samples,
-        batch_sampler=ahead,
-        num_workers=workers,
+        batch_sampler=batches,
+        num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
         collate_fn=_collate,
-        pin_memory=beside,
-        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))),  # one draw, however many workers there are
     )
-    resting = workers > 0 and not beside
-    size = 2 * workers if resting else max(1, len(batches))
-    for start in range(0, len(batches), size):
-        ahead[:] = batches[start : start + size]
-        for batch in list(loader) if resting else loader:
-            faults = [fault for fault in batch.faults if fault[1] in modalities]
-            yield Loaded({m: pictures for m, pictures in batch.pictures.items() if m in modalities}, faults)
+    for batch in loader:
+        faults = [fault for fault in batch.faults if fault[1] in modalities]
+        yield Loaded({m: pictures for m, pictures in batch.pictures.items() if m in modalities}, faults)
 
 
 def _collate(items: list[Views]) -> Loaded:

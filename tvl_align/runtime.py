@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,10 +27,12 @@ from tvl_align.console import UserError
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "tensordict", "accelerate")
 
 
+MOST_LANES = 4  # pieces of work at once: what they hold in memory, they hold as often
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # the end, and what schedulers send before they pre-empt
 SUBMITIT = "SUBMITIT_EXECUTOR"  # in the environment of a task that submitit started
 STOPPED = 143  # exit code of a process that SIGTERM ended
 _alone = False
+T = TypeVar("T")
 
 
 @contextmanager
@@ -181,6 +185,28 @@ def keep_freed_memory(up_to: int = 32 * 2**20) -> None:
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(trim_threshold, -1)
         ctypes.CDLL(None).mallopt(mmap_threshold, up_to)
+
+
+def side_by_side(work: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of pieces of work, in order, several of them in threads at once on a share of this process's threads each.
+
+    Small operations gain little from a second core; two of them side by side lose nothing. No more pieces are taken from
+    `work` than threads need to go on.
+    """
+    threads = torch.get_num_threads()
+    lanes = max(2, min(MOST_LANES, threads))  # two even on one core: one computes while the other writes
+    pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(max(1, threads // lanes),))
+    begun: deque[Future[T]] = deque()
+    try:
+        for piece in work:
+            begun.append(pool.submit(piece))
+            if len(begun) > lanes:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, pieces that have begun end by themselves
+        torch.set_num_threads(threads)
 
 
 class StopSignals:
