@@ -51,7 +51,7 @@ from tvl_align.runtime import barrier, is_main, package_versions, provenance, ra
 
 FORMAT = 2
 ENCODE_BATCH = 64
-LEAST_BATCHES = 8  # of a process, unless rows are fewer: where few batches are encoded, no core waits long for the last
+LEAST_BATCHES = 8  # unless rows are fewer: where few batches are encoded, no core waits long for the last
 READ_AT_ONCE = 128  # rows
 log = logging.getLogger(__name__)
 
@@ -499,16 +499,11 @@ def _encode_split(
         plan.begin(folder, specs)
     barrier()
     done = TensorDict.load_memmap(folder / "done")
-    todo, untold = ((~done[what]).nonzero().squeeze(1) for what in ("pictures", "text"))
+    todo, untold = (_batches_left(done[what]) for what in ("pictures", "text"))
     barrier()  # nobody ticks anything off before everybody has looked
     tables = {m: TensorDict.load_memmap(folder / m) for m, size in plan.sizes.items() if size}
     written = TensorDict.load_memmap(folder / "index")
     bad_rows: set[int] = set()
-    mine, told = todo[rank() :: world_size()], untold[rank() :: world_size()]
-
-    def batches(mine: Tensor, total: int) -> Sequence[Tensor]:
-        size = max(1, min(ENCODE_BATCH, total // (LEAST_BATCHES * world_size())))  # also of an encode that goes on
-        return mine.split(size) if len(mine) else ()
 
     def write_text(at: Tensor) -> int:
         encoded = stage1.encode({"text": stage1.tokenize([plan.texts[i] for i in at.tolist()]).to(device)}).modalities
@@ -536,16 +531,22 @@ def _encode_split(
                 tolerance.check(len(bad_rows), count, f"{modality} of {samples.rows[row].name}: {reason}")
 
     def pictures() -> Iterator[Callable[[], int]]:
-        places = batches(mine, count * plan.views)
-        parts = [[divmod(i, plan.views) for i in at.tolist()] for at in places]  # (row, view)
-        for at, part, batch in zip(places, parts, load_pictures(samples, parts, workers, stage1.modalities), strict=True):
+        parts = [[divmod(i, plan.views) for i in at.tolist()] for at in todo]  # (row, view)
+        for at, part, batch in zip(todo, parts, load_pictures(samples, parts, workers, stage1.modalities), strict=True):
             note(part, batch.faults)
             yield partial(write_pictures, at, part, batch)
 
-    with progress(len(mine) + len(told), f"encode {name}", "view", quiet=not is_main()) as bar:
-        for work in ((partial(write_text, at) for at in batches(told, len(plan.texts))), pictures()):
+    with progress(sum(map(len, todo + untold)), f"encode {name}", "view", quiet=not is_main()) as bar:
+        for work in ((partial(write_text, at) for at in untold), pictures()):
             for finished in side_by_side(work):
                 bar.update(finished)
+
+
+def _batches_left(done: Tensor) -> list[Tensor]:
+    """This process's share of the batches that are not done. However many processes there are, and where an encode that goes
+    on had stopped, the same rows are encoded together: what else is in a batch may change the last digit of a feature."""
+    batches = torch.arange(len(done)).split(max(1, min(ENCODE_BATCH, len(done) // LEAST_BATCHES)))
+    return [at for at in batches if not done[at].all()][rank() :: world_size()]
 
 
 def _note_fault(folder: Path, row: int, modality: str, reason: str) -> None:
