@@ -43,7 +43,7 @@ from tvl_align.runtime import pick_device, provenance, seed_everything
 
 BATCH = 256
 EXAMPLES = 8  # test rows shown on the page
-LEAST_OTHERS = 10  # rows of another level than the most common: a fifth of the rows, held out, never has them all
+LEAST_OTHERS = 10  # rows of another level than the most common: by chance a fifth of the rows never has them all
 
 
 @dataclass(frozen=True)
