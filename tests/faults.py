@@ -476,7 +476,8 @@ def reproducible(ground: Ground) -> Outcome:
     two = train("two", ground.world, 0, "0", processes=2)
     apart = max(abs(a[k] - b[k]) / max(1.0, abs(a[k])) for a, b in zip(first, two, strict=True) for k in a)
     lost += [f"2 processes differ by {apart:.1e}"] if apart > 1e-4 else []
-    one, other = (next((ground.root / "same" / name / "features").glob("*/manifest.json")).parent for name in ("first", "two"))
+    found = (ground.root.glob(f"same/{name}/features/*/manifest.json") for name in ("first", "two"))
+    one, other = (next(paths).parent for paths in found)
     tables = sorted(one.rglob("*.memmap"))
     assert tables
     if any(table.read_bytes() != (other / table.relative_to(one)).read_bytes() for table in tables):
