@@ -154,6 +154,15 @@ main()
     assert said.startswith("interrupted; ") and len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize("command", ["--help", "train --help"])
+def test_a_reader_that_has_gone_is_no_error(command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(["tvl-align", *command.split()], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def _pages_taken_again(index: int, folder: str) -> None:
     keep_freed_memory()
     before = 0

@@ -28,12 +28,15 @@ class UserError(Exception):
 
 def says_it_plainly(main: Callable[P, None]) -> Callable[P, None]:
     """Wrap an entry point: a `UserError`, or a file system that is full or forbids it, becomes one line on stderr and exit
-    code 2; Ctrl-C one line and exit code 130."""
+    code 2; Ctrl-C one line and exit code 130; a reader of stdout that has gone (`| head`) exit code 141 without a word."""
 
     @wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            main(*args, **kwargs)
+            try:
+                main(*args, **kwargs)
+            finally:
+                print(end="", flush=True)  # while what becomes of it can still be caught
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -44,6 +47,8 @@ def says_it_plainly(main: Callable[P, None]) -> Callable[P, None]:
             why = f"process {me} lost another process ({' '.join(str(error).split())[:160]})"
             print(f"error: {why}; its own log says why, and the same command goes on.", file=sys.stderr)
             os._exit(2)  # an orderly end would wait for the process that is gone
+        except BrokenPipeError:
+            os._exit(141)  # an orderly end would try to write the rest
         except OSError as error:
             remedy = REMEDIES.get(error.errno or 0)
             if remedy is None:
