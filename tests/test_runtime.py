@@ -158,7 +158,8 @@ main()
 def test_a_reader_that_has_gone_is_no_error(command: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(["tvl-align", *command.split()], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    tool = str(Path(sys.executable).parent / "tvl-align")
+    done = subprocess.run([tool, *command.split()], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
 
