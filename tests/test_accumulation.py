@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import spawn
 from torch import Tensor, nn
 
 from experiments.stage2.methods import METHODS
@@ -161,7 +161,7 @@ def test_parts_on_two_processes_have_the_gradient_of_one_batch(name: str, tmp_pa
     model, loss = built(METHODS[name])
     features, kept = _eight_rows(model.registers.shape[0])
     loss(model(features, kept=kept, joint=False))["total_loss"].backward()
-    mp.spawn(_one_of_two, (f"{tmp_path}/meeting", str(tmp_path), name), nprocs=2)
+    spawn(_one_of_two, (f"{tmp_path}/meeting", str(tmp_path), name), 2)
     for index in range(2):
         assert (torch.load(tmp_path / f"{index}.pt") - gradient(model)).abs().max() < 1e-5
 

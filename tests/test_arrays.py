@@ -2,11 +2,11 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -123,9 +123,9 @@ def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path:
     """By commands, without a Stage-1 checkpoint; a missing row counts for nobody; the digit is read from shared tokens."""
 
     def run(line: str) -> str:
-        done = subprocess.run([BIN / "tvl-align", *shlex.split(line)], capture_output=True, text=True, timeout=500)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        code, said = processes.run([BIN / "tvl-align", *shlex.split(line)])
+        assert code == 0, said
+        return said
 
     store = tmp_path / "store"
     assert "top, middle, bottom" in run(f"features import --npz {npz} --out {store}")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 
@@ -29,9 +30,8 @@ def run(command: str, folder: Path = ROOT, expect: int = 0) -> str:
     while "=" in parts[0] and not parts[0].startswith("-"):
         name, value = parts.pop(0).split("=", 1)
         env[name] = value
-    done = subprocess.run(parts, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
-    said = done.stdout + done.stderr
-    assert done.returncode == expect, f"{command}\nexit code {done.returncode}\n{said}"
+    code, said = processes.run(parts, cwd=folder, env=env, stderr=subprocess.PIPE)
+    assert code == expect, f"{command}\nexit code {code}\n{said}"
     return said
 
 
@@ -88,14 +88,14 @@ def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_pa
     """Trap 3, end to end: 2 processes of 16 rows and 1 process of 32 give the same numbers, in a last, smaller batch too."""
     base = documented("## Train on TVL")
     rows = []
-    for processes, batch in ((2, 16), (1, 32)):
+    for count, batch in ((2, 16), (1, 32)):
         command = filled(base, world, stage1_checkpoint, tmp_path, epochs=2)
-        command = command.replace("--nproc_per_node=1", f"--nproc_per_node={processes}")
+        command = command.replace("--nproc_per_node=1", f"--nproc_per_node={count}")
         command = command.replace("--batch_size 64", f"--batch_size {batch}")
         command = command.replace("--find_unused_parameters", "--no_drop_last")
         command = command.replace("--register_token_dim 768", "--register_token_dim 64")
-        run(command.replace("stage2_experiment", f"on{processes}"), STAGE2)
-        rows.append([json.loads(line) for line in (tmp_path / f"on{processes}" / "metrics.jsonl").read_text().splitlines()])
+        run(command.replace("stage2_experiment", f"on{count}"), STAGE2)
+        rows.append([json.loads(line) for line in (tmp_path / f"on{count}" / "metrics.jsonl").read_text().splitlines()])
     assert len({json.loads((tmp_path / f"on{p}" / "config.json").read_text())["store"] for p in (1, 2)}) == 1
     for two, one in zip(*rows, strict=True):
         for name in one:
@@ -105,9 +105,9 @@ def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_pa
 def test_the_two_processes_encode_what_one_encodes(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     flags = f"--stage1_checkpoint {stage1_checkpoint} --datasets_dir {world} --views 1 --num_workers 1 --device cpu"
     stores = []
-    for processes in (1, 2):
-        tool = f"torchrun --nproc_per_node={processes} --no_python tvl-align" if processes > 1 else "tvl-align"
-        said = run(f"{tool} encode {flags} --output_dir {tmp_path}/{processes}")
+    for count in (1, 2):
+        tool = f"torchrun --nproc_per_node={count} --no_python tvl-align" if count > 1 else "tvl-align"
+        said = run(f"{tool} encode {flags} --output_dir {tmp_path}/{count}")
         stores.append(Path(said.strip().splitlines()[-1]))
     assert stores[0].name == stores[1].name
     for name, split in FeatureStore(stores[0]).splits.items():

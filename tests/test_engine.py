@@ -63,7 +63,7 @@ def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: 
         assert {"model", "optimizer", "progress"} <= content.keys()
     assert list(folder.glob("events.out.tfevents*"))
     said = capsys.readouterr().out
-    assert "[STAGE2] stage2_base v2" in said
+    assert "[STAGE2] stage2_base v2.1" in said
     assert "(chance " in said
 
 

@@ -1,10 +1,10 @@
 """Training as a job, by submitit's local executor: real tasks, real processes."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from experiments.stage2.launch_stage2 import submit, take_slurm, wait
@@ -26,9 +26,9 @@ def test_two_tasks_train_as_two_processes(world: Path, stage1_checkpoint: Path, 
     command = f"train --stage1_checkpoint {stage1_checkpoint} --datasets_dir {world} --output_dir {tmp_path} --log_name job"
     command += " --register_token_dim 32 --num_heads 4 --epochs 1 --batch_size 8 --views 1 --num_workers 1 --device cpu"
     command += " --slurm cluster=local --slurm tasks_per_node=2 --slurm timeout_min=10"
-    done = subprocess.run([BIN / "tvl-align", *command.split()], capture_output=True, text=True, timeout=300)
+    code, said = processes.run([BIN / "tvl-align", *command.split()])
     logs = "".join(p.read_text() for p in (tmp_path / "job" / "jobs").glob("*_log.*"))
-    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert code == 0, said + logs
     assert json.loads((tmp_path / "job" / "config.json").read_text())["processes"] == 2
     assert len((tmp_path / "job" / "metrics.jsonl").read_text().splitlines()) == 1
     assert "[STAGE2] epoch 1/1" in logs

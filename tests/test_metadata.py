@@ -1,10 +1,11 @@
 """Who made what: first lines, READMEs and METHODS name the same experiment ID and version; five steps add a method."""
 
 import re
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 from experiments.stage2.methods import METHODS
@@ -76,7 +77,8 @@ class Toy(RegisterModel):
 
 def test_the_five_steps_add_a_method(tmp_path: Path) -> None:
     """As the README of stage2 says: a folder, its entry in METHODS, nothing else; then the contract is checked."""
-    subprocess.run(["cp", "-r", ROOT / "experiments", ROOT / "tvl_align", tmp_path], check=True)
+    for folder in ("experiments", "tvl_align"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
     stage2 = tmp_path / "experiments" / "stage2"
     (stage2 / "toy").mkdir()
     (stage2 / "toy" / "toy.py").write_text(TOY)
@@ -91,9 +93,9 @@ def test_the_five_steps_add_a_method(tmp_path: Path) -> None:
     anchor = "from tvl_align.alignment import RegisterLoss\n"
     assert anchor in text
     methods.write_text(text[:-1].replace(anchor, head + anchor, 1) + entry + "\n")
-    done = subprocess.run([sys.executable, stage2 / "test_modules.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "ok  toy: two processes" in done.stdout
+    code, said = processes.run([sys.executable, stage2 / "test_modules.py"], cwd=tmp_path)
+    assert code == 0, said
+    assert "ok  toy: two processes" in said
 
 
 def test_every_promise_names_a_test_that_exists() -> None:

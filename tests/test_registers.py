@@ -13,7 +13,7 @@ from tvl_align.registers import Attention, BlockOptions, KeyReader, RegisterStac
 
 def stack(seed: int = 0, layers: int = 2) -> RegisterStack:
     torch.manual_seed(seed)
-    return RegisterStack(BlockOptions(dim=16, num_heads=4), layers).eval()
+    return RegisterStack(BlockOptions(dim=16, num_heads=4), layers, registers=3).eval()
 
 
 def ones(*shape: int) -> torch.Tensor:

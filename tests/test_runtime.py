@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import finish, run, spawn, start
 
 from tvl_align.console import UserError
 from tvl_align.runtime import (
@@ -29,6 +30,7 @@ from tvl_align.runtime import (
     pick_device,
     provenance,
     rank,
+    run_in_processes,
     side_by_side,
     world_size,
 )
@@ -56,7 +58,7 @@ def _one_of_three(index: int, folder: str) -> None:
 
 def test_gathering_on_three_processes(tmp_path: Path) -> None:
     """Trap 3: all_gather without gradient is wrong; here every row gets what every process says about it."""
-    mp.spawn(_one_of_three, (str(tmp_path),), nprocs=3)
+    spawn(_one_of_three, (str(tmp_path),), 3)
     for index in range(3):
         result = torch.load(tmp_path / f"{index}.pt")
         assert result["gathered"][:, 0].tolist() == [1, 1, 2, 2, 3, 3]
@@ -106,8 +108,8 @@ with StopSignals() as signals:
         print(end.code, told == [signal.SIGTERM, signal.SIGUSR2])
 """
     environment = os.environ | {SUBMITIT: "slurm"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["143", "True"], done.stderr
+    _, said = run([sys.executable, "-c", code], env=environment)
+    assert said.split() == ["143", "True"], said
 
 
 def test_work_side_by_side_keeps_its_order_and_takes_no_more_than_it_needs() -> None:
@@ -144,12 +146,10 @@ def main():
 
 main()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "begun\n"
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=100)
+    process = start([sys.executable, "-c", code])
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    said = finish(process)
     assert process.returncode == 130
     assert said.startswith("interrupted; ") and len(said.splitlines()) == 1
 
@@ -159,9 +159,9 @@ def test_a_reader_that_has_gone_is_no_error(command: str) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     tool = str(Path(sys.executable).parent / "tvl-align")
-    done = subprocess.run([tool, *command.split()], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    ended = run([tool, *command.split()], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert ended == (141, "")
 
 
 def _pages_taken_again(index: int, folder: str) -> None:
@@ -177,5 +177,33 @@ def _pages_taken_again(index: int, folder: str) -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator's own business")
 def test_freed_memory_is_taken_again_without_new_pages(tmp_path: Path) -> None:
     """Of 32,768 pages; in three processes, since without it some of them happen to keep theirs."""
-    mp.start_processes(_pages_taken_again, args=(str(tmp_path),), nprocs=3, start_method="spawn")
+    spawn(_pages_taken_again, (str(tmp_path),), 3)
     assert max(int(found.read_text()) for found in tmp_path.iterdir()) < 1000
+
+
+def _end_as_told(how: str, beside: str) -> None:
+    Path(beside).write_text(str(os.getpid()))
+    other = Path(beside).with_name("waits")
+    while how in ("killed", "refused") and not (other.exists() and other.read_text()):
+        time.sleep(0.05)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "refused":
+        raise UserError("a sentence of its own.")
+    if how == "waits":
+        time.sleep(3600)
+
+
+@pytest.mark.parametrize(("how", "said"), [("killed", "was killed by SIGKILL"), ("refused", "failed with exit code 2")])
+def test_a_worker_that_dies_ends_the_others_and_is_named(how: str, said: str, tmp_path: Path) -> None:
+    jobs = {name: (_end_as_told, name, str(tmp_path / name)) for name in ("waits", how, "never begun")}
+    with pytest.raises(UserError, match=f"the process of {how} {said}"):
+        run_in_processes(jobs, at_once=2, threads=1)
+    assert not (tmp_path / "never begun").exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "waits").read_text()), 0)
+
+
+def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    run_in_processes({name: (_end_as_told, "", str(tmp_path / name)) for name in "abc"}, at_once=2, threads=1)
+    assert len({(tmp_path / name).read_text() for name in "abc"} | {str(os.getpid())}) == 4

@@ -11,28 +11,32 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from joblib import Parallel, delayed
 from sklearn import config_context
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tvl_align.console import UserError
 from tvl_align.losses import positive_pairs
 from tvl_align.optimisation import Schedule, descend, make_adamw
-from tvl_align.runtime import generator
+from tvl_align.runtime import generator, side_by_side
 
 CHUNK = 256  # rows
 TIE = 1e-6  # cosines that differ by less are equal: rounding decides between them
 HIGHEST, LEAST_MASS = 70.0, 1e-20  # what exp of scores and sums of it may be in float32, with room for 10^7 of them
 CONSTANT = 1e-6  # a feature that spreads less, relative to its mean, is rounding
+T = TypeVar("T")
+_seeding = Lock()  # of torch's global generator
 TVL_THRESHOLDS = (0.6356450319, 0.8591097295, 0.8927201033, 0.9208499491)
 
 
@@ -183,11 +187,11 @@ def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
         return 100 * float(model(chosen).fit(x, train_labels).score(x_test, test_labels))
 
 
-def probe_all(probe: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], seed: int = 0) -> Iterator[Any]:
-    """The results of `linear_probe` or `attentive_probe` for several tuples of their data, in order, one core each: small
-    products gain little from a second core."""
-    work = (delayed(probe)(*job, seed) for job in jobs)
-    return Parallel(n_jobs=-1, inner_max_num_threads=1, backend="loky", return_as="generator")(work)
+def probe_all(probe: Callable[..., T], jobs: Iterable[tuple[Any, ...]], seed: int = 0) -> Iterator[T]:
+    """The results of `linear_probe` or `attentive_probe` for several tuples of their data, in order. As many at a time as
+    torch has threads, each on one core: small products gain little from a second one."""
+    with threadpool_limits(1):  # NumPy's
+        yield from side_by_side((partial(probe, *job, seed) for job in jobs), lanes=torch.get_num_threads())
 
 
 class AttentiveProbe(nn.Module):
@@ -226,7 +230,7 @@ def attentive_probe(
     The factors share the keys and values but no read-out. The schedule is fixed, so nothing is chosen on any split.
     """
     classes = [int(max(a.max(), b.max())) + 1 for a, b in zip(train_labels, test_labels, strict=True)]
-    with torch.random.fork_rng(devices=[]):
+    with _seeding, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = AttentiveProbe(train.shape[1], train.shape[2], classes)
     optimizer = make_adamw(probe.named_parameters(), weight_decay=0.05)

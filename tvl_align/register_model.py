@@ -67,8 +67,9 @@ class RegisterModel(nn.Module):
         self.groups = [slice(0, overlapping), slice(overlapping, registers)] if separate_groups else [slice(0, registers)]
         owners = ["shared"] if share_weights else list(specs)
         layers = knobs.num_cross_attn_layers
+        sizes = [g.stop - g.start for g in self.groups]
         self.stacks = nn.ModuleDict(
-            {o: nn.ModuleList(RegisterStack(options, layers, causal) for _ in self.groups) for o in owners}
+            {o: nn.ModuleList(RegisterStack(options, layers, size, causal) for size in sizes) for o in owners}
         )
         decoders = {m: TokenDecoder(spec, options.dim) for m, spec in specs.items()} if preservation else {}
         self.decoders = nn.ModuleDict(decoders)

@@ -113,12 +113,16 @@ class KeyReader(nn.Module):
 
 
 class RegisterStack(nn.Module):
-    """A modality's blocks with their final norm. `causal`: a register sees itself and those before it, no later one."""
+    """A modality's blocks with their final norm, for a group of `registers` registers.
 
-    def __init__(self, options: BlockOptions, layers: int, causal: bool = False) -> None:
+    causal: a register sees itself and those before it, no later one. A group of one register has no self-attention: the
+    softmax over its single key is 1, so the query and key weights would never get a gradient.
+    """
+
+    def __init__(self, options: BlockOptions, layers: int, registers: int, causal: bool = False) -> None:
         super().__init__()
         self.causal = causal
-        self.blocks = nn.ModuleList(RegisterBlock(options, self_attention=i > 0) for i in range(layers))
+        self.blocks = nn.ModuleList(RegisterBlock(options, self_attention=i > 0 and registers > 1) for i in range(layers))
         self.norm = nn.LayerNorm(options.dim)
 
     def forward(self, registers: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:

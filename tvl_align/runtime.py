@@ -2,6 +2,8 @@
 
 import ctypes
 import mmap
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import shlex
@@ -15,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import version
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -22,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tvl_align.console import UserError
+from tvl_align.console import UserError, says_it_plainly
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "tensordict", "accelerate")
 
@@ -187,14 +190,14 @@ def keep_freed_memory(up_to: int = 32 * 2**20) -> None:
         ctypes.CDLL(None).mallopt(mmap_threshold, up_to)
 
 
-def side_by_side(work: Iterable[Callable[[], T]]) -> Iterator[T]:
+def side_by_side(work: Iterable[Callable[[], T]], lanes: int | None = None) -> Iterator[T]:
     """The results of pieces of work, in order, several of them in threads at once on a share of this process's threads each.
 
     Small operations gain little from a second core; two of them side by side lose nothing. No more pieces are taken from
-    `work` than threads need to go on.
+    `work` than threads need to go on. lanes: how many at once; default: 2 to 4.
     """
     threads = torch.get_num_threads()
-    lanes = max(2, min(MOST_LANES, threads))  # two even on one core: one computes while the other writes
+    lanes = lanes or max(2, min(MOST_LANES, threads))  # two even on one core: one computes while the other writes
     pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(max(1, threads // lanes),))
     begun: deque[Future[T]] = deque()
     try:
@@ -207,6 +210,36 @@ def side_by_side(work: Iterable[Callable[[], T]]) -> Iterator[T]:
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error, pieces that have begun end by themselves
         torch.set_num_threads(threads)
+
+
+def run_in_processes(jobs: Mapping[str, tuple[Any, ...]], at_once: int, threads: int) -> None:
+    """Run {name: (function, *arguments)}, each in a new process with `threads` torch threads, `at_once` of them at a time.
+
+    Raises UserError as soon as one of them fails or is killed, after the others were ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    waiting, running = deque(jobs.items()), dict[str, SpawnProcess]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                name, job = waiting.popleft()
+                running[name] = context.Process(target=_job, args=(threads, *job))
+                running[name].start()
+            multiprocessing.connection.wait([process.sentinel for process in running.values()])
+            for name in [name for name, process in running.items() if process.exitcode is not None]:
+                code = running.pop(name).exitcode
+                if code:
+                    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+                    raise UserError(f"the process of {name} {how}; the others were ended, the same command goes on.")
+    finally:
+        for process in running.values():
+            process.kill()
+            process.join()
+
+
+def _job(threads: int, function: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(threads)
+    says_it_plainly(function)(*arguments)
 
 
 class StopSignals:

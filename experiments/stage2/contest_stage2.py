@@ -10,8 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
-
 from experiments.stage2.demo_stage2 import DemoConfig, prepare, small_settings, timed
 from experiments.stage2.engine_stage2 import fit, load_inputs
 from experiments.stage2.methods import METHODS
@@ -19,7 +17,7 @@ from experiments.stage2.results_stage2 import EvaluateConfig, evaluate_run
 from tvl_align.compare import write_comparison
 from tvl_align.config import Settings
 from tvl_align.console import UserError
-from tvl_align.runtime import pick_device
+from tvl_align.runtime import pick_device, run_in_processes
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,8 @@ def contest(config: ContestConfig) -> Path:
     timed("features", lambda: load_inputs(first, pick_device(None)))
     todo = [key for key, s in settings.items() if not (s.folder / "results.json").is_file()]
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    work = (delayed(_run)(settings[key], key[0], config.probe_rows) for key in todo)
-    Parallel(n_jobs=config.jobs, inner_max_num_threads=threads, backend="loky")(work)
+    jobs = {settings[key].folder.name: (_run, settings[key], key[0], config.probe_rows) for key in todo}
+    run_in_processes(jobs, config.jobs, threads)
     page = write_comparison([s.folder for s in settings.values()], config.out, "make compare")
     print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
     return page

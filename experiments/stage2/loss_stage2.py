@@ -1,4 +1,4 @@
-"""stage2_base v2. Stage2Loss: align what modalities share, keep what they do not.
+"""stage2_base v2.1. Stage2Loss: align what modalities share, keep what they do not.
 
     total = overlapping + complementary_reg_weight * complementary_reg + preservation_weight * preservation
 

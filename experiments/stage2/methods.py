@@ -10,7 +10,7 @@ from tvl_align.alignment import RegisterLoss
 from tvl_align.contract import Implementation, Method
 
 METHODS: dict[str, Method] = {
-    "base": Method(Implementation("stage2_base", "2", "STAGE2"), Stage2Config, TVLStage2.of, RegisterLoss),
+    "base": Method(Implementation("stage2_base", "2.1", "STAGE2"), Stage2Config, TVLStage2.of, RegisterLoss),
     "cursor": Method(
         Implementation("cursor_flux_talk_register_tokens", "1", "CURSOR"),
         CursorConfig,

@@ -1,4 +1,4 @@
-"""stage2_base v2. TVLStage2, the base model: a few registers on top of the frozen Stage 1, shared and unique kept apart.
+"""stage2_base v2.1. TVLStage2, the base model: a few registers on top of the frozen Stage 1, shared and unique kept apart.
 
 Each modality is read separately: its own key reader over its token sequence, and by default its own blocks
 (`share_weights` ties them). The registers are shared: the same learnable queries ask every modality. The first
