@@ -10,7 +10,7 @@ compare: .venv/ready  ## every method, three seeds, one report
 	$(BIN)/tvl-align contest
 
 bench: .venv/ready  ## what things cost, as ratios
-	$(BIN)/tvl-align bench
+	$(BIN)/python -m benchmarks.speed
 
 faults: .venv/ready  ## the fault campaign: half an hour
 	$(BIN)/python tests/faults.py

@@ -17,12 +17,13 @@ import torch
 from faults import Outcome
 from PIL import Image
 
-from tvl_align.console import UserError
 from tvl_align.data.samples import Samples, TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
-from tvl_align.features import FeatureStore, open_or_encode
+from tvl_align.features.encode import open_or_encode
+from tvl_align.features.store import FeatureStore
+from tvl_align.system.console import UserError
 
 PHOTO, TOUCH = "ssvtp/images_rgb/image_0_rgb.jpg", "ssvtp/images_tac/image_0_tac.jpg"
 

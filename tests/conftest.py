@@ -8,8 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for weights
 import pytest
 import torch
 
-from tvl_align.data.world import write_world
-from tvl_align.encoders.pretrain import PretrainConfig, pretrain
+from tvl_align.synthetic.pretrain import PretrainConfig, pretrain
+from tvl_align.synthetic.world import write_world
 
 torch.set_num_threads(1)
 TRAIN, TEST = 96, 24

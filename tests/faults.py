@@ -29,16 +29,16 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from tvl_align.arrays import read_npz
-from tvl_align.checkpoint import load_checkpoint
-from tvl_align.console import UserError
 from tvl_align.data.text import read_synonyms
 from tvl_align.data.tvl import Tolerance, read_tvl
-from tvl_align.data.world import write_world
-from tvl_align.encoders.pretrain import PretrainConfig, pretrain
 from tvl_align.encoders.tvl import load_stage1
-from tvl_align.evaluation import read_labels
-from tvl_align.features import FeatureStore
+from tvl_align.evaluation.labels import read_labels
+from tvl_align.features.arrays import read_npz
+from tvl_align.features.store import FeatureStore
+from tvl_align.synthetic.pretrain import PretrainConfig, pretrain
+from tvl_align.synthetic.world import write_world
+from tvl_align.system.checkpoint import load_checkpoint
+from tvl_align.system.console import UserError
 
 BIN = Path(sys.executable).parent
 LONGEST = 8.0  # seconds after which a training is killed at the latest, if it still runs

@@ -6,18 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.stage2.tvl_stage2 import Stage2Config
-from tvl_align.config import (
-    DataConfig,
-    OptimConfig,
-    RunConfig,
-    Settings,
-    from_plain,
-    notes,
-    parse,
-    to_plain,
-)
-from tvl_align.console import UserError
+from tvl_align.config import from_plain, ignored_flags, parse, to_plain
+from tvl_align.features.inputs import DataConfig
+from tvl_align.methods.base import Stage2Config
+from tvl_align.system.console import UserError
+from tvl_align.training.optimisation import OptimConfig
+from tvl_align.training.settings import RunConfig, Settings, notes
 
 REQUIRED = ["--stage1_checkpoint", "P"]
 
@@ -85,9 +79,17 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         given("--help")
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    for name in flat(given()):
+    hidden = ignored_flags(Settings[Stage2Config])
+    assert set(hidden) == {
+        *("enable_flash_attention2", "pin_mem", "multi_epochs_dataloader", "dist_eval"),
+        *("world_size", "local_rank", "dist_url"),
+    }
+    shown = flat(given()).keys() - hidden.keys()
+    for name in shown:
         assert f"--{name}" in said
-    assert said.count("(default:") + said.count("(required)") >= len(flat(given()))
+    assert "--dist_eval" not in said
+    assert said.count("(default:") + said.count("(required)") + said.count("(repeatable)") >= len(shown)
+    assert "--no_no" not in said
 
 
 def test_json_and_back() -> None:

@@ -13,9 +13,9 @@ import processes
 import pytest
 import torch
 
-from experiments.stage2.cli import COMMANDS, main
-from tvl_align.checkpoint import load_checkpoint
-from tvl_align.features import FeatureStore
+from tvl_align.cli.main import COMMANDS, main
+from tvl_align.features.store import FeatureStore
+from tvl_align.system.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STAGE2 = ROOT / "experiments" / "stage2"

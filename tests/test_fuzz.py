@@ -12,10 +12,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tvl_align.config import DataConfig, OptimConfig, RunConfig, from_plain, parse, to_plain
-from tvl_align.console import UserError
-from tvl_align.features import FeatureStore
-from tvl_align.sampling import epoch_batches, epoch_views, shares
+from tvl_align.config import from_plain, parse, to_plain
+from tvl_align.features.inputs import DataConfig
+from tvl_align.features.store import FeatureStore
+from tvl_align.system.console import UserError
+from tvl_align.training.optimisation import OptimConfig
+from tvl_align.training.sampling import epoch_batches, epoch_views, shares
+from tvl_align.training.settings import RunConfig
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -28,9 +31,9 @@ JSON = st.recursive(
 def test_shares_hold_every_row_once_in_order(rows: int, joined: int, processes: int) -> None:
     parts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tvl_align.sampling.world_size", lambda: processes)
+        patch.setattr("tvl_align.training.sampling.world_size", lambda: processes)
         for rank in range(processes):
-            patch.setattr("tvl_align.sampling.rank", lambda rank=rank: rank)
+            patch.setattr("tvl_align.training.sampling.rank", lambda rank=rank: rank)
             parts.append(shares(torch.arange(rows), joined))
     assert len({part.shape for part in parts}) == 1
     together = torch.cat(parts, dim=1)

@@ -1,0 +1,36 @@
+"""Register tokens over frozen touch, vision and language encoders. Public names are imported on first use."""
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tvl_align.features.store import FeatureStore
+    from tvl_align.methods.base import Stage2Loss, TVLStage2
+    from tvl_align.methods.registry import METHODS
+    from tvl_align.system.console import UserError
+
+__all__ = ["METHODS", "FeatureStore", "Stage2Loss", "TVLStage2", "UserError", "__version__"]
+
+_HOMES = {
+    "FeatureStore": "tvl_align.features.store",
+    "METHODS": "tvl_align.methods.registry",
+    "Stage2Loss": "tvl_align.methods.base",
+    "TVLStage2": "tvl_align.methods.base",
+    "UserError": "tvl_align.system.console",
+}
+
+try:
+    __version__ = version("tvl-align")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -8,14 +8,13 @@ Shape legend, used as suffixes and in docstrings everywhere:
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 MODALITIES = ("vision", "tactile", "text")
-
 Batch = Mapping[str, Any]
 """Raw inputs: {"vision": (B, 3, S, S), "tactile": (B, 3, S', S'), "text": (B, L) int64 token ids}; optionally
 "present": {modality: (B,) bool} and "caption_keys": (B, K) int64. Without them every row is present and rows are equal
@@ -73,24 +72,6 @@ class Features:
         return replace(self, modalities={name: self.modalities[name] for name in names if name in self.modalities})
 
 
-Output = dict[str, Any]
-"""What a method's model returns:
-
-    overlapping_tokens    {modality: (B, No, D)}   dropped registers are zero
-    complementary_tokens  {modality: (B, Nc, D)}
-    register_tokens       (B, N, D)                registers attending to all present modalities at once
-    stage1_features       {modality: (B, E)}       the frozen pooled features
-    nested_dropout_mask   (B, N) bool              True = kept; training only
-    logit_scale           ()                       already exponentiated and clamped
-    present               {modality: (B,) bool}
-    caption_keys          (B, K) int64
-    reconstruction        {modality: Reconstruction}   where the method preserves information
-    features              Features                 what the model read; no loss may use it
-
-A method may add entries of its own; it never changes the meaning of these.
-"""
-
-
 @dataclass(frozen=True)
 class Reconstruction:
     """How well a decoder rebuilt the frozen tokens from the registers.
@@ -101,6 +82,62 @@ class Reconstruction:
 
     error: Tensor
     mask: Tensor
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a method's model returns. An entry is an attribute, or is read by name: `output["register_tokens"]`.
+
+    overlapping_tokens: {modality: (B, No, D)}, dropped registers zero. complementary_tokens: {modality: (B, Nc, D)}.
+    stage1_features: {modality: (B, E)}, the frozen pooled features. logit_scale: (), already exponentiated and clamped.
+    present: {modality: (B,) bool}. caption_keys: (B, K) int64. register_tokens: (B, N, D), registers that attend to all
+    present modalities at once; None where they were not asked for. nested_dropout_mask: (B, N) bool, True = kept; None in
+    evaluation. reconstruction: {modality: Reconstruction}, empty where the method rebuilds nothing. features: what the model
+    read; no loss may use it. extras: what a method adds for its own loss or for inspection.
+    """
+
+    overlapping_tokens: dict[str, Tensor]
+    complementary_tokens: dict[str, Tensor]
+    stage1_features: dict[str, Tensor]
+    logit_scale: Tensor
+    present: dict[str, Tensor]
+    caption_keys: Tensor
+    register_tokens: Tensor | None = None
+    nested_dropout_mask: Tensor | None = None
+    reconstruction: dict[str, Reconstruction] = field(default_factory=dict)
+    features: Features | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.keys():
+            raise KeyError(name)
+        return self.extras[name] if name in self.extras else getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401 (this is get)
+
+    def keys(self) -> list[str]:
+        """Names of the entries there are, extras included."""
+        own = [f.name for f in fields(self) if f.name != "extras" and getattr(self, f.name) is not None]
+        return [*own, *self.extras]
+
+    def float(self) -> "Output":
+        """Every entry that a loss reads in float32, whatever the precision it was computed in."""
+        parts = {f.name: _float(getattr(self, f.name)) for f in fields(self) if f.name != "features"}
+        return replace(self, **parts)
+
+
+def _float(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, Reconstruction):
+        return replace(value, error=value.error.float())
+    if isinstance(value, Mapping):
+        return {name: _float(x) for name, x in value.items()}
+    return value
 
 
 @dataclass(frozen=True)
@@ -121,12 +158,35 @@ class Implementation:
     tag: str
 
 
+@runtime_checkable
+class Stage2Model(Protocol):
+    """What the engine asks of a model beside being an nn.Module. Inherit it for the defaults:
+    `class Mine(nn.Module, Stage2Model)`.
+
+    registers: (N, D), the learnable queries. forward: raw inputs or features -> Output; kept (B, N) bool is the
+    nested-dropout mask (None: drawn in training, all kept in evaluation); joint: compute `register_tokens` too.
+    """
+
+    registers: torch.nn.Parameter
+
+    def forward(self, batch: Batch | Features, kept: Tensor | None = None, joint: bool = True) -> Output: ...
+
+    def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """(B, N) bool: a nested-dropout mask for training. By default every register is kept."""
+        return torch.ones(batch, len(self.registers), dtype=torch.bool)
+
+    def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
+        """Fit closed forms on the batches of training rows that each call of `batches` yields; called after every epoch,
+        without gradients. By default there are none."""
+
+
 @dataclass(frozen=True)
 class Method:
-    """An approach, as the list METHODS holds it.
+    """An approach to Stage 2.
 
-    knobs: frozen dataclass of its options. model(knobs, specs) -> module: (Features, kept, joint) -> Output.
-    loss(knobs, modalities) -> module: Output -> named scalars with `total_loss` and `overlapping_loss`.
+    knobs: frozen dataclass of its options, a tvl_align.registers.model.RegisterConfig. model(knobs, specs): an nn.Module
+    that is a Stage2Model. loss(knobs, modalities): a module, Output -> named scalars, among them `total_loss` and
+    `overlapping_loss`.
     """
 
     implementation: Implementation

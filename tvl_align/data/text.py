@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tvl_align.console import UserError
+from tvl_align.system.console import UserError
 
 PROMPT = "This image gives tactile feelings of "
 MAX_WORDS = 6  # words beyond the sixth do not count, in any split

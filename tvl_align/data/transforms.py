@@ -24,14 +24,13 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from tvl_align.console import UserError
 from tvl_align.data.tvl import CROP_FRACTION, Row, background_file
+from tvl_align.system.console import UserError
 
 CROP_JITTER = 0.05
 MOST_PIXELS = 64_000_000
 LEAST_SIDE = 8
 DATA3_TOP = 200  # pixels; HCT's third part was filmed with the sensor lower in the picture
-
 PHOTO_MEAN, PHOTO_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOUCH_MEAN, TOUCH_STD = (0.29174602, 0.29713256, 0.29104046), (0.18764469, 0.19467652, 0.21871583)
 SUBTRACTED_MEAN, SUBTRACTED_STD = (-0.00809318, -0.01887447, -0.01843059), (0.04535400, 0.04402917, 0.05332521)

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tvl_align.console import UserError
 from tvl_align.data.split import grouped_split
 from tvl_align.data.text import adjectives
+from tvl_align.system.console import UserError
 
 DATASETS = ("ssvtp", "hct")
 CROP_FRACTION = math.sqrt(2) * 0.18  # the side of the cropped part over the longer side of the photo

@@ -12,21 +12,24 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import open_clip
 import timm
 import torch
 import torch.nn.functional as F
+import tyro
 from einops import rearrange
 from torch import Tensor, nn
 
-from tvl_align.checkpoint import check_weights, load_safely
-from tvl_align.console import UserError
+from tvl_align.config import Ignored
 from tvl_align.contract import MODALITIES, Batch, Features, FeatureSpec, Tokens
 from tvl_align.encoders.small import register_small_clip, touch_overrides
+from tvl_align.system.checkpoint import check_weights, load_safely
+from tvl_align.system.console import UserError
 
 CLIP_VISION_MODEL = "ViT-L-14"
 CLIP_PRETRAIN_DATA = "datacomp_xl_s13b_b90k"
@@ -38,6 +41,25 @@ TOUCH_MODELS = {
 }
 GRID = 4
 FeatureKind = Literal["tokens", "pooled"]
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """The frozen encoders."""
+
+    stage1_checkpoint: Path | None = None
+    """TVL checkpoint (.pth) with the touch encoder; needed unless --store is given."""
+    tactile_model: str = "vit_tiny_patch16_224"
+    """Touch encoder of the checkpoint: vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224 or resnet18."""
+    common_latent_dim: int | None = None
+    """Width of the common latent space where Stage 1 was trained with one; default: what the checkpoint says."""
+    clip_vision_model: str | None = None
+    """OpenCLIP model; default: what the checkpoint names, else ViT-L-14."""
+    clip_pretrain_data: str | None = None
+    """OpenCLIP weights, a tag or a local file; default: what the checkpoint names, else datacomp_xl_s13b_b90k."""
+    features: FeatureKind = "tokens"
+    """What registers attend to: token sequences, or the one pooled vector of each modality."""
+    enable_flash_attention2: tyro.conf.Suppress[Annotated[bool, Ignored("PyTorch's fused attention is always used")]] = False
 
 
 def touch_model_name(name: str) -> str:

@@ -1,6 +1,5 @@
 """cursor_flux_talk_register_tokens v1. The documented design taken literally."""
 
-from experiments.stage2.cursor.loss import RegisterTokenLoss
-from experiments.stage2.cursor.register_tokens import RegisterTokenModule
+from tvl_align.methods.cursor import CURSOR, RegisterTokenLoss, RegisterTokenModule
 
-__all__ = ["RegisterTokenLoss", "RegisterTokenModule"]
+__all__ = ["CURSOR", "RegisterTokenLoss", "RegisterTokenModule"]

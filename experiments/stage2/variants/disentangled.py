@@ -1,29 +1,5 @@
-"""stage2_disentangled v2. The base without its canonical read-outs, and with three complementary registers.
+"""stage2_disentangled v2. Its code is tvl_align/methods/disentangled.py."""
 
-It shows what registers alone, kept apart by stacks, bottleneck, noise and regressions (tvl_align.separated_model), reach.
-"""
+from tvl_align.methods.disentangled import DISENTANGLED, Disentangled, DisentangledConfig
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from tvl_align.contract import FeatureSpec
-from tvl_align.separated_model import SeparatedConfig, SeparatedModel
-
-
-@dataclass(frozen=True)
-class DisentangledConfig(SeparatedConfig):
-    """The registers and their loss."""
-
-    num_register_tokens: int = 6
-    """Registers in all."""
-    complementary_reg_weight: float = 0.0
-    """Weight of the L2 norm and diversity penalty on complementary tokens."""
-    canonical: int = 0
-    """Canonical variates of an overlapping token; 0: registers alone."""
-
-
-class Disentangled(SeparatedModel):
-    """Registers alone, kept apart."""
-
-    def __init__(self, specs: Mapping[str, FeatureSpec], knobs: DisentangledConfig) -> None:
-        super().__init__(specs, knobs)
+__all__ = ["DISENTANGLED", "Disentangled", "DisentangledConfig"]

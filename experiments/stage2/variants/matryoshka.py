@@ -1,47 +1,5 @@
-"""stage2_matryoshka v1. No dropout: the alignment loss at every prefix of the overlapping registers, in every step.
+"""stage2_matryoshka v1. Its code is tvl_align/methods/matryoshka.py."""
 
-Averaging over all prefixes beats sampling one (Matryoshka representations, Kusupati et al. 2022, arXiv:2205.13147).
-Registers are causal, so a prefix is the same whether or not later registers exist.
-"""
+from tvl_align.methods.matryoshka import MATRYOSHKA, Matryoshka, MatryoshkaConfig, MatryoshkaLoss
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from tvl_align.alignment import RegisterLoss, alignment
-from tvl_align.config import RegisterConfig
-from tvl_align.contract import FeatureSpec, Output
-from tvl_align.register_model import RegisterModel
-
-
-@dataclass(frozen=True)
-class MatryoshkaConfig(RegisterConfig):
-    """The registers and their loss."""
-
-    nested_dropout_rate: float = 0.0
-    """Drop probability of the last register; none are dropped here by default."""
-    preservation_weight: float = 1.0
-    """Weight of rebuilding the frozen tokens from all registers."""
-
-
-class Matryoshka(RegisterModel):
-    """Causal registers over the token sequences, own blocks per modality."""
-
-    def __init__(self, specs: Mapping[str, FeatureSpec], knobs: MatryoshkaConfig) -> None:
-        super().__init__(specs, knobs, causal=True, preservation=knobs.preservation_weight > 0)
-
-
-class MatryoshkaLoss(RegisterLoss):
-    """The pairs' own numbers are those of the longest prefix; `overlapping_loss` is the mean over all prefixes."""
-
-    def align(self, output: Output) -> dict[str, Tensor]:
-        tokens = output["overlapping_tokens"]
-        count = next(iter(tokens.values())).shape[1]
-        prefixes = [
-            alignment({m: F.normalize(z[:, :k].mean(1), dim=-1) for m, z in tokens.items()}, output, self.pairs)
-            for k in range(1, count + 1)
-        ]
-        return prefixes[-1] | {"overlapping_loss": torch.stack([p["overlapping_loss"] for p in prefixes]).mean()}
+__all__ = ["MATRYOSHKA", "Matryoshka", "MatryoshkaConfig", "MatryoshkaLoss"]

@@ -1,0 +1,73 @@
+"""Sentences from captions."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tvl_align.data.text import adjectives, caption_key, evaluation_text, read_synonyms, sentence, training_text
+from tvl_align.system.console import UserError
+
+words = st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=20)
+
+
+def test_sentences_as_tvl_writes_them() -> None:
+    prompt = "This image gives tactile feelings of "
+    assert evaluation_text("Soft.", prompt) == prompt + "soft."
+    assert evaluation_text("soft, smooth", "") == "soft and smooth."
+    assert evaluation_text("soft, patterned, lined, fabric.", "") == "soft, patterned, lined, and fabric."
+
+
+def test_only_six_words_count() -> None:
+    assert adjectives("a, b, c, d, e, f, g, h") == list("abcdef")
+
+
+def test_no_word_no_sentence() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        sentence([], "")
+
+
+@given(words, st.integers(0, 1000), st.booleans())
+def test_training_reads_a_non_empty_subset(caption: list[str], seed: int, shuffle: bool) -> None:
+    text = training_text(", ".join(caption), "", random.Random(seed), shuffle)
+    chosen = text.removesuffix(".").replace(", and ", ", ").replace(" and ", ", ").split(", ")
+    known = adjectives(", ".join(caption))
+    assert chosen
+    assert all(chosen.count(word) <= known.count(word) for word in chosen)
+    if not shuffle:
+        places = iter(known)
+        assert all(word in places for word in chosen)
+
+
+def test_every_subset_is_as_likely() -> None:
+    counts: dict[str, int] = {}
+    rng = random.Random(0)
+    for _ in range(7000):
+        text = training_text("a, b, c", "", rng)
+        counts[text] = counts.get(text, 0) + 1
+    assert len(counts) == 7
+    assert all(900 < n < 1100 for n in counts.values())
+
+
+def test_synonyms_replace_words() -> None:
+    found = {training_text("soft", "", random.Random(s), synonyms={"soft": ["squishy", "plush"]}) for s in range(50)}
+    assert found == {"soft.", "squishy.", "plush."}
+
+
+def test_equal_captions_whatever_their_order() -> None:
+    assert caption_key("Soft, smooth.") == caption_key("smooth,soft")
+    assert caption_key("soft") != caption_key("soft, smooth")
+
+
+def test_synonym_file(tmp_path: Path) -> None:
+    path = tmp_path / "synonyms.json"
+    assert read_synonyms(path) == {}
+    path.write_text(json.dumps({"Soft": ["Plush", "downy"]}))
+    assert read_synonyms(path) == {"soft": ["plush", "downy"]}
+    assert read_synonyms(path, keep=1) == {"soft": ["plush"]}
+    path.write_text("[1, 2")
+    with pytest.raises(UserError, match=r"synonyms\.json is not a JSON object"):
+        read_synonyms(path)

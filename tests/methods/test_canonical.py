@@ -1,0 +1,107 @@
+"""Canonical read-outs on made-up tokens whose shared part is known."""
+
+import numpy as np
+import torch
+
+from tvl_align.contract import FeatureSpec, Tokens
+from tvl_align.methods.canonical import CanonicalReadout, _whitening
+from tvl_align.metrics.retrieval import retrieval
+
+ROWS, SHARED = 2000, 4
+
+
+def tokens_of(x: torch.Tensor) -> Tokens:
+    rows, count = x.shape[:2]
+    return Tokens(x, torch.ones(rows, count, dtype=torch.bool), x.mean(1), torch.ones(rows, dtype=torch.bool))
+
+
+def made(seed: int, rows: int = ROWS) -> dict[str, Tokens]:
+    """A shared source, written into one position of each modality with a sign that alternates over positions, so that the
+    mean over positions cancels it; strong noise of its own everywhere else."""
+    g = torch.Generator().manual_seed(seed)
+    source = torch.randn(rows, SHARED, generator=g)
+    found = {}
+    for i, (name, count, width) in enumerate((("a", 6, 12), ("b", 5, 10))):
+        mixing = torch.randn(SHARED, width, generator=torch.Generator().manual_seed(i))
+        tokens = torch.randn(rows, count, width, generator=g)
+        tokens[:, 1] += source @ mixing
+        tokens[:, 3] -= source @ mixing
+        found[name] = tokens_of(tokens)
+    return found
+
+
+def specs() -> dict[str, FeatureSpec]:
+    return {"a": FeatureSpec(12, 6, 12), "b": FeatureSpec(10, 5, 10)}
+
+
+def correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x, y = x - x.mean(0), y - y.mean(0)
+    return (x * y).sum(0) / (x.norm(dim=0) * y.norm(dim=0)).clamp(min=1e-9)
+
+
+def test_finds_the_directions_that_the_other_modality_answers() -> None:
+    readout = CanonicalReadout(specs(), 8)
+    readout.fit([made(0)])
+    fresh = made(1)
+    a, b = (readout(m, t.tokens, t.mask) for m, t in fresh.items())
+    found = correlation(a, b)
+    assert (found[:SHARED] > 0.6).all()
+    assert (found[SHARED:].abs() < 0.25).all()
+    assert (a.var(0)[:-1] >= a.var(0)[1:] * 0.8).all()  # the strongest first
+    everyone = torch.ones(ROWS, dtype=torch.bool)
+
+    def acc1(x: torch.Tensor, y: torch.Tensor) -> float:
+        return retrieval(*(torch.nn.functional.normalize(v, dim=-1) for v in (x, y)), everyone).acc1
+
+    assert acc1(a, b) > 2  # chance: 0.05; the means over positions know nothing
+    assert acc1(fresh["a"].tokens.mean(1)[:, :10], fresh["b"].tokens.mean(1)) < 0.5
+
+
+def test_strengths_are_the_canonical_correlations_of_numpy() -> None:
+    data = made(0)
+    readout = CanonicalReadout(specs(), SHARED)
+    readout.fit([data])
+    flat = [readout.flat(m, t.tokens, t.mask).double().numpy() for m, t in data.items()]
+    flat = [x - x.mean(0) for x in flat]
+    white = [np.linalg.svd(x, full_matrices=False)[0] for x in flat]
+    expected = np.linalg.svd(white[0].T @ white[1])[1][:SHARED]
+    a, b = (readout(m, t.tokens, t.mask) for m, t in data.items())
+    assert np.allclose(correlation(a, b).numpy(), expected, atol=0.02)
+
+
+def test_however_the_rows_are_cut() -> None:
+    data = made(0, 300)
+    whole, parts = CanonicalReadout(specs(), 3), CanonicalReadout(specs(), 3)
+    whole.fit([data])
+    parts.fit([{m: t.map(lambda x, i=i: x[i : i + 70]) for m, t in data.items()} for i in range(0, 300, 70)])
+    for m, t in data.items():
+        one, other = whole(m, t.tokens, t.mask), parts(m, t.tokens, t.mask)
+        assert torch.allclose(correlation(one, other).abs(), torch.ones(3), atol=1e-3)
+
+
+def test_few_rows_give_the_whitening_of_the_whole_decomposition() -> None:
+    rows = torch.randn(20, 60, generator=torch.Generator().manual_seed(0))
+    rows -= rows.mean(0)
+    covariance = rows.T @ rows / 20
+    sketched, whole = _whitening(covariance, 19), _whitening(covariance, 60)[:, :19]
+    assert torch.allclose(sketched @ sketched.T, whole @ whole.T, atol=1e-3 * float((whole @ whole.T).abs().max()))
+
+
+def test_zero_until_fitted_and_with_too_few_rows() -> None:
+    readout, data = CanonicalReadout(specs(), 3), made(0, 1)
+    readout.fit([data])
+    assert not readout.fitted
+    assert not readout("a", data["a"].tokens, data["a"].mask).any()
+
+
+def test_long_and_wide_sequences_are_averaged_and_narrowed() -> None:
+    readout = CanonicalReadout({"a": FeatureSpec(512, 40, 8), "b": FeatureSpec(10, 5, 10)}, 3)
+    tokens = torch.randn(2, 40, 512)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[1, 3:] = False
+    flat = readout.flat("a", tokens, mask)
+    assert flat.shape[1] <= 4096
+    first = torch.nn.functional.layer_norm(tokens, (512,)) @ readout.narrow_a
+    assert torch.allclose(flat[0, : first.shape[-1]], first[0, :3].mean(0), atol=1e-5)
+    assert torch.allclose(flat[1, : first.shape[-1]], first[1, :3].mean(0), atol=1e-5)
+    assert not flat[1, first.shape[-1] :].any()

@@ -1,0 +1,219 @@
+"""The loop: resume, stopping, selection, evaluation; on real features of a tiny world."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tvl_align.encoders.tvl import Stage1Config
+from tvl_align.features.inputs import DataConfig, load_inputs
+from tvl_align.methods.base import Stage2Config, Stage2Loss
+from tvl_align.methods.registry import METHODS
+from tvl_align.system.checkpoint import load_checkpoint, save_checkpoint
+from tvl_align.system.console import UserError
+from tvl_align.training.engine import evaluate, fit, selection
+from tvl_align.training.optimisation import OptimConfig
+from tvl_align.training.run import Run
+from tvl_align.training.settings import RunConfig, Settings
+
+BASE = METHODS["base"]
+
+
+@pytest.fixture
+def settings(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> Settings[Stage2Config]:
+    features = world.parent / "features"  # shared by the tests of this process
+    return Settings(
+        Stage1Config(stage1_checkpoint),
+        Stage2Config(register_token_dim=32, num_heads=4, drop_rate=0.1),
+        DataConfig(world, views=1, feature_dir=features, num_workers=0),
+        OptimConfig(batch_size=16, epochs=3, warmup_epochs=1, lr=1e-3),
+        RunConfig(tmp_path / "runs", "one", device="cpu"),
+    )
+
+
+def changed(settings: Settings[Any], group: str, **values: Any) -> Settings[Any]:
+    return replace(settings, **{group: replace(getattr(settings, group), **values)})
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([v.flatten() for v in load_checkpoint(folder / "checkpoint.pth")["model"].values()])
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = fit(settings, BASE)
+    assert folder == settings.folder
+    config = json.loads((folder / "config.json").read_text())
+    assert config["implementation"]["experiment_id"] == "stage2_base"
+    assert {"settings", "store", "rows", "command", "commit", "packages", "processes"} <= config.keys()
+    rows = metrics(folder)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    named = ["total_loss", "overlapping_loss", "complementary_reg", "average_acc1", "average_acc5"]
+    named += [f"{p}_{k}" for p in ("tactile_vision", "tactile_text", "text_vision") for k in ("loss", "acc1", "acc5")]
+    for row in rows:
+        assert {f"{split}_{name}" for split in ("train", "val") for name in named} | {"epoch", "lr"} <= row.keys()
+    assert rows[-1]["train_total_loss"] < rows[0]["train_total_loss"]
+    for name in ("checkpoint.pth", "checkpoint-acc1.pth", "checkpoint-acc5.pth"):
+        content = load_checkpoint(folder / name)
+        assert {"model", "optimizer", "progress"} <= content.keys()
+    assert list(folder.glob("events.out.tfevents*"))
+    said = capsys.readouterr().out
+    assert "[STAGE2] stage2_base v2.1" in said
+    assert "(chance " in said
+
+
+def test_same_seed_same_numbers_another_seed_others(settings: Settings[Stage2Config]) -> None:
+    runs = [("a", 0, 0), ("b", 0, 2), ("c", 1, 0)]
+    folders = [fit(changed(changed(settings, "run", log_name=n, seed=s), "data", num_workers=w), BASE) for n, s, w in runs]
+    rows = [metrics(folder) for folder in folders]
+    assert rows[0] == rows[1]
+    assert torch.equal(weights(folders[0]), weights(folders[1]))
+    assert rows[0] != rows[2]
+
+
+def test_resume_ends_where_the_uninterrupted_run_ends(
+    settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 16: weights, optimizer, draws, dropout and the best so far."""
+    whole = fit(settings, BASE)
+    stopped = changed(settings, "run", log_name="stopped")
+    record = Run.record
+
+    def stop_after_the_second(self: Run, row: dict[str, Any], seconds: dict[str, float]) -> None:
+        record(self, row, seconds)
+        if row["epoch"] == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "record", stop_after_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, BASE)
+    monkeypatch.undo()
+    other = changed(changed(stopped, "optim", lr=2e-3), "data", num_workers=1)
+    with pytest.raises(UserError, match=r"other settings: --lr 0\.002 \(it has 0\.001\); give these values"):
+        fit(other, BASE)
+    with (stopped.folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"epoch": 2, "half": "an epoch that was never saved"}) + "\n")
+    folder = fit(stopped, BASE)
+    assert torch.equal(weights(folder), weights(whole))
+    assert metrics(folder) == metrics(whole)
+    assert load_checkpoint(folder / "checkpoint.pth")["progress"] == load_checkpoint(whole / "checkpoint.pth")["progress"]
+
+
+def test_the_best_so_far_survives_resume(settings: Settings[Stage2Config]) -> None:
+    """Trap 16: a worse epoch after resume does not become the best."""
+    folder = fit(changed(settings, "optim", epochs=1), BASE)
+    content = load_checkpoint(folder / "checkpoint.pth")
+    content["progress"]["best"] = {"acc1": 99.0, "acc5": 99.0}
+    save_checkpoint(folder / "checkpoint.pth", content)
+    fit(changed(settings, "run", resume="auto"), BASE)
+    assert load_checkpoint(folder / "checkpoint-acc1.pth")["progress"]["epoch"] == 1
+    last = load_checkpoint(folder / "checkpoint.pth")["progress"]
+    assert (last["epoch"], last["best"]) == (3, {"acc1": 99.0, "acc5": 99.0})
+
+
+def test_resume_refuses_what_does_not_fit(settings: Settings[Stage2Config], tmp_path: Path) -> None:
+    folder = fit(changed(settings, "optim", epochs=1), BASE)
+    wider = changed(
+        changed(settings, "knobs", register_token_dim=64), "run", log_name="x", resume=str(folder / "checkpoint.pth")
+    )
+    with pytest.raises(UserError, match="the checkpoint does not fit this model .*registers"):
+        fit(wider, BASE)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        fit(changed(settings, "run", resume=str(tmp_path / "none.pth")), BASE)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings: Settings[Stage2Config]) -> None:
+    good = fit(changed(settings, "optim", epochs=1), BASE)
+    wild = changed(changed(settings, "optim", lr=1e30, warmup_epochs=0), "run", resume="auto")
+    with pytest.raises(UserError, match=rf"the loss became .* in epoch 1, step \d+; the last good checkpoint is {good}"):
+        fit(wild, BASE)
+
+
+def test_on_the_fly_trains_too(settings: Settings[Stage2Config]) -> None:
+    live = changed(changed(settings, "data", views=0), "optim", epochs=1)
+    assert math.isfinite(metrics(fit(live, BASE))[0]["val_total_loss"])
+
+
+def test_two_modalities_and_pooled_features(settings: Settings[Stage2Config]) -> None:
+    less = changed(changed(settings, "data", active_modality_names=("vision", "tactile")), "stage1", features="pooled")
+    rows = metrics(fit(changed(less, "optim", epochs=1), BASE))
+    assert "val_tactile_vision_acc1" in rows[0]
+    assert not any("text" in name for name in rows[0])
+
+
+def test_validation_is_one_gallery_whatever_the_batch(
+    settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trap 4."""
+    inputs = load_inputs(settings, torch.device("cpu"))
+    torch.manual_seed(0)
+    model, loss = BASE.model(settings.knobs, inputs.specs), Stage2Loss(preservation_weight=1.0)
+    found = []
+    for batch in (256, 3):
+        monkeypatch.setattr("tvl_align.training.engine.EVAL_BATCH", batch)
+        found.append(evaluate(model, loss, inputs.splits["test"], torch.device("cpu")))
+    for name in (
+        "tactile_vision_acc1",
+        "text_vision_acc5",
+        "tactile_text_loss",
+        "tactile_text_chance1",
+        "average_acc1",
+    ):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
+    assert found[0]["tactile_vision_chance1"] == pytest.approx(100 / 24)
+
+
+def test_the_best_checkpoint_ignores_the_pair_without_touch() -> None:
+    """Trap 5."""
+    scores = {
+        f"{p}_{k}": v
+        for p, v in (("tactile_vision", 2.0), ("tactile_text", 4.0), ("text_vision", 90.0))
+        for k in ("acc1", "acc5")
+    }
+    assert selection(scores) == {"acc1": 3.0, "acc5": 3.0}
+    assert selection({"text_vision_acc1": 7.0, "average_acc1": 7.0, "average_acc5": 8.0}) == {"acc1": 7.0, "acc5": 8.0}
+
+
+def test_accumulation_and_importance_sampling_run(settings: Settings[Stage2Config]) -> None:
+    more = changed(changed(settings, "optim", accum_iter=2, epochs=1), "data", importance_sampling=True)
+    assert math.isfinite(metrics(fit(more, BASE))[0]["train_total_loss"])
+
+
+def test_the_engine_takes_the_large_batch(settings: Settings[Stage2Config]) -> None:
+    """4 parts of 4 rows and 1 part of 16 give the same numbers over two epochs."""
+    rows = []
+    for batch, parts in ((16, 1), (4, 4)):
+        knobs = replace(settings.knobs, noise=0.0, nested_dropout_rate=0.0, drop_rate=0.0)
+        optim = replace(settings.optim, batch_size=batch, accum_iter=parts, epochs=2, lr=1e-3)
+        run = replace(settings.run, log_name=f"parts{parts}")
+        rows.append(metrics(fit(replace(settings, knobs=knobs, optim=optim, run=run), BASE)))
+    for one, other in zip(*rows, strict=True):
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
+
+
+def test_compiled_training_gives_the_same_numbers(settings: Settings[Any]) -> None:
+    """With a last batch of another size, and evaluation, which is never compiled."""
+    method = METHODS["cursor"]
+    knobs = method.knobs(register_token_dim=32, num_heads=4)
+    rows = []
+    for compiled in (False, True):
+        given = changed(changed(settings, "optim", epochs=1), "run", compile=compiled, log_name=f"compiled{compiled}")
+        rows.append(metrics(fit(replace(given, knobs=knobs), method))[0])
+    for name in rows[0]:
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.parametrize("part", ["settings", "progress", "implementation"])
+def test_a_checkpoint_of_other_kinds_is_refused(settings: Settings[Any], part: str) -> None:
+    folder = fit(changed(settings, "optim", epochs=1), BASE)
+    save_checkpoint(folder / "checkpoint.pth", load_checkpoint(folder / "checkpoint.pth") | {part: 3})
+    with pytest.raises(UserError, match="was not written by this version"):
+        fit(changed(settings, "optim", epochs=1), BASE)

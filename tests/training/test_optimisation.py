@@ -1,0 +1,67 @@
+"""Schedule, parameter groups, step."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tvl_align.training.optimisation import Schedule, decays, descend, gradient_norm, make_adamw
+
+
+def test_schedule_is_a_line_then_half_a_cosine() -> None:
+    schedule = Schedule(2.0, total=110, warmup=10, lowest=0.5)
+    assert [schedule(s) for s in (0, 4, 9)] == pytest.approx([0.2, 1.0, 2.0])
+    assert schedule(10) == pytest.approx(2.0)
+    assert schedule(60) == pytest.approx(0.5 + 1.5 * (0.5 + 0.5 * math.cos(math.pi / 2)))
+    assert schedule(110) == schedule(500) == pytest.approx(0.5)
+
+
+def test_warmup_longer_than_the_training() -> None:
+    assert Schedule(1.0, total=5, warmup=10)(4) == pytest.approx(0.5)
+
+
+def test_only_matrices_decay() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.registers = nn.Parameter(torch.randn(4, 8))
+            self.logit_scale = nn.Parameter(torch.tensor(1.0))
+            self.linear, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+    model = Model()
+    assert [n for n, p in model.named_parameters() if decays(n, p)] == ["linear.weight"]
+    model.norm.requires_grad_(False)
+    decayed, plain = make_adamw(model.named_parameters(), 0.1).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert (len(decayed["params"]), len(plain["params"])) == (1, 3)
+    assert decayed["betas"] == (0.9, 0.95)
+
+
+def test_accumulated_gradients_are_those_of_their_mean() -> None:
+    data, ends = torch.randn(4, 3), []
+    for accumulate in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 1)
+        optimizer = make_adamw(layer.named_parameters(), 0.0)
+        if accumulate:
+            for i, half in enumerate(data.chunk(2)):
+                descend(layer(half).square().mean() / 2, optimizer, 0.1, update=i == 1)
+        else:
+            descend(layer(data).square().mean(), optimizer, 0.1)
+        ends.append(torch.cat([p.flatten() for p in layer.parameters()]))
+    assert torch.allclose(*ends)
+
+
+def test_gradient_norm_is_that_of_all_numbers_together() -> None:
+    """Whatever their shapes and layouts; one bad number anywhere makes it bad."""
+    shapes = [(), (7,), (5, 3), (2, 4, 3)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    for p in parameters:
+        p.grad = torch.randn(p.shape)
+    parameters[2].grad = torch.randn(3, 5).T
+    optimizer = make_adamw([(str(i), p) for i, p in enumerate(parameters)], 0.05)
+    together = torch.cat([p.grad.reshape(-1) for p in parameters])
+    assert torch.allclose(gradient_norm(optimizer), together.norm())
+    parameters[3].grad[0, 1, 2] = torch.nan
+    assert not gradient_norm(optimizer).isfinite()

@@ -1,0 +1,46 @@
+"""`tvl-align features`: feature stores of one's own arrays."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tvl_align.config import parse
+from tvl_align.features.arrays import read_npz
+from tvl_align.features.store import FeatureStore
+from tvl_align.system.console import UserError
+
+ACTIONS = {"import": "arrays of any two or more modalities (.npz) -> a feature store to train on"}
+EXAMPLES = (
+    "tvl-align features import --npz digits.npz --out store",
+    "tvl-align train --store store --register_token_dim 64 --epochs 10",
+)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Make a feature store from arrays of any two or more modalities; tvl_align/features/arrays.py names the arrays."""
+
+    npz: Path
+    """File of numpy.savez."""
+    out: Path
+    """New or empty folder for the store."""
+    seed: int = 0
+    """Seed of the split, where the file has none."""
+
+
+def run(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: tvl-align features ACTION [OPTIONS]\n")
+        print("\n".join(f"  {action:10s} {what}" for action, what in ACTIONS.items()))
+        print("\nOptions (with their defaults) of an action: tvl-align features import --help.")
+        print("examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES))
+        return
+    if argv[0] not in ACTIONS:
+        near = difflib.get_close_matches(argv[0], ACTIONS, 1) or list(ACTIONS)
+        raise UserError(f"unknown action {argv[0]!r}; did you mean tvl-align features {near[0]}?")
+    config = parse(ImportConfig, argv[1:], "tvl-align features import", examples=EXAMPLES)
+    store = FeatureStore.from_arrays(read_npz(config.npz, config.seed), config.out)
+    rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())
+    print(f"{', '.join(store.specs)}: {rows} rows")
+    print(store.folder)

@@ -1,0 +1,90 @@
+"""What a model makes of a split: its tokens, pooled vectors and reconstruction errors."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tvl_align.contract import Features, Output
+from tvl_align.features.store import FeatureSource
+from tvl_align.registers.nested import prefix
+from tvl_align.registers.pooling import pooled_overlapping
+
+EVAL_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What one model makes of one split, on the CPU: overlapping, complementary {modality: (M, n, D)}, pooled."""
+
+    overlapping: dict[str, Tensor]
+    complementary: dict[str, Tensor]
+    pooled: dict[str, Tensor]
+    present: dict[str, Tensor]
+    keys: Tensor
+    scale: float
+    unexplained: dict[str, float]
+
+
+def all_rows(source: FeatureSource) -> Tensor:
+    return torch.arange(len(source))
+
+
+def plain_batches(source: FeatureSource, rows: Tensor, device: torch.device) -> Any:
+    parts = list(rows.split(EVAL_BATCH))
+    return source.batches(parts, [torch.zeros_like(p) for p in parts], device)
+
+
+def stage1_features(source: FeatureSource, rows: Tensor, device: torch.device) -> Features:
+    """The frozen features of the given rows, plain view, joined on the CPU; text padded to its longest sentence."""
+    parts = [batch.to("cpu") for batch in plain_batches(source, rows, device)]
+    joined = {}
+    for name in parts[0].modalities:
+        longest = max(p.modalities[name].tokens.shape[1] for p in parts)
+
+        def padded(x: Tensor, longest: int = longest) -> Tensor:
+            return torch.cat([x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])], dim=1)
+
+        tokens = [p.modalities[name] for p in parts]
+        joined[name] = type(tokens[0])(
+            torch.cat([padded(t.tokens) for t in tokens]),
+            torch.cat([padded(t.mask) for t in tokens]),
+            torch.cat([t.pooled for t in tokens]),
+            torch.cat([t.present for t in tokens]),
+        )
+    return Features(joined, torch.cat([p.caption_keys for p in parts]), torch.cat([p.rows for p in parts]))
+
+
+@torch.no_grad()
+def read_split(
+    model: nn.Module, source: FeatureSource, rows: Tensor, device: torch.device, length: int | None = None
+) -> Readings:
+    """Read rows (plain view) with a model in evaluation mode, keeping the first `length` registers (None: all)."""
+    model.eval()
+    outputs: list[Output] = []
+    pooled: list[dict[str, Tensor]] = []
+    error: dict[str, list[float]] = {}
+    for features in plain_batches(source, rows, device):
+        registers = model.registers.shape[0]
+        kept = None if length is None else prefix(len(features), registers, length)
+        output = model(features, kept=kept, joint=False)
+        for name, r in output.reconstruction.items():
+            sums = error.setdefault(name, [0.0, 0.0])
+            sums[0] += float(r.error[r.mask].sum())
+            sums[1] += float(r.mask.sum())
+        pooled.append(pooled_overlapping(output))
+        outputs.append(replace(output, features=None, reconstruction={}))  # which are large
+
+    def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {m: torch.cat([part[m] for part in parts]).cpu() for m in parts[0]}
+
+    return Readings(
+        joined([output.overlapping_tokens for output in outputs]),
+        joined([output.complementary_tokens for output in outputs]),
+        joined(pooled),
+        joined([output.present for output in outputs]),
+        torch.cat([output.caption_keys for output in outputs]).cpu(),
+        float(outputs[0].logit_scale),
+        {m: 100 * wrong / max(total, 1e-9) for m, (wrong, total) in error.items()},
+    )

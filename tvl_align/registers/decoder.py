@@ -1,0 +1,34 @@
+"""Registers -> the frozen tokens they were read from: a decoder and its error."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tvl_align.contract import FeatureSpec, Reconstruction
+from tvl_align.registers.blocks import BlockOptions, RegisterBlock
+
+
+class TokenDecoder(nn.Module):
+    """Rebuilds a modality's frozen tokens (B, T, W) from its registers (B, N, D): position queries that cross-attend.
+
+    Kept narrow on purpose: what it cannot express must be written into the registers plainly.
+    """
+
+    def __init__(self, spec: FeatureSpec, dim: int, width: int = 256) -> None:
+        super().__init__()
+        width = min(width, dim)
+        options = BlockOptions(width, num_heads=max(1, width // 64), mlp_ratio=2.0)
+        self.read = nn.Linear(dim, width)
+        self.queries = nn.Parameter(torch.randn(spec.tokens, width) * 0.02)
+        self.block = RegisterBlock(options, self_attention=False)
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, spec.width))
+
+    def forward(self, z: Tensor, kept: Tensor, length: int) -> Tensor:
+        keys = self.read(z)
+        queries = self.queries[:length].expand(len(z), -1, -1)
+        return self.out(self.block(queries, keys, kept, kept))
+
+
+def compare_tokens(rebuilt: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
+    """Rebuilt (B, T, W) beside what should have been rebuilt: the frozen tokens (B, T, W), standardised over their width."""
+    return Reconstruction((rebuilt - F.layer_norm(tokens, tokens.shape[-1:])).square().mean(-1), mask)

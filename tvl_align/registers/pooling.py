@@ -1,0 +1,23 @@
+"""Register tokens -> the one vector of a modality that is aligned and retrieved."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tvl_align.contract import Output
+
+
+def pool_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Mean over the kept registers: (B, n, D), (B, n) -> (B, D)."""
+    if kept is None:
+        return tokens.mean(1)
+    weight = kept[..., None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
+
+
+def pooled_overlapping(output: Output) -> dict[str, Tensor]:
+    """What is aligned and retrieved: {modality: (B, D)}, the normalised mean of the kept overlapping tokens."""
+    kept = output.nested_dropout_mask
+    tokens = output.overlapping_tokens
+    return {
+        m: F.normalize(pool_kept(z, kept[:, : z.shape[1]] if kept is not None else None), dim=-1) for m, z in tokens.items()
+    }

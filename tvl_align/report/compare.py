@@ -1,0 +1,184 @@
+"""Several runs -> one page and the same as Markdown: which method does what, over seeds, on the same rows.
+
+Runs are ranked only where they are comparable: the same feature store and the same test split.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from tvl_align.data.transforms import preview
+from tvl_align.data.tvl import Row
+from tvl_align.evaluation.probes import way
+from tvl_align.report import plots
+from tvl_align.report.page import as_url, is_synthetic, number, read_metrics
+from tvl_align.system.console import UserError
+
+MAIN = "tactile_vision"
+SUMMARY = ("shared_retention", "unique_retention", "unique_leak", "shared_leak")
+
+
+def load_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """results.json of every run; refuses runs that cannot be ranked against each other."""
+    if len({run.resolve() for run in runs}) < 2:
+        raise UserError("a comparison needs at least two different runs; give compare their folders.")
+    found = []
+    for run in runs:
+        path = run / "results.json"
+        if not path.is_file():
+            raise UserError(f"{run} has no results.json; measure it first: tvl-align evaluate {run}")
+        found.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": str(run)})
+    first = found[0]
+    for other in found[1:]:
+        for what, a, b in (
+            ("feature stores", first["run"]["store"], other["run"]["store"]),
+            ("splits", first["run"]["rows"], other["run"]["rows"]),
+            ("sets of test rows", first["gallery"], other["gallery"]),
+            ("label columns", _columns(first), _columns(other)),
+        ):
+            if a != b:
+                raise UserError(
+                    f"{first['folder']} and {other['folder']} were made on different {what} ({a} and {b}); "
+                    "compare only runs of the same data, Stage 1 and data options."
+                )
+    return found
+
+
+def _columns(results: Mapping[str, Any]) -> str:
+    return ", ".join(f"{m}: {f}" for m, table in sorted(results["factors"].items()) for f in sorted(table))
+
+
+def main_pair(results: Mapping[str, Any]) -> str:
+    """The pair that ranks methods: touch and vision, where there are both."""
+    return MAIN if MAIN in results["retrieval"] else next(iter(results["retrieval"]))
+
+
+def by_method(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Runs of each method, in the order of the main pair's Acc@1, best first."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        groups.setdefault(f"{result['method']} v{result['version']}", []).append(result)
+    pair = main_pair(results[0])
+    order = sorted(groups, key=lambda m: -np.mean([r["retrieval"][pair]["acc1"] for r in groups[m]]))
+    return {name: groups[name] for name in order}
+
+
+def leaderboard(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of text: mean ± standard deviation over the seeds of each method."""
+    some = next(iter(groups.values()))[0]
+    columns = ["method", "seeds", *(f"{pair.replace('_', '-')} Acc@1" for pair in some["retrieval"])]
+    columns += [name.replace("_", " ") for name in SUMMARY if name in some.get("summary", {})]
+    columns += ["Acc@1 with 1 register, share of all"]
+    rows = []
+    for method, runs in groups.items():
+        cells = [method, ", ".join(str(r["seed"]) for r in runs)]
+        cells += [_spread([r["retrieval"][pair]["acc1"] for r in runs]) for pair in some["retrieval"]]
+        cells += [_spread([r["summary"][name] for r in runs]) for name in SUMMARY if name in some.get("summary", {})]
+        cells.append(_spread([100 * r["prefix"][0]["acc1"] / max(r["prefix"][-1]["acc1"], 1e-9) for r in runs]))
+        rows.append(cells)
+    stage1 = ["Stage 1, frozen", "", *(number(n["stage1_acc1"]) for n in some["retrieval"].values())]
+    chance = ["chance", "", *(f"{n['chance1']:.2f}" for n in some["retrieval"].values())]
+    return columns, [*rows, *(row + [""] * (len(columns) - len(row)) for row in (stage1, chance))]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+
+
+def mean_factors(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The factor tables of some runs, averaged over the runs."""
+    first = runs[0]["factors"]
+    return {
+        m: {
+            f: {
+                k: v if k == "ownership" else float(np.mean([r["factors"][m][f][k] for r in runs])) for k, v in entry.items()
+            }
+            for f, entry in table.items()
+        }
+        for m, table in first.items()
+    }
+
+
+def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
+    """report.html (self-contained) and report.md in `out`; returns the page's path."""
+    results = load_results(runs)
+    groups = by_method(results)
+    columns, rows = leaderboard(groups)
+    root = Path(results[0]["root"])
+    figures = {"score": as_url(plots.methods_against_k({m: [r["prefix"] for r in rs] for m, rs in groups.items()}))}
+    figures["curves"] = as_url(
+        plots.methods_curves(
+            {m: [read_metrics(Path(r["folder"])) for r in rs] for m, rs in groups.items()}, main_pair(results[0])
+        )
+    )
+    if results[0]["factors"]:
+        figures["heat"] = as_url(plots.methods_heat_map({m: mean_factors(rs) for m, rs in groups.items()}))
+    confusions = {m: _confusion(root, rs[0]["confusions"]) for m, rs in groups.items()}
+    commands = [(r["method"], r["seed"], r["folder"], r["run"]["command"], r["run"]["commit"]) for r in results]
+    facts = {
+        "columns": columns,
+        "rows": rows,
+        "synthetic": is_synthetic(root),
+        "gallery": results[0]["gallery"],
+        "store": results[0]["run"]["store"],
+        "commands": commands,
+        "command": command,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    pages = Environment(loader=PackageLoader("tvl_align.report"), autoescape=select_autoescape())
+    page = pages.get_template("compare.html").render(**facts, **figures, confusions=confusions)
+    (out / "report.html").write_text(page, encoding="utf-8")
+    (out / "report.md").write_text(_markdown(facts, groups), encoding="utf-8")
+    return out / "report.html"
+
+
+def _confusion(root: Path, found: Sequence[Mapping[str, Any]]) -> str | None:
+    """Touch image, its own photo, the photo that was retrieved: a strip of some mistakes."""
+    strip = []
+    for entry in found:
+        query, wrong = Row(**entry["query"]), Row(**entry["found"])
+        if all((root / path).is_file() for row in (query, wrong) for path in (row.vision or "", row.tactile or "")):
+            photo, touch = preview(root, query)
+            strip.append((touch, photo, preview(root, wrong)[0]))
+    return as_url(plots.confusion(strip)) if strip else None
+
+
+def _markdown(facts: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [columns, *rows]]
+        return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
+
+    kind = "Synthetic data. " if facts["synthetic"] else ""
+    parts = [f"{kind}{facts['gallery']} test rows as one gallery, feature store {facts['store']}; in percent."]
+    parts.append(table(facts["columns"], facts["rows"]))
+    for method, runs in groups.items():
+        factors = mean_factors(runs)
+        rows = [
+            [f"{m}: {f}", ", ".join(e["ownership"]), *(f"{way(e[g], e['chance'], e['stage1']):.0f}" for g in plots.GROUPS)]
+            for m, entries in factors.items()
+            for f, e in entries.items()
+        ]
+        if rows:
+            head = ["factor", "owners", *(g.replace("_", " ") for g in plots.GROUPS)]
+            parts.append(f"{method}: percent of the way from chance to Stage 1\n\n{table(head, rows)}")
+        ks = [
+            [
+                str(p["k"]),
+                _spread([r["prefix"][i]["acc1"] for r in runs]),
+                _maybe([r["prefix"][i]["shared_retention"] for r in runs]),
+                _maybe([r["prefix"][i]["reconstruction"] for r in runs]),
+            ]
+            for i, p in enumerate(runs[0]["prefix"])
+        ]
+        parts.append(f"{method}: order\n\n" + table(["registers", "mean Acc@1", "shared retention", "variance left"], ks))
+    parts.append("\n".join(f"- {m}, seed {s}, {c[:12]}: `{command}`" for m, s, _, command, c in facts["commands"]))
+    return "\n\n".join([*parts, f"Made by `{facts['command']}`."]) + "\n"
+
+
+def _maybe(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return _spread(known) if known else ""

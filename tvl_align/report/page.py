@@ -1,0 +1,89 @@
+"""A run folder -> one self-contained page and one table for the terminal."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.console import Console
+from rich.table import Table
+
+from tvl_align.data.transforms import preview
+from tvl_align.data.tvl import Row
+from tvl_align.evaluation.probes import way
+from tvl_align.report import plots
+
+
+def write_page(run: Path) -> Path:
+    """results.json + metrics.jsonl of a run folder -> report.html in it, which opens without a network."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    pictures = {
+        "curves": plots.curves(read_metrics(run), list(results["retrieval"])),
+        "order": plots.against_k(results["prefix"]),
+    }
+    if results["factors"]:
+        pictures["heat"] = plots.heat_map(results["factors"])
+    strip = _strip(Path(results["root"]), [Row(**row) for row in results["examples"]])
+    if strip:
+        pictures["strip"] = plots.samples(strip)
+    urls = {name: as_url(image) for name, image in pictures.items()}
+    pages = Environment(loader=PackageLoader("tvl_align.report"), autoescape=select_autoescape())
+    page = pages.get_template("run.html").render(r=results, synthetic=is_synthetic(Path(results["root"])), **urls)
+    (run / "report.html").write_text(page, encoding="utf-8")
+    return run / "report.html"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl of a run folder."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def as_url(image: bytes) -> str:
+    """PNG bytes as a URL that needs no network."""
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def is_synthetic(root: Path) -> bool:
+    about = root / "factors.json"
+    return about.is_file() and bool(json.loads(about.read_text(encoding="utf-8")).get("synthetic"))
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """A number as tables show it; None, where there is nothing to compare with, is a dash."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _strip(root: Path, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray, str]]:
+    rows = []
+    for row in examples:
+        if row.vision and row.tactile and (root / row.vision).is_file() and (root / row.tactile).is_file():
+            rows.append((*preview(root, row), row.caption or ""))
+    return rows
+
+
+def print_table(path: Path) -> None:
+    """The main numbers of a results.json, in one table."""
+    results = json.loads(path.read_text(encoding="utf-8"))
+    synthetic = is_synthetic(Path(results["root"]))
+    title = f"{results['method']} v{results['version']}, seed {results['seed']}"
+    title += f", {results['gallery']} {results['split']} rows" + (" (synthetic data)" if synthetic else "")
+    table = Table(title=title, title_justify="left")
+    for column in ("in percent", "registers", "Stage 1", "chance"):
+        table.add_column(column, justify="left" if column == "in percent" else "right")
+    for pair, n in results["retrieval"].items():
+        for k in (1, 5):
+            chance = f"{n['chance1']:.2f}" if k == 1 else ""
+            table.add_row(f"{pair.replace('_', '-')} Acc@{k}", f"{n[f'acc{k}']:.1f}", number(n[f"stage1_acc{k}"]), chance)
+    for name, value in results.get("summary", {}).items():
+        table.add_row(name.replace("_", " ") + " (way)", f"{value:.0f}", "100", "0")
+    if results["factors"]:
+        lowest, name = min(
+            (way(entry["stage1"], entry["chance"]), f"{modality} {factor}")
+            for modality, factors in results["factors"].items()
+            for factor, entry in factors.items()
+        )
+        table.add_row(f"lowest ceiling: {name}", "", f"{lowest:.0f}", "0")
+    table.add_row("shuffled partners Acc@1", f"{results['controls']['shuffled_acc1']:.2f}", "", "")
+    Console().print(table)

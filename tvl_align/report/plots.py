@@ -1,0 +1,195 @@
+"""Results -> figures, as PNG bytes. Nothing is computed here."""
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+from tvl_align.evaluation.probes import way
+
+matplotlib.use("Agg")
+
+
+COLOURS = {"tactile_vision": "#c44e52", "tactile_text": "#4c72b0", "text_vision": "#55a868"}
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def curves(metrics: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> bytes:
+    """Loss and whole-gallery Acc@1 of the validation split over the epochs, chance dotted."""
+    epochs = [m["epoch"] + 1 for m in metrics]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+    left.plot(epochs, [m["train_total_loss"] for m in metrics], label="train (inside batches)", color="#888888")
+    left.plot(epochs, [m["val_total_loss"] for m in metrics], label="validation (whole gallery)", color="black")
+    left.set(xlabel="epoch", ylabel="total loss")
+    left.legend(frameon=False)
+    for pair in pairs:
+        if f"val_{pair}_acc1" not in metrics[0]:
+            continue
+        colour = COLOURS.get(pair)
+        right.plot(epochs, [m[f"val_{pair}_acc1"] for m in metrics], label=pair.replace("_", "-"), color=colour)
+        right.axhline(metrics[-1][f"val_{pair}_chance1"], color=colour, linestyle=":", linewidth=1)
+    right.set(xlabel="epoch", ylabel="validation Acc@1 (%)", ylim=(0, None))
+    right.legend(frameon=False)
+    return png(figure)
+
+
+def against_k(prefixes: Sequence[Mapping[str, Any]]) -> bytes:
+    """Acc@1, shared retention and reconstruction error for every number of kept registers."""
+    ks = [p["k"] for p in prefixes]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2))
+    for pair in prefixes[0]["pairs"]:
+        scores = [p["pairs"][pair] for p in prefixes]
+        left.plot(ks, scores, marker="o", label=pair.replace("_", "-"), color=COLOURS.get(pair))
+    left.set(xlabel="registers kept", ylabel="test Acc@1 (%)", xticks=ks, ylim=(0, None))
+    left.legend(frameon=False)
+    if prefixes[0]["shared_retention"] is not None:
+        middle.plot(ks, [p["shared_retention"] for p in prefixes], marker="o", color="black")
+    middle.set(xlabel="registers kept", ylabel="shared retention (%)", xticks=ks, ylim=(0, 110))
+    for modality in prefixes[0]["reconstructions"]:
+        right.plot(ks, [p["reconstructions"][modality] for p in prefixes], marker="o", label=modality)
+    right.set(xlabel="registers kept", ylabel="variance of frozen tokens left (%)", xticks=ks, ylim=(0, 105))
+    if prefixes[0]["reconstructions"]:
+        right.legend(frameon=False)
+    return png(figure)
+
+
+GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_complementary")
+
+
+def heat_map(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
+    """Percent of the way from chance to the Stage-1 ceiling: factor x token group."""
+    rows = [(m, f, e) for m, table in factors.items() for f, e in table.items()]
+    values = np.array([[way(e[g], e["chance"], e["stage1"]) for g in GROUPS] for _, _, e in rows])
+    figure, axes = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1))
+    axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    owners = ["shared" if len(e["ownership"]) > 1 else "unique" if e["ownership"] else "" for _, _, e in rows]
+    axes.set_yticks(
+        range(len(rows)), [f"{m}: {f} ({o})" if o else f"{m}: {f}" for (m, f, _), o in zip(rows, owners, strict=True)]
+    )
+    axes.set_xticks(range(len(GROUPS)), [g.replace("_", "\n") for g in GROUPS])
+    axes.xaxis.tick_top()
+    for (y, x), value in np.ndenumerate(values):
+        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black", fontsize=9)
+    return png(figure)
+
+
+def samples(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
+    """A strip of samples: photo above, touch image below, caption between."""
+    figure, axes = plt.subplots(2, len(rows), figsize=(1.6 * len(rows), 3.4), squeeze=False)
+    for column, (photo, touch, caption) in enumerate(rows):
+        axes[0, column].imshow(photo)
+        axes[1, column].imshow(touch)
+        axes[0, column].set_title(caption, fontsize=8)
+        for axis in axes[:, column]:
+            axis.axis("off")
+    return png(figure)
+
+
+def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> bytes:
+    """`heat_map` of several methods side by side: overlapping and complementary columns of each."""
+    some = next(iter(methods.values()))
+    rows = [(m, f) for m, table in some.items() for f in table]
+    columns = [(name, group) for name in methods for group in GROUPS[:2]]
+
+    def value(name: str, group: str, modality: str, factor: str) -> float:
+        entry = methods[name][modality][factor]
+        return way(entry[group], entry["chance"], entry["stage1"])
+
+    values = np.array([[value(name, group, m, f) for name, group in columns] for m, f in rows])
+    figure, axes = plt.subplots(figsize=(1.5 * len(columns) + 3, 0.36 * len(rows) + 1.2))
+    axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    owners = ["shared" if len(some[m][f]["ownership"]) > 1 else "unique" for m, f in rows]
+    axes.set_yticks(range(len(rows)), [f"{m}: {f} ({o})" for (m, f), o in zip(rows, owners, strict=True)])
+    axes.set_xticks(range(len(columns)), [f"{_wrapped(name)}\n{group}" for name, group in columns], fontsize=7)
+    axes.xaxis.tick_top()
+    for (y, x), number in np.ndenumerate(values):
+        axes.text(x, y, f"{number:.0f}", ha="center", va="center", color="white" if number < 60 else "black", fontsize=9)
+    return png(figure)
+
+
+def _wrapped(name: str) -> str:
+    """A method's name on lines short enough for a column."""
+    return textwrap.fill(name.replace("_", " "), 18)
+
+
+def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
+    """Mean Acc@1, shared retention and reconstruction error against the number of registers kept, one line a method (mean
+    over seeds)."""
+    panels = {
+        "acc1": "test Acc@1, mean over pairs (%)",
+        "shared_retention": "shared retention (%)",
+        "reconstruction": "variance of frozen tokens left (%)",
+    }
+    figure, row = plt.subplots(1, len(panels), figsize=(14, 3.4))
+    for axes, (what, label) in zip(row, panels.items(), strict=True):
+        for i, (name, runs) in enumerate(methods.items()):
+            if all(p[what] is not None for run in runs for p in run):
+                ks = [p["k"] for p in runs[0]]
+                scores = np.mean([[p[what] for p in run] for run in runs], axis=0)
+                axes.plot(ks, scores, marker="o", label=name, color=f"C{i}")
+        axes.set_xscale("log", base=2)  # from 4 registers to 32
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set(xlabel="registers kept", ylabel=label, ylim=(0, None))
+    row[0].legend(frameon=False, fontsize=7)
+    return png(figure)
+
+
+def methods_curves(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], pair: str) -> bytes:
+    """Validation Acc@1 of one pair over the epochs, one line a method (mean over seeds)."""
+    figure, axes = plt.subplots(figsize=(7, 3.4))
+    for name, runs in methods.items():
+        scores = [[m.get(f"val_{pair}_acc1", np.nan) for m in run] for run in runs]
+        length = min(map(len, scores))
+        axes.plot(range(1, length + 1), np.mean([s[:length] for s in scores], axis=0), label=name)
+    axes.set(xlabel="epoch", ylabel=f"validation {pair.replace('_', '-')} Acc@1 (%)", ylim=(0, None))
+    axes.legend(frameon=False, fontsize=7)
+    return png(figure)
+
+
+def confusion(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
+    """Columns of three pictures: the touch image, its own photo, the photo retrieved."""
+    figure, axes = plt.subplots(3, len(rows), figsize=(1.3 * len(rows), 4), squeeze=False)
+    for column, pictures in enumerate(rows):
+        for axis, picture in zip(axes[:, column], pictures, strict=True):
+            axis.imshow(picture)
+            axis.axis("off")
+    return png(figure)
+
+
+def growth_curves(found: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+    """Seconds (left axis) and peak memory (right axis) against what grows, all axes logarithmic; a straight line of slope 1
+    is proportional growth."""
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.0))
+    for axis, (what, points) in zip(axes, found.items(), strict=True):
+        at = [p["at"] for p in points]
+        axis.loglog(at, [p["seconds"] for p in points], marker="o", color="#c44e52")
+        _few_labels(axis)
+        memory = axis.twinx()
+        memory.loglog(at, [p["megabytes"] for p in points], marker="s", linestyle="--", color="#4c72b0")
+        memory.set_ylabel("MB (dashed)", color="#4c72b0")
+        _few_labels(memory)
+        axis.xaxis.set_minor_locator(NullLocator())  # after the twin, which sets the axis they share anew
+        axis.set_xticks(at, [f"{x:g}" for x in at], rotation=40)
+        axis.set(xlabel=what)
+    axes[0].set_ylabel("seconds", color="#c44e52")
+    figure.tight_layout()
+    return png(figure)
+
+
+def _few_labels(axis: Any) -> None:
+    """Plain numbers at 1, 2 and 5 on a logarithmic axis of values."""
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,74 @@
+"""Every method, several seeds, the same world, Stage 1, features, epochs and samples: what `make compare` runs.
+
+Parts that are already in the folder are not made again, so an interrupted contest goes on where it stopped.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tvl_align.evaluation.measure import EvaluateConfig, measure
+from tvl_align.methods.registry import METHODS, load_method
+from tvl_align.report.compare import write_comparison
+from tvl_align.report.page import write_page
+from tvl_align.synthetic.demo import DemoConfig, prepare, small_settings, timed
+from tvl_align.system.runtime import pick_device
+from tvl_align.system.workers import run_in_processes
+from tvl_align.training.engine import fit
+from tvl_align.training.settings import Settings
+
+
+@dataclass(frozen=True)
+class ContestConfig(DemoConfig):
+    """Train and measure every method with several seeds on one synthetic world, then compare them."""
+
+    out: Path = Path("contest")
+    """Folder for the world, Stage 1, features, runs and the report."""
+    train: int = 20_000
+    """Training samples of the world (one in ten of their groups validates)."""
+    pretrain_epochs: int = 3
+    """Epochs of the small Stage 1."""
+    epochs: int = 2
+    """Epochs of Stage 2, the same for every method."""
+    seed: int = 0
+    """Seed of the world, Stage 1, the split and the stored views, which all runs share."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to train, your own as package.module:NAME."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs: order, views, dropout, initial weights."""
+    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Runs at a time; the cores are shared among them."""
+
+
+def contest(config: ContestConfig) -> Path:
+    """Returns the path of the report."""
+    for name in config.methods:
+        load_method(name)  # refused before anything is made
+    world, checkpoint = prepare(config)
+    settings: dict[tuple[str, int], Settings[Any]] = {}
+    for seed, name in product(config.seeds, config.methods):
+        of_run = small_settings(config, world, checkpoint, name, f"{name.rpartition(':')[2]}-{seed}")
+        settings[name, seed] = replace(of_run, run=replace(of_run.run, draw_seed=seed))
+    first = next(iter(settings.values()))
+    timed("features", lambda: first.open_inputs(pick_device(None)))
+    todo = [key for key, s in settings.items() if not (s.folder / "results.json").is_file()]
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    jobs = {settings[key].folder.name: (_run, settings[key], key[0], config.probe_rows) for key in todo}
+    run_in_processes(jobs, config.jobs, threads)
+    page = write_comparison([s.folder for s in settings.values()], config.out, "make compare")
+    print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
+    return page
+
+
+def _run(settings: Settings[Any], name: str, probe_rows: int) -> None:
+    label = settings.folder.name
+    timed(f"{label}: {settings.optim.epochs} epochs", lambda: fit(settings, load_method(name)))
+    timed(f"{label}: test split", lambda: _measured(settings.folder, probe_rows))
+
+
+def _measured(run: Path, probe_rows: int) -> None:
+    measure(EvaluateConfig(run, probe_rows=probe_rows))
+    write_page(run)

@@ -1,0 +1,266 @@
+"""A small Stage 1, trained in minutes on any folder in the TVL format, saved in the two formats users have.
+
+What the frozen tokens do not hold, no register can read. A contrastive loss alone keeps what the modalities share and
+throws the rest away, so two more targets are read off every token of the 4 x 4 grid by linear maps:
+
+    pixels     the token's own part of the picture: hue, light, contact position and depth survive
+    spectrum   log power of a window twice that size, in 6 bands x 8 orientations and per colour for touch: texture,
+               coarseness and orientation survive. It is to pixels what HOG is in MaskFeat (Wei et al. 2022,
+               arXiv:2112.09133): a description that does not change when the texture shifts, and so is learnt fast.
+
+Pictures are not augmented: a flip would forbid the shared features to know orientation.
+"""
+
+import argparse
+import logging
+import math
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tvl_align.data.loading import load_pictures
+from tvl_align.data.samples import Samples, TextOptions
+from tvl_align.data.text import PROMPT, evaluation_text, training_text
+from tvl_align.data.transforms import ImageOptions
+from tvl_align.data.tvl import DATASETS, Tolerance, read_tvl
+from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
+from tvl_align.encoders.tvl import GRID, Stage1, create_touch_encoder
+from tvl_align.losses.contrastive import info_nce, positive_pairs
+from tvl_align.registers.model import MAX_LOGIT_SCALE
+from tvl_align.system.console import UserError, progress
+from tvl_align.system.provenance import provenance
+from tvl_align.system.runtime import generator, pick_device, seed_everything
+from tvl_align.training.optimisation import Schedule, descend, make_adamw
+
+log = logging.getLogger(__name__)
+BANDS, ORIENTATIONS = 6, 8
+TOUCH_MODEL = "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a small Stage 1 on a folder in the TVL format."""
+
+    datasets_dir: Path
+    """Folder that holds ssvtp/ and hct/."""
+    output_dir: Path
+    """Where checkpoint.pth (touch) and clip.pt (vision and text) are written."""
+    datasets: tuple[str, ...] = DATASETS
+    """Data sets to read."""
+    epochs: int = 12
+    """Passes over the training rows."""
+    batch_size: int = 64
+    """Rows per step. Small on purpose: in minutes of training, steps matter more than negatives."""
+    lr: float = 1.5e-3
+    """Peak learning rate of AdamW (linear warm-up over the first 5% of steps, then half a cosine to 0)."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay."""
+    pixel_weight: float = 1.0
+    """Weight of the pixel target."""
+    spectrum_weight: float = 2.0
+    """Weight of the spectrum target."""
+    num_workers: int = 2
+    """Processes that decode pictures."""
+    seed: int = 0
+    """Seed of everything."""
+    device: str | None = None
+    """Default: cuda where there is one, else cpu."""
+
+
+class SpectrumTarget(nn.Module):
+    """Pictures (B, C, S, S) -> log power (B, 16, C * 48) of 4 x 4 Hann windows, each of half the picture's side."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.window = size // 2
+        edge = torch.hann_window(self.window, periodic=False)
+        fy = torch.fft.fftfreq(self.window, 1 / self.window)[:, None]
+        fx = torch.fft.rfftfreq(self.window, 1 / self.window)[None]
+        radius, angle = torch.hypot(fx, fy), torch.remainder(torch.atan2(fy, fx), math.pi)
+        edges = torch.logspace(math.log2(1.4), math.log2(13), BANDS + 1, base=2)  # cycles per window
+        band = torch.bucketize(radius, edges) - 1
+        direction = (angle / math.pi * ORIENTATIONS).round().long() % ORIENTATIONS
+        bank = torch.zeros(BANDS * ORIENTATIONS, *radius.shape)
+        inside = (band >= 0) & (band < BANDS)
+        y, x = torch.nonzero(inside, as_tuple=True)
+        bank[(band * ORIENTATIONS + direction)[inside], y, x] = 1
+        bank = bank.flatten(1) / bank.flatten(1).sum(1, keepdim=True).clamp(min=1)
+        self.register_buffer("hann", edge[:, None] * edge[None], persistent=False)
+        self.register_buffer("bank", bank, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        step = self.window // 2
+        padded = F.pad(images, [step // 2] * 4, mode="reflect")
+        windows = padded.unfold(2, self.window, step).unfold(3, self.window, step)
+        windows = (windows - windows.mean((-1, -2), keepdim=True)) * self.hann
+        power = torch.view_as_real(torch.fft.rfft2(windows)).square().sum(-1).flatten(-2)
+        bands = rearrange((power @ self.bank.T + 0.05).log(), "b c y x f -> b (y x) (c f)")
+        return (bands - bands.mean((0, 1))) / (bands.std((0, 1)) + 1e-3)
+
+
+class TokenTargets(nn.Module):
+    """Linear read-outs that hold the tokens of one modality to their targets; thrown away after training."""
+
+    def __init__(self, width: int, size: int, colour_spectrum: bool) -> None:
+        super().__init__()
+        self.patch, self.colour_spectrum = size // GRID, colour_spectrum
+        self.pixels = nn.Linear(width, 3 * self.patch**2)
+        self.bands = nn.Linear(width, BANDS * ORIENTATIONS * (3 if colour_spectrum else 1))
+        self.spectrum = SpectrumTarget(size)
+
+    def forward(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, 1 + 16, W), images (B, 3, S, S) -> mean squared errors of pixels and of spectrum."""
+        grid = tokens[:, 1:]
+        patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=self.patch, q=self.patch)
+        seen = images if self.colour_spectrum else images.mean(1, keepdim=True)
+        return F.mse_loss(self.pixels(grid), patches), F.mse_loss(self.bands(grid), self.spectrum(seen))
+
+
+def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
+    """Train the small Stage 1; returns the path of its checkpoint. The same config gives the same weights."""
+    seed_everything(config.seed)
+    device = pick_device(config.device)
+    data = read_tvl(config.datasets_dir, config.datasets, config.seed)
+    if len(data.train) < config.batch_size:
+        raise UserError(f"{len(data.train)} training rows are fewer than one batch; give a smaller --batch_size.")
+    register_small_clip()
+    clip = open_clip.create_model(SMALL_CLIP, load_weights=False)
+    touch = create_touch_encoder(TOUCH_MODEL, clip.text_projection.shape[-1], SMALL_TOUCH)
+    stage1 = Stage1(clip, open_clip.get_tokenizer(SMALL_CLIP), touch).to(device)
+    images = ImageOptions(stage1.photo_size, stage1.touch_size)
+    samples = Samples(data.root, data.train, images, TextOptions(), config.seed)
+    pictures = _load(samples, config.num_workers, quiet)
+    targets = nn.ModuleDict(
+        {
+            "vision": TokenTargets(stage1.specs["vision"].width, stage1.photo_size, colour_spectrum=False),
+            "tactile": TokenTargets(stage1.specs["tactile"].width, stage1.touch_size, colour_spectrum=True),
+        }
+    ).to(device)
+    _fit(stage1, targets, samples, pictures, config, device, quiet)
+    return _save(stage1, config)
+
+
+def _load(samples: Samples, workers: int, quiet: bool) -> dict[str, Tensor]:
+    """All plain pictures of rows that have both, fp16: small pictures fit in memory, and are decoded once."""
+    jobs = [(i, 0) for i, row in enumerate(samples.rows) if row.vision and row.tactile]
+    parts: dict[str, list[Tensor]] = {"vision": [], "tactile": []}
+    rows: list[int] = []
+    with progress(len(jobs), "decode", "picture", quiet) as bar:
+        batches = [jobs[i : i + 128] for i in range(0, len(jobs), 128)]
+        for part, batch in zip(batches, load_pictures(samples, batches, workers, ("vision", "tactile")), strict=True):
+            both = sorted(set(range(len(part))) - {position for position, _, _ in batch.faults})
+            for modality, (positions, images) in batch.pictures.items():
+                parts[modality].append(images[[positions.index(i) for i in both]].half())
+            rows += [part[i][0] for i in both]
+            bar.update(len(part))
+    if len(rows) < len(jobs):
+        why = f"{len(jobs) - len(rows)} rows have a picture that cannot be used"
+        log.warning("left out: %s", why)
+        Tolerance().check(len(jobs) - len(rows), len(jobs), why)
+    return {modality: torch.cat(images) for modality, images in parts.items()} | {"rows": torch.tensor(rows)}
+
+
+def _fit(
+    stage1: Stage1,
+    targets: nn.ModuleDict,
+    samples: Samples,
+    pictures: dict[str, Tensor],
+    config: PretrainConfig,
+    device: torch.device,
+    quiet: bool,
+) -> None:
+    both = nn.ModuleDict({"stage1": stage1, "targets": targets})
+    optimizer = make_adamw(both.named_parameters(), config.weight_decay, betas=(0.9, 0.98))
+    rows, captions = pictures["rows"], samples.caption_ids()
+    per_epoch = len(rows) // config.batch_size
+    total = per_epoch * config.epochs
+    schedule = Schedule(config.lr, total, warmup=max(1, total // 20))
+    words = random.Random(config.seed)
+    stage1.train()
+    with progress(total, "pretrain", "step", quiet) as bar:
+        for step in range(total):
+            epoch, at = divmod(step, per_epoch)
+            if at == 0:
+                order = torch.randperm(len(rows), generator=generator(config.seed, epoch))
+            part = order[at * config.batch_size : (at + 1) * config.batch_size]
+            photo, touch = (pictures[m][part].float().to(device) for m in ("vision", "tactile"))
+            contrast, pixels, spectrum = _losses(stage1, targets, samples, rows[part], captions, photo, touch, words)
+            loss = contrast + config.pixel_weight * pixels + config.spectrum_weight * spectrum
+            descend(loss, optimizer, schedule(step))
+            if step % 20 == 0:
+                bar.set_postfix(contrast=f"{contrast:.2f}", pixels=f"{pixels:.2f}", spectrum=f"{spectrum:.2f}")
+            bar.update()
+
+
+def _losses(
+    stage1: Stage1,
+    targets: nn.ModuleDict,
+    samples: Samples,
+    rows: Tensor,
+    captions: Tensor,
+    photo: Tensor,
+    touch: Tensor,
+    words: random.Random,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sentences = [_sentence(samples.rows[row].caption, words) for row in rows.tolist()]
+    known = {s: i for i, s in enumerate(dict.fromkeys(sentences))}
+    seen = torch.tensor([known[s] for s in sentences])
+    keys = torch.stack([captions[rows], seen], dim=-1).to(photo.device)
+    has_text = torch.tensor([samples.rows[row].caption is not None for row in rows.tolist()], device=photo.device)
+    vision_tokens, _, vision = stage1.read_vision(photo)
+    touch_tokens, _, tactile = stage1.read_touch(touch)
+    text = stage1.read_text(stage1.tokenize(list(known)).to(photo.device))[2][seen.to(photo.device)]
+    scale = stage1.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
+    everyone, own = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
+    same = own | positive_pairs(keys, keys)
+    contrast = photo.new_zeros(())
+    for a, b, positives, valid in (
+        (vision, tactile, own, everyone),
+        (vision, text, same, has_text),
+        (tactile, text, same, has_text),
+    ):
+        both = info_nce(a, b, scale, positives, valid, valid) + info_nce(b, a, scale, positives, valid, valid)
+        contrast = contrast + both / 6 / valid.sum().clamp(min=1)
+    errors = [targets["vision"](vision_tokens, photo), targets["tactile"](touch_tokens, touch)]
+    return contrast, errors[0][0] + errors[1][0], errors[0][1] + errors[1][1]
+
+
+def _sentence(caption: str | None, words: random.Random) -> str:
+    """With and without the prompt, whole or a subset: whatever Stage 2 will ask for, the text encoder has read."""
+    prompt = PROMPT if words.random() < 0.5 else ""
+    if caption is None:
+        return prompt
+    return evaluation_text(caption, prompt) if words.random() < 0.5 else training_text(caption, prompt, words, shuffle=True)
+
+
+def _save(stage1: Stage1, config: PretrainConfig) -> Path:
+    """`checkpoint.pth` in TVL's format, `clip.pt` in OpenCLIP's, beside it."""
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.cpu().contiguous() for k, v in stage1.state_dict().items()}
+    clip = {k.removeprefix("clip."): v for k, v in weights.items() if k.startswith("clip.")}
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    args = argparse.Namespace(
+        **plain,
+        tactile_model=TOUCH_MODEL,
+        tactile_overrides=SMALL_TOUCH,
+        clip_vision_model=SMALL_CLIP,
+        clip_pretrain_data="clip.pt",
+        made_by=provenance(),
+    )
+    content = {
+        "model": {k: v for k, v in weights.items() if not k.startswith("clip.")},
+        "optimizer": {},
+        "epoch": config.epochs - 1,
+        "scaler": {},
+        "args": args,
+    }
+    torch.save(clip, config.output_dir / "clip.pt")
+    torch.save(content, config.output_dir / "checkpoint.pth")
+    return config.output_dir / "checkpoint.pth"
