@@ -29,14 +29,14 @@ from tvl_align.system.console import UserError
 from tvl_align.system.runtime import keep_freed_memory
 from tvl_align.training.accumulation import large_batch_gradient
 from tvl_align.training.engine import fit
-from tvl_align.training.optimisation import OptimConfig, descend, make_adamw
+from tvl_align.training.optimisation import OptimConfig, backward_and_step, make_adamw
 from tvl_align.training.settings import RunConfig, Settings
 
 SMALL = {"vision": FeatureSpec(192, 17, 128), "tactile": FeatureSpec(192, 17, 128), "text": FeatureSpec(128, 9, 128)}
 VALIDATION = 2000  # rows of a made-up store that validate, at most
 
 
-def made_up(specs: dict[str, FeatureSpec], rows: int) -> Features:
+def random_features(specs: dict[str, FeatureSpec], rows: int) -> Features:
     """Random features of every modality."""
     g = torch.Generator().manual_seed(0)
     modalities = {
@@ -54,7 +54,7 @@ def made_up(specs: dict[str, FeatureSpec], rows: int) -> Features:
 def write_store(out: Path, specs: dict[str, FeatureSpec], rows: int, validation: int = VALIDATION) -> None:
     """A store of random features with `rows` training rows and a few others."""
     few = min(rows, validation)
-    features = made_up(specs, rows + 2 * few)
+    features = random_features(specs, rows + 2 * few)
     split = np.array(["train"] * rows + ["val"] * few + ["test"] * few)
     FeatureStore.from_arrays({m: t.tokens.numpy() for m, t in features.modalities.items()}, out, split=split)
 
@@ -132,7 +132,7 @@ def unit_rows(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 def batch_gradient(rows: int, parts: int, width: int = 256) -> Callable[[], Any]:
     """The gradient of one batch of `rows`, in parts or at once."""
-    features, method = made_up(SMALL, rows), METHODS["base"]
+    features, method = random_features(SMALL, rows), METHODS["base"]
     knobs = method.knobs(register_token_dim=width)
     model, loss = method.model(knobs, SMALL).train(), method.loss(knobs, MODALITIES)
     optimizer = make_adamw(model.named_parameters(), 0.0)
@@ -141,10 +141,10 @@ def batch_gradient(rows: int, parts: int, width: int = 256) -> Callable[[], Any]
 
     def work() -> None:
         if parts == 1:
-            descend(loss(model(features, joint=False))["total_loss"], optimizer, 0.0, update=False)
+            backward_and_step(loss(model(features, joint=False))["total_loss"], optimizer, 0.0, update=False)
         else:
             runs = [lambda p=p: model(p, joint=False) for p in pieces]
-            large_batch_gradient(runs, loss, lambda scalar, part: descend(scalar, optimizer, 0.0, update=False))
+            large_batch_gradient(runs, loss, lambda scalar, part: backward_and_step(scalar, optimizer, 0.0, update=False))
         model.zero_grad()
 
     return work
@@ -153,7 +153,7 @@ def batch_gradient(rows: int, parts: int, width: int = 256) -> Callable[[], Any]
 def steps(registers: int, tokens: int, batch: int = 64, width: int = 256, count: int = 8) -> Callable[[], Any]:
     """Training steps of the base with `registers` registers that read `tokens` tokens of each of two modalities."""
     specs = {m: FeatureSpec(width, tokens, width) for m in ("vision", "tactile")}
-    features, method = made_up(specs, batch), METHODS["base"]
+    features, method = random_features(specs, batch), METHODS["base"]
     knobs = method.knobs(
         register_token_dim=width, num_register_tokens=registers, num_overlapping_tokens=3 * registers // 4, canonical=0
     )
@@ -162,7 +162,7 @@ def steps(registers: int, tokens: int, batch: int = 64, width: int = 256, count:
 
     def work() -> None:
         for _ in range(count):
-            descend(loss(model(features, joint=False))["total_loss"], optimizer, 0.0)
+            backward_and_step(loss(model(features, joint=False))["total_loss"], optimizer, 0.0)
 
     return work
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import jobs as jobs
-from benchmarks.jobs import SMALL, made_up
+from benchmarks.jobs import SMALL, random_features
 from tvl_align.config import parse
 from tvl_align.contract import MODALITIES, Features
-from tvl_align.data.loading import load_pictures
+from tvl_align.data.loading import load_images
 from tvl_align.data.samples import TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
@@ -41,12 +41,12 @@ from tvl_align.registers.blocks import Attention
 from tvl_align.report.plots import growth_curves
 from tvl_align.synthetic.world import write_world
 from tvl_align.system.console import UserError, progress, reports_errors
-from tvl_align.system.files import replacing, write_whole
+from tvl_align.system.files import atomic_file, write_atomically
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import keep_freed_memory
 from tvl_align.system.signals import StopSignals
 from tvl_align.training.engine import make_accelerator, train_one_epoch
-from tvl_align.training.optimisation import Schedule, descend, make_adamw
+from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
 from tvl_align.training.run import Progress
 
 EXAMPLES = ("make bench", "tvl-align bench --parts step engine --turns 3")
@@ -113,7 +113,7 @@ def bench(config: BenchConfig) -> list[Figure]:
             bar.set_postfix_str(name)
             figures += known[name](config)
             written = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
-            write_whole(config.out, json.dumps(written, indent=1))
+            write_atomically(config.out, json.dumps(written, indent=1))
             bar.update()
     table = Table(title="costs, ours over the reference", title_justify="left")
     for column in ("what", "ours", "reference", "ratio", "unit"):
@@ -181,13 +181,13 @@ def _training(
     name: str, config: BenchConfig, specs: Any = SMALL, features: Features | None = None, **more: Any
 ) -> Callable[[], None]:
     """A training step of a method on one batch held in memory."""
-    features = made_up(specs, config.batch) if features is None else features
+    features = random_features(specs, config.batch) if features is None else features
     method = METHODS[name]
     knobs = method.knobs(register_token_dim=config.width, **more)
     torch.manual_seed(0)
     model, loss = method.model(knobs, specs).train(), method.loss(knobs, list(specs))
     optimizer = make_adamw(model.named_parameters(), 0.05)
-    return lambda: descend(loss(model(features, joint=False))["total_loss"], optimizer, 1e-5)
+    return lambda: backward_and_step(loss(model(features, joint=False))["total_loss"], optimizer, 1e-5)
 
 
 def _step(config: BenchConfig) -> Iterator[Figure]:
@@ -235,7 +235,7 @@ def _engine(config: BenchConfig) -> Iterator[Figure]:
         def bare() -> None:
             for features in held:
                 kept = model.draw_kept(len(features))
-                descend(loss(model(features, kept=kept, joint=False))["total_loss"], optimizer, 1e-5)
+                backward_and_step(loss(model(features, kept=kept, joint=False))["total_loss"], optimizer, 1e-5)
 
         yield compare(f"epoch of {count} steps in the engine / its bare steps", loop, bare, max(1, config.turns // 2))
 
@@ -305,7 +305,7 @@ def _probes(config: BenchConfig) -> Iterator[Figure]:
         for count in predicted:
             x[:count] @ read_out.T
 
-    features = made_up(SMALL, config.batch).modalities["vision"]
+    features = random_features(SMALL, config.batch).modalities["vision"]
     tokens, mask, factors = features.tokens, features.mask, [labels[: config.batch].numpy()] * 5
 
     def attentive() -> None:
@@ -361,8 +361,7 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
             count = len(samples["train"])
             parts = [[(i, 0) for i in at.tolist()] for at in torch.arange(count).split(ENCODE_BATCH)]
             pictures = [
-                {m: x for m, (_, x) in p.pictures.items()}
-                for p in load_pictures(samples["train"], parts, 0, stage1.modalities)
+                {m: x for m, (_, x) in p.images.items()} for p in load_images(samples["train"], parts, 0, stage1.modalities)
             ]
             texts = sorted({str(samples["train"].sentence(i, 0)) for i in range(count)})
             ids = stage1.tokenize(texts).split(ENCODE_BATCH)
@@ -438,8 +437,8 @@ def _growth(config: BenchConfig) -> Iterator[Figure]:
             given = jobs.epoch_on_processes(folder / "store", "base", processes, config.batch, config.width // 3)
             note("processes", processes, given)
     out = config.out.with_name("growth.json")
-    write_whole(out, json.dumps({"made_by": provenance(), "growth": found}, indent=1))
-    with replacing(out.with_suffix(".png")) as file:
+    write_atomically(out, json.dumps({"made_by": provenance(), "growth": found}, indent=1))
+    with atomic_file(out.with_suffix(".png")) as file:
         file.write(growth_curves(found))
     yield from ()
 

@@ -41,12 +41,12 @@ class Found:
         told = self.store.manifest
         return " | ".join([*told["dropped"], *(fault["reason"] for split in told["skipped"].values() for fault in split)])
 
-    def picture(self, name: str) -> torch.Tensor | None:
+    def image(self, name: str) -> torch.Tensor | None:
         """The photo of a row as encoders get it."""
         for samples in self.samples.values():
             for i, row in enumerate(samples.rows):
                 if row.name == name:
-                    return samples[i, 0].pictures.get("vision")
+                    return samples[i, 0].images.get("vision")
         return None
 
     def says_swapped(self) -> bool:
@@ -150,20 +150,20 @@ def unequal(folder: Path) -> None:
 
 def many_bad(folder: Path) -> None:
     for path in sorted((folder / "ssvtp/images_rgb").iterdir())[:20]:
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
 
 
 def near(reference: torch.Tensor, most: float) -> Callable[[Found], bool]:
     def holds(found: Found) -> bool:
-        picture = found.picture(PHOTO)
-        return picture is not None and float((picture - reference).abs().mean()) < most
+        image = found.image(PHOTO)
+        return image is not None and float((image - reference).abs().mean()) < most
 
     return holds
 
 
 def kinds(plain: Found) -> list[Bad]:
     """All defects; `plain` is what comes of the folder without one."""
-    original = plain.picture(PHOTO)
+    original = plain.image(PHOTO)
     assert original is not None
     grey = original.mean(0, keepdim=True).expand_as(original)
     broken, count = "broken or cut off", len(plain.captions())
@@ -171,9 +171,9 @@ def kinds(plain: Found) -> list[Bad]:
     header = b"url,tactile,caption"
     return [
         Bad("truncated JPEG", text(lambda b: b[: len(b) // 2], PHOTO), "left out", broken),
-        Bad("a JPEG of zero bytes", replaced(b""), "left out", "not a picture"),
-        Bad("text named .jpg", replaced(b"hello"), "left out", "not a picture"),
-        Bad("zeros named .jpg", replaced(bytes(4096)), "left out", "not a picture"),
+        Bad("a JPEG of zero bytes", replaced(b""), "left out", "not an image"),
+        Bad("text named .jpg", replaced(b"hello"), "left out", "not an image"),
+        Bad("zeros named .jpg", replaced(bytes(4096)), "left out", "not an image"),
         Bad("JPEG header, then nothing", replaced(b"\xff\xd8\xff\xe0\x00\x10JFIF"), "left out", broken),
         Bad("truncated touch image", text(lambda b: b[: len(b) // 2], TOUCH), "left out", broken),
         Bad("a PNG named .jpg", rewrite(lambda i: i, format="PNG"), "used", holds=near(original, 0.05)),
@@ -243,7 +243,7 @@ def kinds(plain: Found) -> list[Bad]:
         ),
         Bad("labels that are not UTF-8", _odd_label, "used", holds=lambda f: None in f.captions()),
         Bad("synonyms that are a list", replaced(b"[1]", "ssvtp/synonyms.json"), "used"),
-        Bad("20 broken pictures", many_bad, "refused", "more than 5%"),
+        Bad("20 broken images", many_bad, "refused", "more than 5%"),
         Bad(
             "no data at all", lambda f: [shutil.rmtree(f / d) for d in ("ssvtp", "hct")] and None, "refused", "has no ssvtp/"
         ),

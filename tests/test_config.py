@@ -11,7 +11,7 @@ from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.base import Stage2Config
 from tvl_align.system.console import UserError
 from tvl_align.training.optimisation import OptimConfig
-from tvl_align.training.settings import RunConfig, Settings, notes
+from tvl_align.training.settings import RunConfig, Settings, notes_on_ignored_flags
 
 REQUIRED = ["--stage1_checkpoint", "P"]
 
@@ -56,7 +56,7 @@ def test_every_flag_is_known_and_means_itself() -> None:
     assert settings.run.resume == "R"
     assert settings.data.datasets == ("hct",)
     assert settings.knobs.preservation_weight == 0.5
-    said = notes(settings)
+    said = notes_on_ignored_flags(settings)
     assert len(said) == 6
     assert all(line.startswith("--") and "is not needed: " in line for line in said)
 

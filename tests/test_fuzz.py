@@ -17,7 +17,7 @@ from tvl_align.features.inputs import DataConfig
 from tvl_align.features.store import FeatureStore
 from tvl_align.system.console import UserError
 from tvl_align.training.optimisation import OptimConfig
-from tvl_align.training.sampling import epoch_batches, epoch_views, shares
+from tvl_align.training.sampling import epoch_batches, epoch_views, shard_batches
 from tvl_align.training.settings import RunConfig
 
 JSON = st.recursive(
@@ -34,7 +34,7 @@ def test_shares_hold_every_row_once_in_order(rows: int, joined: int, processes: 
         patch.setattr("tvl_align.training.sampling.world_size", lambda: processes)
         for rank in range(processes):
             patch.setattr("tvl_align.training.sampling.rank", lambda rank=rank: rank)
-            parts.append(shares(torch.arange(rows), joined))
+            parts.append(shard_batches(torch.arange(rows), joined))
     assert len({part.shape for part in parts}) == 1
     together = torch.cat(parts, dim=1)
     assert together[together >= 0].tolist() == list(range(rows))

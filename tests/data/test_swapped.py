@@ -1,4 +1,4 @@
-"""Swapped folders are found by how pictures look."""
+"""Swapped folders are found by how images look."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Pictures -> tensors."""
+"""Images -> tensors."""
 
 import random
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from tvl_align.data.transforms import TOUCH_MEAN, TOUCH_STD, Geometry, ImageOptions, Pictures, crop_photo, square_turn
+from tvl_align.data.transforms import TOUCH_MEAN, TOUCH_STD, Geometry, ImageLoader, ImageOptions, crop_photo, square_turn
 from tvl_align.data.tvl import Row, read_tvl
 from tvl_align.system.console import UserError
 
@@ -55,9 +55,9 @@ def test_touch_is_padded_to_a_square_then_turned() -> None:
 
 
 def test_plain_views_are_exact_and_augmented_ones_follow_from_the_seed(world: Path) -> None:
-    """Trap 2: validation and test see the plain picture."""
+    """Trap 2: validation and test see the plain image."""
     rows = read_tvl(world).train
-    load = Pictures(world, ImageOptions(64, 64))
+    load = ImageLoader(world, ImageOptions(64, 64))
     with Image.open(world / rows[0].tactile) as file:
         touch = torch.rot90(F.pil_to_tensor(file.convert("RGB")), 1, (-2, -1)).float() / 255
     mean, std = torch.tensor(TOUCH_MEAN)[:, None, None], torch.tensor(TOUCH_STD)[:, None, None]
@@ -71,12 +71,12 @@ def test_plain_views_are_exact_and_augmented_ones_follow_from_the_seed(world: Pa
 
 
 def test_photo_and_touch_share_their_geometry(world: Path) -> None:
-    """Undoing the drawn geometry brings both back near the plain picture; drawing apart does not."""
+    """Undoing the drawn geometry brings both back near the plain image; drawing apart does not."""
     sample = read_tvl(world).train[0]
-    plain, _ = Pictures(world, ImageOptions(64, 64))(sample)
+    plain, _ = ImageLoader(world, ImageOptions(64, 64))(sample)
 
     def found(shared: bool, seed: int) -> list[int]:
-        views, _ = Pictures(world, ImageOptions(64, 64, shared_geometry=shared))(sample, seed)
+        views, _ = ImageLoader(world, ImageOptions(64, 64, shared_geometry=shared))(sample, seed)
         best = []
         for modality in ("vision", "tactile"):
             candidates = [Geometry(*(bool(g >> i & 1) for i in range(3)))(plain[modality]) for g in range(8)]
@@ -95,14 +95,14 @@ def test_background_subtraction_leaves_nothing_of_an_idle_gel(world: Path) -> No
     data = read_tvl(world, use_not_contact=True)
     idle = next(r for r in data.train if not r.contact)
     pressed = next(r for r in data.train if r.contact and r.dataset == "hct")
-    load = Pictures(world, ImageOptions(64, 64, subtract_background=True))
+    load = ImageLoader(world, ImageOptions(64, 64, subtract_background=True))
     assert load(idle)[0]["tactile"].std() < 0.5 * load(pressed)[0]["tactile"].std()
     bare = next(r for r in data.train if r.dataset == "ssvtp")
-    with pytest.raises(UserError, match="has no background picture"):
+    with pytest.raises(UserError, match="has no background image"):
         load(bare)
 
 
 def test_a_missing_modality_is_missing(world: Path) -> None:
     sample = read_tvl(world).train[0]
     photo_only = Row("hct", sample.vision, None, None, "soft", "g")
-    assert set(Pictures(world, ImageOptions(64, 64))(photo_only)[0]) == {"vision"}
+    assert set(ImageLoader(world, ImageOptions(64, 64))(photo_only)[0]) == {"vision"}

@@ -11,7 +11,7 @@ from tvl_align.data.tvl import Tolerance, background_file, read_tvl
 from tvl_align.system.console import UserError
 
 
-def picture(path: Path) -> None:
+def image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 24), (90, 120, 60)).save(path)
 
@@ -22,8 +22,8 @@ def data(tmp_path: Path) -> Path:
     root = tmp_path / "datasets"
     lines = ["url,tactile,caption"]
     for n in range(12):
-        picture(root / f"ssvtp/images_rgb/image_{n}_rgb.jpg")
-        picture(root / f"ssvtp/images_tac/image_{n}_tac.jpg")
+        image(root / f"ssvtp/images_rgb/image_{n}_rgb.jpg")
+        image(root / f"ssvtp/images_tac/image_{n}_tac.jpg")
         if n < 10:
             lines.append(f'images_rgb/image_{n}_rgb.jpg,images_tac/image_{n}_tac.jpg,"soft, word{n}."')
     (root / "ssvtp/train.csv").write_text("\n".join(lines))
@@ -38,9 +38,9 @@ def data(tmp_path: Path) -> Path:
                 for frame in range(2):
                     name = f"cup-170000000{press}/vision/{kind}{frame}-0.1.jpg"
                     for path in (name, name.replace("vision", "tactile")):
-                        picture(folder / path)
+                        image(folder / path)
                     rows[kind].append(name)
-            picture(folder / f"cup-170000000{press}/tactile_bg_latent.jpg")
+            image(folder / f"cup-170000000{press}/tactile_bg_latent.jpg")
         header = "url,tactile,tactile_background,caption"
         for split, kind in (("train", "contact"), ("test", "test")):
             body = [
@@ -76,7 +76,7 @@ def test_the_test_csv_has_no_touch_column_and_captions_may_be_in_the_label_file(
 
 
 def test_no_row_of_validation_or_test_trains(data: Path) -> None:
-    """Trap 1: by trajectory and picture id, before anything is added."""
+    """Trap 1: by trajectory and image id, before anything is added."""
     plain, more = read_tvl(data), read_tvl(data, use_not_contact=True, percent_not_contact=0.5)
     for read in (plain, more):
         assert not {r.group for r in read.val} & {r.group for r in read.train if r.contact}
@@ -190,5 +190,5 @@ def test_background_of_a_row(data: Path) -> None:
     assert background_file(data, row) == data / row.background
     (data / row.background).unlink()
     assert background_file(data, row) is None
-    picture(data / "hct/digit_background.png")
+    image(data / "hct/digit_background.png")
     assert background_file(data, row) == data / "hct/digit_background.png"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tvl_align.evaluation.labels import read_labels
-from tvl_align.evaluation.probes import attentive_probe, linear_probe, probe_all, way
+from tvl_align.evaluation.probes import attentive_probe, linear_probe, normalised_score, probe_all
 from tvl_align.system.console import UserError
 
 
@@ -67,9 +67,9 @@ def test_attentive_probe_finds_what_is_in_one_token_of_many() -> None:
 
 
 def test_way() -> None:
-    assert way(20, 20, 80) == 0
-    assert way(80, 20, 80) == 100
-    assert np.isnan(way(50, 50, 50))
+    assert normalised_score(20, 20, 80) == 0
+    assert normalised_score(80, 20, 80) == 100
+    assert np.isnan(normalised_score(50, 50, 50))
 
 
 def test_labels_from_a_file(world: Path, tmp_path: Path) -> None:

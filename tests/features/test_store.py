@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tvl_align.contract import Batch, Features
-from tvl_align.data.loading import load_pictures
+from tvl_align.data.loading import load_images
 from tvl_align.data.samples import Samples, TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Row, Tolerance, read_tvl
@@ -47,7 +47,7 @@ def test_stored_features_are_the_encoders(world: Path, stage1: Stage1, store: Fe
     rows, views = torch.tensor([3, 0, 7]), torch.tensor([0, 2, 1])
     stored = store.splits["train"].read(rows, views).float()
     for i, (row, view) in enumerate(zip(rows.tolist(), views.tolist(), strict=True)):
-        batch = {name: image[None] for name, image in samples[row, view].pictures.items()}
+        batch = {name: image[None] for name, image in samples[row, view].images.items()}
         batch["text"] = stage1.tokenize([samples.sentence(row, view)])
         for name, tokens in stage1.encode(batch).modalities.items():
             mine = stored.modalities[name]
@@ -102,7 +102,7 @@ def test_without_augmentation_pictures_are_encoded_once_and_sentences_vary(
 ) -> None:
     images, text = ImageOptions(64, 64, augment=False), TextOptions("", True, {"ridged": ["lined"]})
     samples = make_samples(read_tvl(world), images, text, 0)
-    assert torch.equal(samples["train"][3, 0].pictures["vision"], samples["train"][3, 2].pictures["vision"])
+    assert torch.equal(samples["train"][3, 0].images["vision"], samples["train"][3, 2].images["vision"])
     split = open_or_encode(tmp_path, stage1, samples, 4, 0).splits["train"]
     index = split.index
     assert all(bool((index[m] == index[m][:, :1]).all()) for m in ("vision", "tactile"))
@@ -116,7 +116,7 @@ def test_without_augmentation_pictures_are_encoded_once_and_sentences_vary(
 def test_an_interrupted_encode_goes_on_where_it_stopped(
     world: Path, stage1: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle of the training pictures, then run again: only what was missing is encoded, and the store is
+    """Stopped in the middle of the training images, then run again: only what was missing is encoded, and the store is
     the one of an uninterrupted encode."""
     monkeypatch.setattr(features_module, "ENCODE_BATCH", 8)
     samples, encode, calls = samples_of(world), Stage1.encode, []
@@ -163,7 +163,7 @@ def test_features_that_are_not_numbers_end_the_encode_and_are_not_ticked_off(
     assert stage1.specs
     with pytest.raises(UserError, match="NaN, inf or above 65,504"):
         open_or_encode(tmp_path, stage1, samples_of(world), 0, 0)
-    flags = next(tmp_path.glob("*.partial/train/done/pictures.memmap")).read_bytes()
+    flags = next(tmp_path.glob("*.partial/train/done/images.memmap")).read_bytes()
     assert flags and not any(flags)
     assert not list(tmp_path.glob("*/manifest.json"))
 
@@ -171,17 +171,17 @@ def test_features_that_are_not_numbers_end_the_encode_and_are_not_ticked_off(
 def test_evaluation_views_do_not_depend_on_the_seed(world: Path) -> None:
     one, other = samples_of(world, seed=0), samples_of(world, seed=9)
     for name in ("val", "test"):
-        assert torch.equal(one[name][0, 0].pictures["tactile"], other[name][0, 0].pictures["tactile"])
+        assert torch.equal(one[name][0, 0].images["tactile"], other[name][0, 0].images["tactile"])
         assert one[name].sentence(0, 0) == other[name].sentence(0, 0)
-    drawn = [one["train"][0, view].pictures["vision"] for view in (1, 2)]
+    drawn = [one["train"][0, view].images["vision"] for view in (1, 2)]
     assert not torch.equal(*drawn)
 
 
 def test_views_follow_rows_not_their_order(world: Path) -> None:
     """Trap 9: neither the order of rows nor what else is in the split changes a draw."""
     samples = samples_of(world)["train"]
-    turned = Samples(samples.root, samples.rows[::-1], samples.pictures.options, samples.text, samples.seed)
-    assert torch.equal(samples[2, 1].pictures["vision"], turned[len(turned) - 3, 1].pictures["vision"])
+    turned = Samples(samples.root, samples.rows[::-1], samples.images.options, samples.text, samples.seed)
+    assert torch.equal(samples[2, 1].images["vision"], turned[len(turned) - 3, 1].images["vision"])
     assert samples.sentence(2, 1) == turned.sentence(len(turned) - 3, 1)
 
 
@@ -221,11 +221,11 @@ def test_the_key_sees_everything_that_shapes_features(
             )
         ),
     ]
-    picture = world / read_tvl(world).test[0].vision
-    stat = picture.stat()
-    os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    image = world / read_tvl(world).test[0].vision
+    stat = image.stat()
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     changed.append(key(samples_of(world)))
-    os.utime(picture, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert key(samples_of(world)) == first
     assert len({first, *changed}) == 1 + len(changed)
 
@@ -265,15 +265,15 @@ def test_workers_change_neither_pictures_nor_draws(world: Path) -> None:
     found = []
     for workers in (0, 2):
         torch.manual_seed(0)
-        found.append((list(load_pictures(samples, batches, workers, ("vision", "tactile"))), torch.rand(1)))
+        found.append((list(load_images(samples, batches, workers, ("vision", "tactile"))), torch.rand(1)))
     (alone, draw), (helped, same) = found
     assert len(alone) == len(helped) == 9
     assert torch.equal(draw, same)
     for a, b in zip(alone, helped, strict=True):
-        for modality, (positions, images) in a.pictures.items():
-            assert b.pictures[modality][0] == positions
-            assert torch.equal(b.pictures[modality][1], images)
-    assert list(load_pictures(samples, [], 2, ("vision",))) == []
+        for modality, (positions, images) in a.images.items():
+            assert b.images[modality][0] == positions
+            assert torch.equal(b.images[modality][1], images)
+    assert list(load_images(samples, [], 2, ("vision",))) == []
 
 
 def test_on_the_fly_equals_the_store_on_plain_views(world: Path, stage1: Stage1, store: FeatureStore) -> None:

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvl_align.losses.complementary import diversity, masked_mean, token_norm
-from tvl_align.losses.contrastive import batch_hits, info_nce, positive_pairs
-from tvl_align.registers.decoder import compare_tokens
+from tvl_align.losses.contrastive import hits_at_k, info_nce, positive_mask
+from tvl_align.registers.decoder import reconstruction_error
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ def test_info_nce_equals_its_twin(rows: int, seed: int, data: st.DataObject) -> 
     x, y = unit(rows, 5, seed), unit(rows, 5, seed + 1)
     valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
     captions = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)))[:, None]
-    positives = positive_pairs(captions, captions)
+    positives = positive_mask(captions, captions)
     loss = info_nce(x, y, torch.tensor(7.0), positives, valid, valid)
     expected = reference.info_nce(x.numpy(), y.numpy(), 7.0, positives.numpy(), valid.numpy())
     assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-4)
@@ -64,7 +64,7 @@ def test_rows_without_the_modality_change_nothing() -> None:
 def test_equal_captions_are_positives() -> None:
     keys = torch.tensor([[1, 10], [1, 11], [2, 11], [3, 12]])
     expected = [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
-    assert positive_pairs(keys, keys).int().tolist() == expected
+    assert positive_mask(keys, keys).int().tolist() == expected
 
 
 def test_diversity_of_a_single_token_is_zero_with_gradients() -> None:
@@ -97,9 +97,9 @@ def test_norm_and_reconstruction_read_only_what_is_there() -> None:
     assert norm.item() == pytest.approx(5)
     assert torch.isfinite(tokens.grad).all()
     rebuilt, frozen = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]])
-    told = compare_tokens(rebuilt, frozen, torch.tensor([[True, False]]))
+    told = reconstruction_error(rebuilt, frozen, torch.tensor([[True, False]]))
     assert told.error.tolist() == [[pytest.approx(1, abs=1e-4), 0]]
-    assert compare_tokens(F.layer_norm(frozen, (3,)) + 2, frozen, told.mask).error.tolist() == [[pytest.approx(4)] * 2]
+    assert reconstruction_error(F.layer_norm(frozen, (3,)) + 2, frozen, told.mask).error.tolist() == [[pytest.approx(4)] * 2]
     assert float(masked_mean(told.error, told.mask)) == pytest.approx(1, abs=1e-4)
 
 
@@ -111,6 +111,6 @@ def test_hits_with_fewer_candidates_than_k() -> None:
     """Trap 4: topk(5) of 3 candidates."""
     x = torch.eye(3)
     everyone = torch.ones(3, dtype=torch.bool)
-    assert batch_hits(x, x, torch.eye(3, dtype=torch.bool), everyone, 5).all()
+    assert hits_at_k(x, x, torch.eye(3, dtype=torch.bool), everyone, 5).all()
     wrong = torch.tensor(np.roll(np.eye(3), 1, axis=0))
-    assert not batch_hits(x, wrong.float(), torch.eye(3, dtype=torch.bool), everyone, 1).any()
+    assert not hits_at_k(x, wrong.float(), torch.eye(3, dtype=torch.bool), everyone, 1).any()

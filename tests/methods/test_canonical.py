@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tvl_align.contract import FeatureSpec, Tokens
-from tvl_align.methods.canonical import CanonicalReadout, _whitening
+from tvl_align.methods.canonical import CanonicalProjection, _whitening
 from tvl_align.metrics.retrieval import retrieval
 
 ROWS, SHARED = 2000, 4
@@ -40,7 +40,7 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def test_finds_the_directions_that_the_other_modality_answers() -> None:
-    readout = CanonicalReadout(specs(), 8)
+    readout = CanonicalProjection(specs(), 8)
     readout.fit([made(0)])
     fresh = made(1)
     a, b = (readout(m, t.tokens, t.mask) for m, t in fresh.items())
@@ -59,7 +59,7 @@ def test_finds_the_directions_that_the_other_modality_answers() -> None:
 
 def test_strengths_are_the_canonical_correlations_of_numpy() -> None:
     data = made(0)
-    readout = CanonicalReadout(specs(), SHARED)
+    readout = CanonicalProjection(specs(), SHARED)
     readout.fit([data])
     flat = [readout.flat(m, t.tokens, t.mask).double().numpy() for m, t in data.items()]
     flat = [x - x.mean(0) for x in flat]
@@ -71,7 +71,7 @@ def test_strengths_are_the_canonical_correlations_of_numpy() -> None:
 
 def test_however_the_rows_are_cut() -> None:
     data = made(0, 300)
-    whole, parts = CanonicalReadout(specs(), 3), CanonicalReadout(specs(), 3)
+    whole, parts = CanonicalProjection(specs(), 3), CanonicalProjection(specs(), 3)
     whole.fit([data])
     parts.fit([{m: t.map(lambda x, i=i: x[i : i + 70]) for m, t in data.items()} for i in range(0, 300, 70)])
     for m, t in data.items():
@@ -88,14 +88,14 @@ def test_few_rows_give_the_whitening_of_the_whole_decomposition() -> None:
 
 
 def test_zero_until_fitted_and_with_too_few_rows() -> None:
-    readout, data = CanonicalReadout(specs(), 3), made(0, 1)
+    readout, data = CanonicalProjection(specs(), 3), made(0, 1)
     readout.fit([data])
     assert not readout.fitted
     assert not readout("a", data["a"].tokens, data["a"].mask).any()
 
 
 def test_long_and_wide_sequences_are_averaged_and_narrowed() -> None:
-    readout = CanonicalReadout({"a": FeatureSpec(512, 40, 8), "b": FeatureSpec(10, 5, 10)}, 3)
+    readout = CanonicalProjection({"a": FeatureSpec(512, 40, 8), "b": FeatureSpec(10, 5, 10)}, 3)
     tokens = torch.randn(2, 40, 512)
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, 3:] = False

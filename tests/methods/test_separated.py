@@ -9,7 +9,7 @@ from tvl_align.contract import Features
 from tvl_align.evaluation.probes import linear_probe
 from tvl_align.methods.registry import METHODS
 from tvl_align.methods.separated import LinearDecoder
-from tvl_align.methods.separation import Separation, least_squares, separate
+from tvl_align.methods.separation import Separation, fit_separations, least_squares
 from tvl_align.training.checks import SPECS, random_features
 
 ROWS = 6000
@@ -51,7 +51,7 @@ def test_separation_takes_shared_and_unique_apart() -> None:
     untouched = separations["a"](units["a"], comp["a"])
     assert torch.equal(untouched[0], units["a"])
     assert torch.equal(untouched[1], comp["a"])
-    separate(dict(separations.items()), units, comp)
+    fit_separations(dict(separations.items()), units, comp)
     for m in units:
         cleaned, rest = separations[m](units[m], comp[m])
         assert read(comp[m], shared) > 90
@@ -114,7 +114,7 @@ def test_too_few_rows_with_every_modality_are_said_and_nothing_is_fitted(caplog:
         with torch.no_grad():
             model.calibrate(lambda features=features: [features])
         assert not any(s.to_comp.any() for s in model.separations.values())
-        assert not model.readout.fitted
+        assert not model.projection.fitted
         assert "no training rows have all of vision, tactile, text" in caplog.text
 
 

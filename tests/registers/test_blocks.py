@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tvl_align.contract import FeatureSpec
-from tvl_align.registers.blocks import Attention, BlockOptions, KeyReader, RegisterStack, joint_read
+from tvl_align.registers.blocks import Attention, BlockOptions, KeyReader, RegisterStack, attend_jointly
 from tvl_align.registers.decoder import TokenDecoder
 from tvl_align.registers.pooling import pool_kept
 from tvl_align.system.console import UserError
@@ -92,11 +92,13 @@ def test_joint_reading_of_one_modality_is_that_modality() -> None:
     blocks, registers, keys = stack(), torch.randn(3, 16), torch.randn(2, 5, 16)
     mask, kept, present = ones(2, 5), ones(2, 3), ones(2)
     alone = blocks(registers, keys, mask, kept)
-    assert torch.equal(alone, joint_read([blocks], registers, [keys], [mask], kept, [present]))
+    assert torch.equal(alone, attend_jointly([blocks], registers, [keys], [mask], kept, [present]))
     other, absent = stack(1), torch.zeros(2, dtype=torch.bool)
-    both = joint_read([blocks, other], registers, [keys, torch.randn(2, 4, 16)], [mask, ones(2, 4)], kept, [present, absent])
+    both = attend_jointly(
+        [blocks, other], registers, [keys, torch.randn(2, 4, 16)], [mask, ones(2, 4)], kept, [present, absent]
+    )
     assert torch.allclose(alone, both)
-    mixed = joint_read(
+    mixed = attend_jointly(
         [blocks, other], registers, [keys, torch.randn(2, 4, 16)], [mask, ones(2, 4)], kept, [present, present]
     )
     assert not torch.allclose(alone, mixed, atol=1e-2)

@@ -79,7 +79,7 @@ def test_factors_are_independent() -> None:
 
 @pytest.mark.parametrize("factor", list(FACTORS))
 def test_a_factor_shows_only_where_it_is_owned(factor: str) -> None:
-    """Changing one factor, with the same noise, changes the pictures of its owners and no other."""
+    """Changing one factor, with the same noise, changes the images of its owners and no other."""
     base = sample_factors(6, np.random.default_rng(1))
     moved = base | {factor: (base[factor] + 1) % len(FACTORS[factor].levels)}
     if factor == "texture":  # the noise textures draw more random numbers; stay among the others

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tvl_align.system.checkpoint import keep_as, load_checkpoint, save_checkpoint
+from tvl_align.system.checkpoint import link_as, load_checkpoint, save_checkpoint
 from tvl_align.system.console import UserError
 
 
@@ -33,7 +33,7 @@ def test_the_best_is_kept_when_the_next_one_is_written(tmp_path: Path) -> None:
     for epoch in range(3):
         save_checkpoint(path, {"model": {}, "epoch": epoch})
         if epoch < 2:
-            keep_as(path, "checkpoint-acc1.pth")
+            link_as(path, "checkpoint-acc1.pth")
     assert load_checkpoint(tmp_path / "checkpoint-acc1.pth")["epoch"] == 1
     assert load_checkpoint(path)["epoch"] == 2
 

@@ -17,11 +17,19 @@ import torch.distributed as dist
 from processes import finish, run, spawn, start
 
 from tvl_align.system.console import UserError
-from tvl_align.system.distributed import alone, gather, gather_with_grad, mean_count, mean_over_processes, rank, world_size
+from tvl_align.system.distributed import (
+    gather,
+    gather_with_grad,
+    mean_count,
+    mean_over_processes,
+    rank,
+    single_process,
+    world_size,
+)
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, keep_freed_memory, pick_device
 from tvl_align.system.signals import SUBMITIT
-from tvl_align.system.workers import MOST_LANES, run_in_processes, side_by_side
+from tvl_align.system.workers import MAX_LANES, run_in_processes, run_in_threads
 
 
 def _one_of_three(index: int, folder: str) -> None:
@@ -30,7 +38,7 @@ def _one_of_three(index: int, folder: str) -> None:
     x = torch.full((2, 2), float(index + 1), requires_grad=True)
     everyone = gather_with_grad(x)
     ((index + 1) * everyone.square()).sum().backward()  # each process says something else about all rows
-    with alone():
+    with single_process():
         lone = (rank(), world_size(), len(gather(x.detach())))
     result = {
         "gathered": everyone.detach(),
@@ -110,13 +118,13 @@ def test_work_side_by_side_keeps_its_order_and_takes_no_more_than_it_needs() -> 
             taken += 1
             yield partial(lambda i: (i, torch.get_num_threads()), i)
 
-    for i, (result, share) in enumerate(side_by_side(pieces())):
+    for i, (result, share) in enumerate(run_in_threads(pieces())):
         assert result == i
-        assert share * min(MOST_LANES, threads) <= threads
-        assert taken - i <= max(2, MOST_LANES) + 1
-    assert list(side_by_side([])) == []
+        assert share * min(MAX_LANES, threads) <= threads
+        assert taken - i <= max(2, MAX_LANES) + 1
+    assert list(run_in_threads([])) == []
     with pytest.raises(ZeroDivisionError):
-        list(side_by_side(partial(divmod, 1, x) for x in (1, 0, 1)))
+        list(run_in_threads(partial(divmod, 1, x) for x in (1, 0, 1)))
     assert torch.get_num_threads() == threads
 
 

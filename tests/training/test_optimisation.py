@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tvl_align.training.optimisation import Schedule, decays, descend, gradient_norm, make_adamw
+from tvl_align.training.optimisation import Schedule, backward_and_step, decays, gradient_norm, make_adamw
 
 
 def test_schedule_is_a_line_then_half_a_cosine() -> None:
@@ -46,9 +46,9 @@ def test_accumulated_gradients_are_those_of_their_mean() -> None:
         optimizer = make_adamw(layer.named_parameters(), 0.0)
         if accumulate:
             for i, half in enumerate(data.chunk(2)):
-                descend(layer(half).square().mean() / 2, optimizer, 0.1, update=i == 1)
+                backward_and_step(layer(half).square().mean() / 2, optimizer, 0.1, update=i == 1)
         else:
-            descend(layer(data).square().mean(), optimizer, 0.1)
+            backward_and_step(layer(data).square().mean(), optimizer, 0.1)
         ends.append(torch.cat([p.flatten() for p in layer.parameters()]))
     assert torch.allclose(*ends)
 

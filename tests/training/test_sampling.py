@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tvl_align.system.console import UserError
-from tvl_align.training.sampling import balanced_weights, epoch_batches, epoch_views, shares
+from tvl_align.training.sampling import balanced_weights, epoch_batches, epoch_views, shard_batches
 
 
 def test_an_epoch_visits_rows_once_and_the_next_in_another_order() -> None:
@@ -53,7 +53,7 @@ def test_shares_are_the_same_batches_on_any_number_of_processes(processes: int, 
     parts = []
     for rank in range(processes):
         monkeypatch.setattr("tvl_align.training.sampling.rank", lambda rank=rank: rank)
-        parts.append(shares(torch.arange(10), 4))
+        parts.append(shard_batches(torch.arange(10), 4))
     batches = [row[row >= 0].tolist() for row in torch.cat(parts, dim=1)]
     assert batches == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 

@@ -14,18 +14,18 @@ Jobs = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """Pictures of a batch: {modality: (positions in the batch that have it, (n, 3, S, S))}, and (position, modality, reason)
+class ImageBatch:
+    """Images of a batch: {modality: (positions in the batch that have it, (n, 3, S, S))}, and (position, modality, reason)
     of those that cannot be used."""
 
-    pictures: dict[str, tuple[list[int], Tensor]]
+    images: dict[str, tuple[list[int], Tensor]]
     faults: list[tuple[int, str, str]]
 
 
-def load_pictures(
+def load_images(
     samples: Samples, batches: Sequence[Jobs], num_workers: int, modalities: Sequence[str]
-) -> Iterator[Loaded]:
-    """The pictures of every batch of (row, view), decoded by workers, a few batches ahead. A row -1 has none."""
+) -> Iterator[ImageBatch]:
+    """The images of every batch of (row, view), decoded by workers, a few batches ahead. A row -1 has none."""
     loader = DataLoader(
         samples,
         batch_sampler=batches,
@@ -36,13 +36,13 @@ def load_pictures(
     )
     for batch in loader:
         faults = [fault for fault in batch.faults if fault[1] in modalities]
-        yield Loaded({m: pictures for m, pictures in batch.pictures.items() if m in modalities}, faults)
+        yield ImageBatch({m: images for m, images in batch.images.items() if m in modalities}, faults)
 
 
-def _collate(items: list[Views]) -> Loaded:
+def _collate(items: list[Views]) -> ImageBatch:
     found: dict[str, tuple[list[int], Tensor]] = {}
     for modality in ("vision", "tactile"):
-        positions = [i for i, item in enumerate(items) if modality in item.pictures]
+        positions = [i for i, item in enumerate(items) if modality in item.images]
         if positions:
-            found[modality] = positions, torch.stack([items[i].pictures[modality] for i in positions])
-    return Loaded(found, [(i, m, reason) for i, item in enumerate(items) for m, reason in item.faults.items()])
+            found[modality] = positions, torch.stack([items[i].images[modality] for i in positions])
+    return ImageBatch(found, [(i, m, reason) for i, item in enumerate(items) for m, reason in item.faults.items()])

@@ -1,4 +1,4 @@
-"""Rows of a split -> what encoders take: pictures, sentences, masks. Used to fill a store and to encode on the fly.
+"""Rows of a split -> what encoders take: images, sentences, masks. Used to fill a store and to encode on the fly.
 
 A view is a number: 0 is plain (and the only one of validation and test), 1, 2, ... are augmented, each drawn from the
 seed, the row's name and the view alone. Neither the order of files, nor workers, nor processes change a draw.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tvl_align.data.text import PROMPT, caption_key, evaluation_text, read_synonyms, training_text
-from tvl_align.data.transforms import ImageOptions, Pictures
+from tvl_align.data.transforms import ImageLoader, ImageOptions
 from tvl_align.data.tvl import Row, TVLData, locate
 
 
@@ -33,14 +33,14 @@ def find_synonyms(root: Path, keep: int | None) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Views:
-    """The pictures of one view of a row, and {modality: reason} for those that cannot be used."""
+    """The images of one view of a row, and {modality: reason} for those that cannot be used."""
 
-    pictures: dict[str, Tensor]
+    images: dict[str, Tensor]
     faults: dict[str, str]
 
 
 class Samples(Dataset[Views]):
-    """The pictures and sentences of some rows. Indexing with (row, view) loads the pictures of a view; row -1 has none.
+    """The images and sentences of some rows. Indexing with (row, view) loads the images of a view; row -1 has none.
 
     dropped: rows that the reader of the data folder left out, by reason.
     """
@@ -55,7 +55,7 @@ class Samples(Dataset[Views]):
         dropped: Mapping[str, int] | None = None,
     ) -> None:
         self.root, self.rows, self.text, self.seed = root, list(rows), text, seed
-        self.pictures, self.dropped = Pictures(root, images), dict(dropped or {})
+        self.images, self.dropped = ImageLoader(root, images), dict(dropped or {})
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,7 +64,7 @@ class Samples(Dataset[Views]):
         row, view = job
         if row < 0:
             return Views({}, {})
-        return Views(*self.pictures(self.rows[row], self._draw(row, view, "picture") if view else None))
+        return Views(*self.images(self.rows[row], self._draw(row, view, "picture") if view else None))
 
     def sentence(self, row: int, view: int) -> str | None:
         """The sentence of a view; None where the row has no caption."""

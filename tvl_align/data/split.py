@@ -1,4 +1,4 @@
-"""One split, made once: train and validation never share a group (a press trajectory, a picture id).
+"""One split, made once: train and validation never share a group (a press trajectory, an image id).
 
 TVL splits by row, and draws its not-in-contact rows first, so that 77% of its validation rows are also trained on.
 """

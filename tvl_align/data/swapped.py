@@ -1,4 +1,4 @@
-"""Photos and touch images in each other's folders, told from how pictures of either kind look."""
+"""Photos and touch images in each other's folders, told from how images of either kind look."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ LEAST_GROUPS = 3  # of fewer one cannot say which are the odd ones
 def swapped_groups(groups: Sequence[str], vision: Tensor, tactile: Tensor) -> list[str]:
     """Names of the groups (trajectories) whose photos look like touch images and the other way round.
 
-    vision, tactile (N, F): what rows look like; NaN where a row has no such picture. The median look of either kind over
+    vision, tactile (N, F): what rows look like; NaN where a row has no such image. The median look of either kind over
     all groups is what it should be; a group is suspected where it is less than half as far from the other kind's as from its
     own. Where most groups are swapped, the others are named.
     """

@@ -1,11 +1,11 @@
-"""Pictures on disk -> normalised tensors, by the rules of TVL, with torchvision v2.
+"""Images on disk -> normalised tensors, by the rules of TVL, with torchvision v2.
 
 A photo is cropped to the part under the sensor; a touch image is padded to a square and turned by 90 degrees; both are
 resized to what their encoder takes. Augmented views differ from TVL in one thing: flips and the quarter turn are drawn
-ONCE per sample and applied to photo and touch alike. TVL draws them per picture, which asks the contrastive loss to align
+ONCE per sample and applied to photo and touch alike. TVL draws them per image, which asks the contrastive loss to align
 a surface with its own mirror image and so forbids the shared tokens to know any direction.
 
-Shapes: pictures are (3, S, S) float32, normalised. Randomness comes from the seed handed in, never from global state.
+Shapes: images are (3, S, S) float32, normalised. Randomness comes from the seed handed in, never from global state.
 """
 
 import math
@@ -30,7 +30,7 @@ from tvl_align.system.console import UserError
 CROP_JITTER = 0.05
 MOST_PIXELS = 64_000_000
 LEAST_SIDE = 8
-DATA3_TOP = 200  # pixels; HCT's third part was filmed with the sensor lower in the picture
+DATA3_TOP = 200  # pixels; HCT's third part was filmed with the sensor lower in the image
 PHOTO_MEAN, PHOTO_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOUCH_MEAN, TOUCH_STD = (0.29174602, 0.29713256, 0.29104046), (0.18764469, 0.19467652, 0.21871583)
 SUBTRACTED_MEAN, SUBTRACTED_STD = (-0.00809318, -0.01887447, -0.01843059), (0.04535400, 0.04402917, 0.05332521)
@@ -61,7 +61,7 @@ def _photo_augmentation(size: int) -> Callable[[Tensor], Tensor]:
 
 
 def _odd(width: float) -> int:
-    """The nearest odd kernel width, at least 3: TVL's 9 pixels belong to pictures of 224."""
+    """The nearest odd kernel width, at least 3: TVL's 9 pixels belong to images of 224."""
     return max(3, 2 * round((width - 1) / 2) + 1)
 
 
@@ -70,7 +70,7 @@ _TOUCH_JITTER = v2.ColorJitter(brightness=(0.9, 1.1), contrast=(0.9, 1.1), satur
 
 @dataclass(frozen=True)
 class Geometry:
-    """The flips and quarter turns of one augmented picture."""
+    """The flips and quarter turns of one augmented image."""
 
     mirror: bool = False
     flip: bool = False
@@ -86,14 +86,14 @@ class Geometry:
         return torch.rot90(image, 1, (-2, -1)) if self.turn else image
 
 
-class Pictures:
+class ImageLoader:
     """Loads the photo and the touch image of a row, plain or augmented."""
 
     def __init__(self, root: Path, options: ImageOptions) -> None:
         self.root, self.options = root, options
 
     def __call__(self, row: Row, seed: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """{"vision": (3, S, S), "tactile": (3, S', S')} without what the row lacks, and {modality: reason} for a picture
+        """{"vision": (3, S, S), "tactile": (3, S', S')} without what the row lacks, and {modality: reason} for an image
         that cannot be used.
 
         `seed=None` is the plain view, and the only one without `augment`. Otherwise every draw follows from the seed alone.
@@ -121,7 +121,7 @@ class Pictures:
             if path is not None:
                 try:
                     views[modality] = load(row, rng, geometry)
-                except BadPicture as error:
+                except BadImage as error:
                     faults[modality] = str(error)
         return views, faults
 
@@ -143,7 +143,7 @@ class Pictures:
             path = background_file(self.root, row)
             if path is None:
                 raise UserError(
-                    f"{row.tactile} has no background picture (tactile_bg_latent.jpg or digit_background.png); "
+                    f"{row.tactile} has no background image (tactile_bg_latent.jpg or digit_background.png); "
                     "leave out --subtract_background or add one."
                 )
             idle = F.resize(square_turn(_open(path)), list(image.shape[-2:]), antialias=True)
@@ -158,12 +158,12 @@ class Pictures:
         return F.normalize(image, list(mean), list(std), inplace=True)
 
 
-class BadPicture(Exception):
-    """A picture that cannot be used; the message is the reason, the same for all of its kind."""
+class BadImage(Exception):
+    """An image that cannot be used; the message is the reason, the same for all of its kind."""
 
 
 def _open(path: Path) -> Tensor:
-    """A picture file, upright -> (3, H, W) uint8. Raises BadPicture for what is not a whole picture of a usable size.
+    """An image file, upright -> (3, H, W) uint8. Raises BadPicture for what is not a whole image of a usable size.
 
     The kind is told by content, not by name. Sizes are looked at before anything is decoded.
     """
@@ -172,26 +172,26 @@ def _open(path: Path) -> Tensor:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is stricter
             with Image.open(path) as file:
                 if min(file.size) < LEAST_SIDE:
-                    raise BadPicture(f"a side of fewer than {LEAST_SIDE} pixels")
+                    raise BadImage(f"a side of fewer than {LEAST_SIDE} pixels")
                 if file.width * file.height > MOST_PIXELS:
-                    raise BadPicture(f"more than {MOST_PIXELS // 10**6} million pixels")
+                    raise BadImage(f"more than {MOST_PIXELS // 10**6} million pixels")
                 if file.mode == "F":
-                    raise BadPicture("fractional grey values, whose scale is unknown")
+                    raise BadImage("fractional grey values, whose scale is unknown")
                 if file.mode.startswith("I"):  # 16 bits of grey: Pillow would cut them off at 255
                     wide = np.clip(np.asarray(file, dtype=np.int64), 0, 2**16 - 1)
                     file = Image.fromarray((wide >> 8).astype(np.uint8))
                 ImageOps.exif_transpose(file, in_place=True)
                 return F.pil_to_tensor(file if file.mode == "RGB" else file.convert("RGB"))
     except FileNotFoundError as error:
-        raise BadPicture("the file is missing") from error
+        raise BadImage("the file is missing") from error
     except PermissionError as error:
-        raise BadPicture("the file may not be read") from error
+        raise BadImage("the file may not be read") from error
     except UnidentifiedImageError as error:
-        raise BadPicture("not a picture") from error
+        raise BadImage("not an image") from error
     except Image.DecompressionBombError as error:
-        raise BadPicture(f"more than {MOST_PIXELS // 10**6} million pixels") from error
+        raise BadImage(f"more than {MOST_PIXELS // 10**6} million pixels") from error
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:  # what decoders raise
-        raise BadPicture("broken or cut off") from error
+        raise BadImage("broken or cut off") from error
 
 
 def crop_photo(image: Tensor, row: Row, rng: random.Random | None = None) -> Tensor:
@@ -221,6 +221,6 @@ def preview(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
     assert row.vision is not None and row.tactile is not None
     try:
         photo, touch = crop_photo(_open(root / row.vision), row), square_turn(_open(root / row.tactile))
-    except BadPicture:
+    except BadImage:
         photo = touch = torch.full((3, 8, 8), 128, dtype=torch.uint8)
     return photo.permute(1, 2, 0).numpy(), touch.permute(1, 2, 0).numpy()

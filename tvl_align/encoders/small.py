@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import timm
 from timm.layers import HybridEmbed
 from timm.models import register_model
@@ -44,4 +43,6 @@ def conv_stem_vit_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 def register_small_clip() -> None:
     """Make `TVL-small` known to OpenCLIP; calling it again changes nothing."""
+    import open_clip
+
     open_clip.add_model_config(CLIP_CONFIGS)

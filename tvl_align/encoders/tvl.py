@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import open_clip
 import timm
 import torch
 import torch.nn.functional as F
@@ -103,7 +102,8 @@ class Stage1(nn.Module):
 
     @property
     def photo_size(self) -> int:
-        return int(open_clip.model.to_2tuple(self.clip.visual.image_size)[0])
+        size = self.clip.visual.image_size
+        return int(size if isinstance(size, int) else size[0])
 
     @property
     def touch_size(self) -> int:
@@ -233,6 +233,8 @@ def load_stage1(
     clip = load_clip(clip_name, weights)
     head = 0 if latent else clip.text_projection.shape[-1]
     tactile = create_touch_encoder(named, head, getattr(args, "tactile_overrides", None) or {})
+    import open_clip
+
     stage1 = Stage1(clip, open_clip.get_tokenizer(clip_name), tactile, latent, features, modalities)
     _load_strictly(stage1, state, path)
     return stage1.freeze()
@@ -262,6 +264,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
 
 def load_clip(name: str, weights: str) -> nn.Module:
     """An OpenCLIP model with the weights of a tag or a local file; anything but a full match is an error."""
+    import open_clip  # here, since reading stored features needs none of it, and it takes seconds to import
+
     register_small_clip()
     if open_clip.get_model_config(name) is None:
         raise UserError(f"unknown OpenCLIP model {name!r}; --clip_vision_model takes a name of open_clip.list_models().")

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tvl_align.contract import Features
 from tvl_align.evaluation.labels import Labels
-from tvl_align.evaluation.probes import attentive_probe, linear_probe, probe_all, way
-from tvl_align.evaluation.readings import Readings
+from tvl_align.evaluation.probes import attentive_probe, linear_probe, normalised_score, probe_all
+from tvl_align.evaluation.readings import SplitTokens
 from tvl_align.features.store import FeatureSource
 from tvl_align.system.console import UserError, progress
 
@@ -19,7 +19,7 @@ LEAST_OTHERS = 10  # rows of another level than the most common: by chance a fif
 
 
 @dataclass(frozen=True)
-class Probes:
+class ProbeData:
     """What every probe shares: labels, the training rows it is fitted on, the rows it reads, their frozen features."""
 
     labels: Labels
@@ -55,7 +55,9 @@ class Probes:
         return [self.train.names[i] for i in self.rows.tolist()]
 
 
-def probe_factors(readings: Mapping[str, tuple[Readings, Readings]], probes: Probes) -> dict[str, dict[str, dict[str, Any]]]:
+def probe_factors(
+    readings: Mapping[str, tuple[SplitTokens, SplitTokens]], probes: ProbeData
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Probe every factor in every modality that may carry it. All groups are read from the same rows.
 
     readings: {"": of the trained model, "untrained_": of an untrained one}, each of training and of test rows.
@@ -115,7 +117,7 @@ def _fitted(x: Tensor, like: Tensor) -> Tensor:
 
 
 def shared_retention(
-    on_train: Readings, on_test: Readings, probes: "Probes", factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    on_train: SplitTokens, on_test: SplitTokens, probes: "ProbeData", factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> float | None:
     """The summary's number, from the overlapping tokens of these readings."""
     jobs, ends = [], []
@@ -128,7 +130,7 @@ def shared_retention(
                 jobs.append((x[fit_rows], y, x_test[read_rows], y_test))
                 ends.append((entry["chance"], entry["stage1"]))
     scores = list(probe_all(linear_probe, jobs, probes.seed))
-    return float(np.mean([way(s, *e) for s, e in zip(scores, ends, strict=True)])) if scores else None
+    return float(np.mean([normalised_score(s, *e) for s, e in zip(scores, ends, strict=True)])) if scores else None
 
 
 def summary(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
@@ -143,7 +145,9 @@ def summary(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
             if not entry["ownership"]:
                 continue
             shared = len(entry["ownership"]) > 1
-            over, comp = (way(entry[g], entry["chance"], entry["stage1"]) for g in ("overlapping", "complementary"))
+            over, comp = (
+                normalised_score(entry[g], entry["chance"], entry["stage1"]) for g in ("overlapping", "complementary")
+            )
             groups.setdefault("shared_retention" if shared else "unique_leak", []).append(over)
             groups.setdefault("shared_leak" if shared else "unique_retention", []).append(comp)
     return {name: float(np.mean(groups[name])) for name in sorted(groups)}

@@ -17,9 +17,9 @@ import tyro
 from torch import Tensor, nn
 
 from tvl_align.data.samples import Samples
-from tvl_align.evaluation.factors import Probes, probe_factors, shared_retention, summary
+from tvl_align.evaluation.factors import ProbeData, probe_factors, shared_retention, summary
 from tvl_align.evaluation.labels import read_labels
-from tvl_align.evaluation.readings import Readings, all_rows, read_split, stage1_features
+from tvl_align.evaluation.readings import SplitTokens, all_rows, compute_tokens, stage1_features
 from tvl_align.features.store import FeatureSource
 from tvl_align.losses.alignment import pair_name
 from tvl_align.metrics.retrieval import TVL_THRESHOLDS, retrieval, tvl_protocol
@@ -83,7 +83,7 @@ def measure(options: EvaluateConfig) -> Path:
         "factors": {},
     }
     names = list(inputs.specs)
-    read, untrained_read = (read_split(m, test, all_rows(test), device) for m in (model, untrained))
+    read, untrained_read = (compute_tokens(m, test, all_rows(test), device) for m in (model, untrained))
     pooled = {m: t.pooled.cpu() for m, t in frozen["test"].modalities.items()}
     for first, second in combinations(names, 2):
         results["retrieval"][pair_name(first, second)] = _pair(first, second, read, pooled)
@@ -96,9 +96,9 @@ def measure(options: EvaluateConfig) -> Path:
     beside = settings.data.store / "labels.csv" if settings.data.store else settings.data.datasets_dir / "factors.csv"
     path, probes = options.labels or beside, None
     if options.labels is not None or path.is_file():
-        probes = Probes(read_labels(path), train, rows, test, frozen, settings.run.seed)
+        probes = ProbeData(read_labels(path), train, rows, test, frozen, settings.run.seed)
         readings = {
-            who: (read_split(m, train, rows, device), on_test)
+            who: (compute_tokens(m, train, rows, device), on_test)
             for who, m, on_test in (("", model, read), ("untrained_", untrained, untrained_read))
         }
         results["factors"] = probe_factors(readings, probes)
@@ -110,11 +110,11 @@ def measure(options: EvaluateConfig) -> Path:
     return written
 
 
-def _keys(first: str, second: str, read: Readings) -> Tensor | None:
+def _keys(first: str, second: str, read: SplitTokens) -> Tensor | None:
     return read.keys if "text" in (first, second) else None
 
 
-def _pair(first: str, second: str, read: Readings, stage1: Mapping[str, Tensor]) -> dict[str, float | None]:
+def _pair(first: str, second: str, read: SplitTokens, stage1: Mapping[str, Tensor]) -> dict[str, float | None]:
     valid, keys = read.present[first] & read.present[second], _keys(first, second, read)
     ours = retrieval(read.pooled[first], read.pooled[second], valid, keys, read.scale)
     one, other = stage1[first].cpu(), stage1[second].cpu()
@@ -129,7 +129,9 @@ def _pair(first: str, second: str, read: Readings, stage1: Mapping[str, Tensor])
     }
 
 
-def _tvl_protocol(read: Readings, stage1: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, list[dict[str, float]]]:
+def _tvl_protocol(
+    read: SplitTokens, stage1: Mapping[str, Tensor], names: Sequence[str]
+) -> dict[str, list[dict[str, float]]]:
     """TVL's own Acc@1 and Acc@5 for every pair with text, from registers and from the frozen features."""
     found: dict[str, list[dict[str, float]]] = {}
     for other in (name for name in names if name != "text" and "text" in names):
@@ -153,30 +155,30 @@ def _prefixes(
     test: FeatureSource,
     device: torch.device,
     names: Sequence[str],
-    probes: "Probes | None",
+    probes: "ProbeData | None",
     factors: Mapping[str, Mapping[str, Mapping[str, Any]]],
 ) -> list[dict[str, Any]]:
     """For every number k of kept registers: Acc@1 (mean over the pairs), shared retention (where there are labels), and
     the share of the frozen tokens' variance left (where the method rebuilds them)."""
     found: list[dict[str, Any]] = []
-    before: Readings | None = None
+    before: SplitTokens | None = None
     count = model.registers.shape[0]
     for k in [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]:  # many: powers of two
-        read = read_split(model, test, all_rows(test), device, k)
+        read = compute_tokens(model, test, all_rows(test), device, k)
         scores = _acc1(read, names)
-        errors = list(read.unexplained.values())
+        errors = list(read.reconstruction_error.values())
         entry = {
             "k": k,
             "acc1": float(np.mean(list(scores.values()))),
             "shared_retention": None,
             "reconstruction": float(np.mean(errors)) if errors else None,
             "pairs": scores,
-            "reconstructions": read.unexplained,
+            "reconstructions": read.reconstruction_error,
         }
         if probes is not None and before is not None and _same(read.overlapping, before.overlapping):
             entry["shared_retention"] = found[-1]["shared_retention"]  # a complementary register more changed none of them
         elif probes is not None:
-            on_train = read_split(model, probes.train, probes.rows, device, k)
+            on_train = compute_tokens(model, probes.train, probes.rows, device, k)
             entry["shared_retention"] = shared_retention(on_train, read, probes, factors)
         found.append(entry)
         before = read
@@ -187,7 +189,7 @@ def _same(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(x, others[m]) for m, x in some.items())
 
 
-def _acc1(read: Readings, names: Sequence[str]) -> dict[str, float]:
+def _acc1(read: SplitTokens, names: Sequence[str]) -> dict[str, float]:
     """Acc@1 of every pair."""
     return {
         pair_name(a, b): retrieval(
@@ -197,7 +199,7 @@ def _acc1(read: Readings, names: Sequence[str]) -> dict[str, float]:
     }
 
 
-def _confusions(read: Readings, samples: Samples) -> list[dict[str, Any]]:
+def _confusions(read: SplitTokens, samples: Samples) -> list[dict[str, Any]]:
     """The first touch images for which another photo is retrieved: which row asked, which was found."""
     valid = (read.present["tactile"] & read.present["vision"]).nonzero().squeeze(1)
     found = (read.pooled["tactile"][valid] @ read.pooled["vision"][valid].T).argmax(1)
@@ -206,7 +208,7 @@ def _confusions(read: Readings, samples: Samples) -> list[dict[str, Any]]:
     return [{"query": asdict(samples.rows[a]), "found": asdict(samples.rows[b])} for a, b in pairs]
 
 
-def _shuffled(read: Readings, names: Sequence[str], seed: int) -> float:
+def _shuffled(read: SplitTokens, names: Sequence[str], seed: int) -> float:
     """Acc@1 (mean over the pairs) after the second modality's rows were put in another order: must be chance."""
     scores = []
     for a, b in combinations(names, 2):

@@ -1,4 +1,4 @@
-"""Probes: what can be read from a set of tokens. They are fitted on training rows and read on test rows."""
+"""ProbeData: what can be read from a set of tokens. They are fitted on training rows and read on test rows."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -8,17 +8,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn import config_context
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from tvl_align.metrics.retrieval import CHUNK
 from tvl_align.system.console import UserError
 from tvl_align.system.runtime import generator
-from tvl_align.system.workers import side_by_side
-from tvl_align.training.optimisation import Schedule, descend, make_adamw
+from tvl_align.system.workers import run_in_threads
+from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
 
 CONSTANT = 1e-6  # a feature that spreads less, relative to its mean, is rounding
 T = TypeVar("T")
@@ -31,6 +27,10 @@ def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
     The regularisation is chosen on a fifth of the training rows held out for it, then refitted on all of them. Raises
     UserError for features that are NaN or inf.
     """
+    from sklearn import config_context
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+
     mean = train.float().mean(0)
     x, x_test = train - mean, test - mean
     spread = (sum(part.square().sum(0) for part in x.split(CHUNK)) / len(x)).sqrt()
@@ -55,8 +55,10 @@ def linear_probe(train: Tensor, train_labels: np.ndarray, test: Tensor, test_lab
 def probe_all(probe: Callable[..., T], jobs: Iterable[tuple[Any, ...]], seed: int = 0) -> Iterator[T]:
     """The results of `linear_probe` or `attentive_probe` for several tuples of their data, in order. As many at a time as
     torch has threads, each on one core: small products gain little from a second one."""
+    from threadpoolctl import threadpool_limits
+
     with threadpool_limits(1):  # NumPy's
-        yield from side_by_side((partial(probe, *job, seed) for job in jobs), lanes=torch.get_num_threads())
+        yield from run_in_threads((partial(probe, *job, seed) for job in jobs), lanes=torch.get_num_threads())
 
 
 class AttentiveProbe(nn.Module):
@@ -110,13 +112,13 @@ def attentive_probe(
         rows = order[at * batch : (at + 1) * batch]
         answers = probe(train[rows].float(), train_mask[rows])
         losses = [F.cross_entropy(a, targets[i][rows]) for i, a in enumerate(answers)]
-        descend(torch.stack(losses).sum(), optimizer, schedule(step))
+        backward_and_step(torch.stack(losses).sum(), optimizer, schedule(step))
     with torch.no_grad():
         parts = [probe(t.float(), m) for t, m in zip(test.split(CHUNK), test_mask.split(CHUNK), strict=True)]
     guesses = [torch.cat([part[i] for part in parts]).argmax(1).numpy() for i in range(len(classes))]
     return [100 * float((g == y).mean()) for g, y in zip(guesses, test_labels, strict=True)]
 
 
-def way(score: float, chance: float, ceiling: float = 100.0) -> float:
+def normalised_score(score: float, chance: float, ceiling: float = 100.0) -> float:
     """Percent of the way from chance to the ceiling."""
     return 100 * (score - chance) / (ceiling - chance) if ceiling > chance else float("nan")

@@ -15,7 +15,7 @@ EVAL_BATCH = 256
 
 
 @dataclass(frozen=True)
-class Readings:
+class SplitTokens:
     """What one model makes of one split, on the CPU: overlapping, complementary {modality: (M, n, D)}, pooled."""
 
     overlapping: dict[str, Tensor]
@@ -24,7 +24,7 @@ class Readings:
     present: dict[str, Tensor]
     keys: Tensor
     scale: float
-    unexplained: dict[str, float]
+    reconstruction_error: dict[str, float]
 
 
 def all_rows(source: FeatureSource) -> Tensor:
@@ -57,9 +57,9 @@ def stage1_features(source: FeatureSource, rows: Tensor, device: torch.device) -
 
 
 @torch.no_grad()
-def read_split(
+def compute_tokens(
     model: nn.Module, source: FeatureSource, rows: Tensor, device: torch.device, length: int | None = None
-) -> Readings:
+) -> SplitTokens:
     """Read rows (plain view) with a model in evaluation mode, keeping the first `length` registers (None: all)."""
     model.eval()
     outputs: list[Output] = []
@@ -79,7 +79,7 @@ def read_split(
     def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {m: torch.cat([part[m] for part in parts]).cpu() for m in parts[0]}
 
-    return Readings(
+    return SplitTokens(
         joined([output.overlapping_tokens for output in outputs]),
         joined([output.complementary_tokens for output in outputs]),
         joined(pooled),

@@ -41,7 +41,7 @@ TAKEN = ("index", "caption_keys")  # beside the tables of a store
 
 
 @dataclass(frozen=True)
-class View:
+class ModalityArrays:
     """One modality: tokens (N, T, W) float32, mask (N, T) bool, pooled (N, E) float32 of unit norm, present (N,) bool."""
 
     tokens: np.ndarray
@@ -54,7 +54,7 @@ class View:
 class Arrays:
     """Checked features of N rows: views by modality, split (N,) of train, val, test, names, labels {factor: (N,) str}."""
 
-    views: dict[str, View]
+    views: dict[str, ModalityArrays]
     split: np.ndarray
     names: list[str]
     labels: dict[str, np.ndarray] = field(default_factory=dict)
@@ -156,7 +156,7 @@ def _check_names(names: Sequence[str]) -> None:
             raise UserError(f"the pairs {other} and {pair} would both be called {'_'.join(pair)}; rename a modality.")
 
 
-def _view(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -> View:
+def _view(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -> ModalityArrays:
     tokens = np.asarray(x)
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
     if tokens.ndim != 3 or not np.issubdtype(tokens.dtype, np.number) or np.iscomplexobj(tokens) or 0 in tokens.shape:
@@ -188,7 +188,7 @@ def _view(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -
         if len(mean) != count or not np.isfinite(mean).all():
             raise UserError(f"{name}.pooled must be finite numbers of shape ({count}, width), not {np.shape(pooled)}.")
     unit = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
-    return View(tokens, real, unit.astype(np.float32), there)
+    return ModalityArrays(tokens, real, unit.astype(np.float32), there)
 
 
 def _column(name: str, x: Any, count: int) -> np.ndarray:
@@ -247,7 +247,9 @@ def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
     (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
-def _write_split(folder: Path, views: Mapping[str, View], rows: np.ndarray, shapes: Mapping[str, FeatureSpec]) -> None:
+def _write_split(
+    folder: Path, views: Mapping[str, ModalityArrays], rows: np.ndarray, shapes: Mapping[str, FeatureSpec]
+) -> None:
     index = {}
     for name, view in views.items():
         here = rows[view.present[rows]]

@@ -19,7 +19,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tvl_align.contract import FeatureSpec, Tokens
-from tvl_align.data.loading import Jobs, Loaded, load_pictures
+from tvl_align.data.loading import ImageBatch, Jobs, load_images
 from tvl_align.data.samples import Samples
 from tvl_align.data.swapped import swapped_groups
 from tvl_align.data.transforms import PHOTO_MEAN, PHOTO_STD, TOUCH_MEAN, TOUCH_STD
@@ -29,9 +29,9 @@ from tvl_align.features.store import FeatureStore
 from tvl_align.features.tables import FORMAT, empty_table, write_rows
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import barrier, is_main, rank, world_size
-from tvl_align.system.files import hold
+from tvl_align.system.files import lock_folder
 from tvl_align.system.provenance import package_versions, provenance
-from tvl_align.system.workers import side_by_side
+from tvl_align.system.workers import run_in_threads
 
 ENCODE_BATCH = 64
 LEAST_BATCHES = 8  # unless rows are fewer: where few batches are encoded, no core waits long for the last
@@ -45,7 +45,7 @@ def store_key(stage1: Stage1, samples: Mapping[str, Samples], views: int) -> tup
         "format": FORMAT,
         "encoders": stage1.fingerprint(),
         "features": stage1.features,
-        "images": asdict(some.pictures.options),
+        "images": asdict(some.images.options),
         "text": {"prompt": some.text.prompt, "shuffle": some.text.shuffle, "synonyms": dict(some.text.synonyms)},
         "views": views,
         "seed": some.seed,
@@ -82,8 +82,8 @@ def open_or_encode(
 ) -> FeatureStore:
     """The store for these settings, encoded first where it is missing. All processes call this together.
 
-    expected: the key it must have. tolerance: how many pictures may be bad; these are absent in the store, and counted in
-    its manifest. Raises UserError for another key, before anything is encoded; for more bad pictures; for data that change
+    expected: the key it must have. tolerance: how many images may be bad; these are absent in the store, and counted in
+    its manifest. Raises UserError for another key, before anything is encoded; for more bad images; for data that change
     meanwhile.
     """
     key, ingredients = store_key(stage1, samples, views)
@@ -95,7 +95,7 @@ def open_or_encode(
     folder = feature_dir / key
     if not (folder / "manifest.json").is_file():
         barrier()  # nobody starts to write before everybody has looked
-        with hold(feature_dir, wait=True, why="encodes into") if is_main() else nullcontext():
+        with lock_folder(feature_dir, wait=True, why="encodes into") if is_main() else nullcontext():
             barrier()
             if not (folder / "manifest.json").is_file():  # another run may have encoded it meanwhile
                 _encode(folder, key, ingredients, stage1, samples, views, num_workers, tolerance or Tolerance())
@@ -137,7 +137,7 @@ def _encode(
             if faults:
                 row, modality, why = faults[0]
                 counts = Counter(f"{modality}: {reason}" for _, modality, reason in faults)
-                log.warning("%s: pictures that cannot be used, by reason: %s", name, dict(counts))
+                log.warning("%s: images that cannot be used, by reason: %s", name, dict(counts))
                 tolerance.check(len(bad), len(samples[name]), f"{modality} of {samples[name].rows[row].name}: {why}")
         now = {name: _rows_digest(split) for name, split in samples.items()}
         if now != ingredients["rows"]:
@@ -176,7 +176,7 @@ class _Plan:
     """What is to be encoded of a split, and where it goes.
 
     index: {modality: (N, V+1) int64} rows of the tables; keys: (N, V+1, 2) int64 of captions and sentences; sizes:
-    {modality: rows of its table}; texts: each sentence once; views: of pictures, the plain one included.
+    {modality: rows of its table}; texts: each sentence once; views: of images, the plain one included.
     """
 
     index: dict[str, Tensor]
@@ -188,7 +188,7 @@ class _Plan:
     @classmethod
     def of(cls, samples: Samples, views: int, modalities: Sequence[str]) -> "_Plan":
         count = len(samples)
-        drawn_views = views + 1 if samples.pictures.options.augment else 1  # of pictures; sentences always vary
+        drawn_views = views + 1 if samples.images.options.augment else 1  # of images; sentences always vary
         index = {m: torch.full((count, views + 1), -1, dtype=torch.int64) for m in modalities}
         sizes: dict[str, int] = {}
         for modality in ("vision", "tactile"):
@@ -217,7 +217,7 @@ class _Plan:
         for modality, size in self.sizes.items():
             if size:
                 empty_table(size, specs[modality]).memmap_like(folder / modality)
-        flags = {"pictures": count * self.views, "text": len(self.texts)}
+        flags = {"images": count * self.views, "text": len(self.texts)}
         done = {what: torch.zeros(size, dtype=torch.bool) for what, size in flags.items()}
         done |= {f"look_{m}": torch.full((count, 6), torch.nan) for m in ("vision", "tactile")}
         TensorDict(done).memmap(folder / "begun")
@@ -240,7 +240,7 @@ def _encode_split(
         plan.begin(folder, specs)
     barrier()
     done = TensorDict.load_memmap(folder / "done")
-    todo, untold = (_batches_left(done[what]) for what in ("pictures", "text"))
+    todo, untold = (_batches_left(done[what]) for what in ("images", "text"))
     barrier()  # nobody ticks anything off before everybody has looked
     tables = {m: TensorDict.load_memmap(folder / m) for m, size in plan.sizes.items() if size}
     written = TensorDict.load_memmap(folder / "index")
@@ -252,14 +252,14 @@ def _encode_split(
         done["text"].numpy()[at.numpy()] = True
         return len(at)
 
-    def write_pictures(at: Tensor, part: Jobs, batch: Loaded) -> int:
-        for modality, (positions, images) in batch.pictures.items():
+    def write_pictures(at: Tensor, part: Jobs, batch: ImageBatch) -> int:
+        for modality, (positions, images) in batch.images.items():
             encoded = stage1.encode({modality: images.to(device)}).modalities
             _write(tables[modality], torch.stack([plan.index[modality][part[i]] for i in positions]), encoded[modality])
             plain = [i for i, position in enumerate(positions) if part[position][1] == 0]
             if plain:
                 done[f"look_{modality}"][[part[positions[i]][0] for i in plain]] = _look(modality, images[plain])
-        done["pictures"].numpy()[at.numpy()] = True
+        done["images"].numpy()[at.numpy()] = True
         return len(at)
 
     def note(part: Jobs, faults: Sequence[tuple[int, str, str]]) -> None:
@@ -271,15 +271,15 @@ def _encode_split(
                 bad_rows.add(row)
                 tolerance.check(len(bad_rows), count, f"{modality} of {samples.rows[row].name}: {reason}")
 
-    def pictures() -> Iterator[Callable[[], int]]:
+    def images() -> Iterator[Callable[[], int]]:
         parts = [[divmod(i, plan.views) for i in at.tolist()] for at in todo]  # (row, view)
-        for at, part, batch in zip(todo, parts, load_pictures(samples, parts, workers, stage1.modalities), strict=True):
+        for at, part, batch in zip(todo, parts, load_images(samples, parts, workers, stage1.modalities), strict=True):
             note(part, batch.faults)
             yield partial(write_pictures, at, part, batch)
 
     with progress(sum(map(len, todo + untold)), f"encode {name}", "view", quiet=not is_main()) as bar:
-        for work in ((partial(write_text, at) for at in untold), pictures()):
-            for finished in side_by_side(work):
+        for work in ((partial(write_text, at) for at in untold), images()):
+            for finished in run_in_threads(work):
                 bar.update(finished)
 
 
@@ -297,7 +297,7 @@ def _note_fault(folder: Path, row: int, modality: str, reason: str) -> None:
 
 
 def _faults(folder: Path) -> list[tuple[int, str, str]]:
-    """(row, modality, reason) of every picture that could not be used, noted by whatever process."""
+    """(row, modality, reason) of every image that could not be used, noted by whatever process."""
     lines = [line for file in (folder / "done").glob("faults-*.jsonl") for line in file.read_text("utf-8").splitlines()]
     return sorted({(int(row), str(modality), str(reason)) for row, modality, reason in map(json.loads, lines)})
 

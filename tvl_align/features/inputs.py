@@ -51,7 +51,7 @@ class DataConfig:
     shared_geometry: bool = True
     """Draw flips and quarter turns once for photo and touch; --no_shared_geometry draws them apart, as TVL does."""
     augment_pictures: bool = True
-    """Flip, turn and jitter the pictures of training views; --no_augment_pictures encodes them once, and only the
+    """Flip, turn and jitter the images of training views; --no_augment_pictures encodes them once, and only the
     sentences of views vary."""
     shuffle_text: bool = False
     """Shuffle the adjectives of training captions."""
@@ -62,11 +62,11 @@ class DataConfig:
     keep_k_synonyms: int | None = None
     """Use only the first K synonyms of a word; default: all."""
     strict: bool = False
-    """Stop at the first row or picture that cannot be used, instead of leaving it out and counting it."""
+    """Stop at the first row or image that cannot be used, instead of leaving it out and counting it."""
     max_skipped: float = 0.05
     """Stop where more than this share of the rows cannot be used."""
     num_workers: int = 10
-    """Processes that decode pictures; never more than there are cores."""
+    """Processes that decode images; never more than there are cores."""
     pin_mem: tyro.conf.Suppress[Annotated[bool, Ignored("batches are pinned whenever the device is a GPU")]] = True
     multi_epochs_dataloader: tyro.conf.Suppress[Annotated[bool, Ignored("stored features need no workers")]] = False
 

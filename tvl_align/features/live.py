@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tvl_align.contract import Batch, Features
-from tvl_align.data.loading import Jobs, Loaded, load_pictures
+from tvl_align.data.loading import ImageBatch, Jobs, load_images
 from tvl_align.data.samples import Samples
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
@@ -36,18 +36,18 @@ class LiveSplit:
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         jobs = [list(zip(r.tolist(), v.tolist(), strict=True)) for r, v in zip(rows, views, strict=True)]
-        pictures = load_pictures(self.samples, jobs, self.num_workers, self.stage1.modalities)
-        for part, found in zip(jobs, pictures, strict=True):
+        images = load_images(self.samples, jobs, self.num_workers, self.stage1.modalities)
+        for part, found in zip(jobs, images, strict=True):
             yield self._encode(part, found, device)
 
-    def _encode(self, part: Jobs, loaded: Loaded, device: torch.device) -> Features:
+    def _encode(self, part: Jobs, loaded: ImageBatch, device: torch.device) -> Features:
         """All modalities are there, absent or not, so that every process has the same ones."""
         self._note(part, loaded.faults)
         raw: dict[str, Any] = {}
         present: dict[str, Tensor] = {}
         for modality, size in (("vision", self.stage1.photo_size), ("tactile", self.stage1.touch_size)):
             if modality in self.stage1.modalities:
-                positions, images = loaded.pictures.get(modality, ([], torch.empty(0, 3, size, size)))
+                positions, images = loaded.images.get(modality, ([], torch.empty(0, 3, size, size)))
                 there = torch.zeros(len(part), dtype=torch.bool)
                 there[positions] = True
                 full = images.new_zeros(len(part), *images.shape[1:])

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tvl_align.contract import Output
-from tvl_align.losses.contrastive import batch_hits, info_nce, positive_pairs
+from tvl_align.losses.contrastive import hits_at_k, info_nce, positive_mask
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import gather_with_grad, rank, world_size
 
@@ -57,7 +57,7 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
         piece = slice(start, min(start + PIECE, batch))
         place = torch.arange(piece.start, piece.stop, device=device) + rank() * batch
         own_row = torch.arange(len(everyone), device=device) == place[:, None]
-        same_words = own_row | positive_pairs(keys[piece], all_keys)
+        same_words = own_row | positive_mask(keys[piece], all_keys)
         for (first, second), both in valid.items():
             positives = same_words if "text" in (first, second) else own_row
             so_far = sums[first, second]
@@ -66,7 +66,7 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
                 given = own, gathered[b], output.logit_scale, positives, mine, both
                 so_far[0] = so_far[0] + (_again(info_nce, *given) if batch > PIECE else info_nce(*given)) / 2
                 for i, k in ((1, 1), (2, 5)):
-                    hit = batch_hits(own.detach(), gathered[b].detach(), positives, both, k) & mine
+                    hit = hits_at_k(own.detach(), gathered[b].detach(), positives, both, k) & mine
                     so_far[i] = so_far[i] + hit.sum() / 2
     numbers: dict[str, Tensor] = {}
     ran: dict[str, Tensor] = {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def positive_pairs(keys: Tensor, all_keys: Tensor) -> Tensor:
+def positive_mask(keys: Tensor, all_keys: Tensor) -> Tensor:
     """(B, K), (G, K) caption keys -> (B, G) bool: True where two rows agree in any column, that is, say the same."""
     found = keys[:, 0, None] == all_keys[None, :, 0]
     for column in range(1, keys.shape[1]):
@@ -31,7 +31,7 @@ def info_nce(
     return torch.where(valid, per_row, 0.0).sum()
 
 
-def batch_hits(queries: Tensor, gallery: Tensor, positives: Tensor, gallery_valid: Tensor, k: int) -> Tensor:
+def hits_at_k(queries: Tensor, gallery: Tensor, positives: Tensor, gallery_valid: Tensor, k: int) -> Tensor:
     """(B,) bool: a positive is among the k nearest rows of the gallery (fewer than k candidates: among all)."""
     logits = (queries @ gallery.T).masked_fill(~gallery_valid, -torch.inf)
     nearest = logits.topk(min(k, logits.shape[1]), dim=1).indices

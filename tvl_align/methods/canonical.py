@@ -23,7 +23,7 @@ RIDGE = 3e-3  # of the mean variance, added before whitening
 ROUNDING = 1e-6  # variance of normalised tokens below which they count as constant, so that rounding is not amplified
 
 
-class CanonicalReadout(nn.Module):
+class CanonicalProjection(nn.Module):
     """{modality: tokens (B, T, W)} -> {modality: (B, R)}: R canonical variates, the strongest first. Zero until fitted.
 
     A variate is weighted with its squared correlation, and all of them together are scaled to mean squared norm 1.

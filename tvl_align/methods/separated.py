@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tvl_align.contract import Features, FeatureSpec, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
-from tvl_align.methods.canonical import CanonicalReadout
-from tvl_align.methods.separation import Separation, separate
-from tvl_align.registers.decoder import compare_tokens
+from tvl_align.methods.canonical import CanonicalProjection
+from tvl_align.methods.separation import Separation, fit_separations
+from tvl_align.registers.decoder import reconstruction_error
 from tvl_align.registers.model import RegisterConfig, RegisterModel
 from tvl_align.system.distributed import joint_noise
 
@@ -74,11 +74,11 @@ class SeparatedModel(RegisterModel):
         comp = (knobs.num_register_tokens - count) * dim
         inner = count * self.learnt
         self.separations = nn.ModuleDict({m: Separation(inner, count * self.canonical_units, comp) for m in self.specs})
-        self.readout = CanonicalReadout(self.specs, count * self.canonical_units) if self.canonical_units else None
+        self.projection = CanonicalProjection(self.specs, count * self.canonical_units) if self.canonical_units else None
         if self.decoders:
             self.decoders = nn.ModuleDict({m: LinearDecoder(spec, inner + comp) for m, spec in self.specs.items()})
 
-    def settle(
+    def postprocess(
         self, over: dict[str, Tensor], comp: dict[str, Tensor], features: Features
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """In training noisy units and complementary tokens as they were read; in evaluation all units, both cleaned."""
@@ -102,29 +102,29 @@ class SeparatedModel(RegisterModel):
     def _all_units(self, modality: str, units: Tensor, frozen: Tokens) -> Tensor:
         """(B, No, r) learnt units -> (B, No r + No c): with the canonical ones, as strong in the mean over rows."""
         flat = units.flatten(1)
-        if self.readout is None:
+        if self.projection is None:
             return flat
         tokens, mask = self._keys(frozen)
-        return torch.cat([flat, self.readout(modality, tokens, mask) * flat.shape[1] ** 0.5], dim=1)
+        return torch.cat([flat, self.projection(modality, tokens, mask) * flat.shape[1] ** 0.5], dim=1)
 
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
         """Fit the closed forms on the given rows, of which those with every modality count. Fewer than two: none is fitted,
         and a warning says so."""
-        if self.readout is not None and not self.readout.fitted:
-            self.readout.fit(f.modalities for f in self._whole(batches()))
+        if self.projection is not None and not self.projection.fitted:
+            self.projection.fit(f.modalities for f in self._whole(batches()))
         found: dict[str, list[tuple[Tensor, Tensor]]] = {m: [] for m in self.names}
         for features in self._whole(batches()):
             everyone = torch.ones(len(features), len(self.registers), dtype=torch.bool, device=self.registers.device)
             for m in self.names:
                 tokens, mask = self._keys(features.modalities[m])
-                z = self.read([m], [self.readers[m](tokens)], [mask], everyone)
+                z = self.attend([m], [self.readers[m](tokens)], [mask], everyone)
                 units, comp = self._units(m, z[:, : self.num_overlapping]), z[:, self.num_overlapping :]
                 found[m].append((self._all_units(m, units, features.modalities[m]), comp.flatten(1)))
         if sum(len(units) for units, _ in found[self.names[0]]) < 2:
             log.warning("no training rows have all of %s, so shared and unique are not taken apart", ", ".join(self.names))
             return
         units, comp = ({m: torch.cat([part[i] for part in parts]) for m, parts in found.items()} for i in (0, 1))
-        separate(dict(self.separations.items()), units, comp)
+        fit_separations(dict(self.separations.items()), units, comp)
 
     def _whole(self, batches: Iterable[Features]) -> Iterator[Features]:
         """The rows that have every modality, of the batches that have such rows."""
@@ -134,14 +134,16 @@ class SeparatedModel(RegisterModel):
                 if whole.any():
                     yield features.map(lambda t, whole=whole: t[whole])
 
-    def rebuild(self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
+    def reconstruct(
+        self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor
+    ) -> Reconstruction:
         """In evaluation, what overlapping tokens tell of complementary ones is put back: the decoder learnt from both."""
         units = torch.einsum("bnd,nrd->bnr", over.detach(), self.basis[:, : self.learnt]).flatten(1)
         if not self.training:
-            told = self.separations[name].told(-1, units).view_as(comp)
+            told = self.separations[name].predicted(-1, units).view_as(comp)
             comp = comp + told * kept[:, self.num_overlapping :, None]
         memory = torch.cat([units, comp.flatten(1)], dim=1)
-        return compare_tokens(self.decoders[name](memory, tokens.shape[1]), tokens, mask)
+        return reconstruction_error(self.decoders[name](memory, tokens.shape[1]), tokens, mask)
 
 
 class LinearDecoder(nn.Module):

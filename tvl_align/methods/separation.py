@@ -42,11 +42,11 @@ class Separation(nn.Module):
     def forward(self, units: Tensor, comp: Tensor) -> tuple[Tensor, Tensor]:
         cleaned, rest = units, comp
         for turn in range(len(self.centre)):
-            rest = comp - self.told(turn, cleaned)
+            rest = comp - self.predicted(turn, cleaned)
             cleaned = self.without_unique(turn, units, rest)
         return cleaned, rest
 
-    def told(self, turn: int, units: Tensor) -> Tensor:
+    def predicted(self, turn: int, units: Tensor) -> Tensor:
         """What units tell of complementary tokens, as far as other modalities can tell it too: (B, C)."""
         return (self.features(units) - self.centre[turn]) @ self.to_comp[turn]
 
@@ -60,7 +60,7 @@ class Separation(nn.Module):
 
 
 @torch.no_grad()
-def separate(separations: Mapping[str, Separation], units: Mapping[str, Tensor], comp: Mapping[str, Tensor]) -> None:
+def fit_separations(separations: Mapping[str, Separation], units: Mapping[str, Tensor], comp: Mapping[str, Tensor]) -> None:
     """Fit the Separation of every modality on paired rows: units {m: (B, O + E)}, comp {m: (B, C)}."""
     cleaned = dict(units)
     rounds = len(next(iter(separations.values())).centre)
@@ -71,7 +71,7 @@ def separate(separations: Mapping[str, Separation], units: Mapping[str, Tensor],
             instruments = torch.cat([seen[other] for other in seen if other != m], dim=1)
             told = centred(instruments) @ least_squares(instruments, seen[m])
             s.to_comp[turn] = least_squares(told, comp[m])
-            rest = comp[m] - s.told(turn, cleaned[m])
+            rest = comp[m] - s.predicted(turn, cleaned[m])
             s.to_units[turn] = least_squares(rest, units[m])
             cleaned[m] = s.without_unique(turn, units[m], rest)
 

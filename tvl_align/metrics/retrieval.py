@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from tvl_align.losses.contrastive import positive_pairs
+from tvl_align.losses.contrastive import positive_mask
 
 CHUNK = 256  # rows
 TIE = 1e-6  # cosines that differ by less are equal: rounding decides between them
@@ -86,7 +86,7 @@ def retrieval(
         size = rows.stop - rows.start, columns.stop - columns.start
         scores, spare = (block[: math.prod(size)].view(size) for block in held)
         torch.mm(x[rows], y[columns].T, out=scores)
-        scores.masked_fill_(positive_pairs(ids[rows], ids[columns]), -torch.inf)
+        scores.masked_fill_(positive_mask(ids[rows], ids[columns]), -torch.inf)
         forth.rank(rows, scores, TIE * scale, spare, 1)
         back.rank(columns, scores, TIE * scale, spare, 0)
         weights = scores.sub_(shift).exp_()
@@ -118,9 +118,9 @@ def _positive_scores(x: Tensor, y: Tensor, ids: Tensor) -> Iterator[tuple[Tensor
         for start in range(0, len(x), CHUNK):
             rows = slice(start, min(start + CHUNK, len(x)))
             columns = slice(end[of[start] - 1] if of[start] else 0, end[of[rows.stop - 1]])
-            positive = positive_pairs(ordered[rows, k : k + 1], ordered[columns, k : k + 1])
+            positive = positive_mask(ordered[rows, k : k + 1], ordered[columns, k : k + 1])
             if k:  # agreed in an earlier column: seen there
-                positive &= ~positive_pairs(ordered[rows, :k], ordered[columns, :k])
+                positive &= ~positive_mask(ordered[rows, :k], ordered[columns, :k])
             yield order[rows], order[columns], x[order[rows]] @ y[order[columns]].T, positive
 
 

@@ -127,10 +127,10 @@ class RegisterStack(nn.Module):
 
     def forward(self, registers: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
         """registers (N, D) -> (B, N, D), dropped ones zero."""
-        return joint_read([self], registers, [keys], [mask], kept, [mask.any(1)])
+        return attend_jointly([self], registers, [keys], [mask], kept, [mask.any(1)])
 
 
-def joint_read(
+def attend_jointly(
     stacks: Sequence[RegisterStack],
     registers: Tensor,
     keys: Sequence[Tensor],

@@ -29,6 +29,6 @@ class TokenDecoder(nn.Module):
         return self.out(self.block(queries, keys, kept, kept))
 
 
-def compare_tokens(rebuilt: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
+def reconstruction_error(rebuilt: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
     """Rebuilt (B, T, W) beside what should have been rebuilt: the frozen tokens (B, T, W), standardised over their width."""
     return Reconstruction((rebuilt - F.layer_norm(tokens, tokens.shape[-1:])).square().mean(-1), mask)

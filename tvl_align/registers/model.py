@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tvl_align.contract import Batch, Features, FeatureSpec, Output, Reconstruction, Stage2Model, Tokens
 from tvl_align.encoders.tvl import Stage1
-from tvl_align.registers.blocks import BlockOptions, KeyReader, RegisterStack, joint_read
-from tvl_align.registers.decoder import TokenDecoder, compare_tokens
+from tvl_align.registers.blocks import BlockOptions, KeyReader, RegisterStack, attend_jointly
+from tvl_align.registers.decoder import TokenDecoder, reconstruction_error
 from tvl_align.registers.nested import NestedMode, draw_kept
 from tvl_align.system.console import UserError
 
@@ -138,10 +138,10 @@ class RegisterModel(nn.Module, Stage2Model):
         # With causal registers a prefix is what it is whether or not later ones are read, so all of them are.
         reading = torch.ones_like(kept) if self.causal else kept
         needed = kept if self.training else None  # in training nothing reads a group of registers where all are dropped
-        read = self.read_each(names, keys, list(masks), reading, needed)
+        read = self.attend_each(names, keys, list(masks), reading, needed)
         split = self.num_overlapping
         over, comp = {n: z[:, :split] for n, z in read.items()}, {n: z[:, split:] for n, z in read.items()}
-        over, comp = self.settle(over, comp, features)
+        over, comp = self.postprocess(over, comp, features)
         over = {n: z * kept[:, :split, None].to(z.dtype) for n, z in over.items()}
         comp = {n: z * kept[:, split:, None].to(z.dtype) for n, z in comp.items()}
         return Output(
@@ -152,12 +152,12 @@ class RegisterModel(nn.Module, Stage2Model):
             present={name: m.present for name, m in features.modalities.items()},
             caption_keys=features.caption_keys,
             reconstruction={
-                n: self.rebuild(n, over[n], comp[n], kept, t, m)
+                n: self.reconstruct(n, over[n], comp[n], kept, t, m)
                 for n, t, m in zip(names, tokens, masks, strict=True)
                 if n in self.decoders
             },
             nested_dropout_mask=kept if dropping else None,
-            register_tokens=self.read(names, keys, masks, kept) if joint else None,
+            register_tokens=self.attend(names, keys, masks, kept) if joint else None,
             features=features,
         )
 
@@ -181,7 +181,7 @@ class RegisterModel(nn.Module, Stage2Model):
             return modality.pooled[:, None], modality.present[:, None]
         return modality.tokens, modality.mask & modality.present[:, None]
 
-    def read(
+    def attend(
         self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor, needed: Tensor | None = None
     ) -> Tensor:
         """Registers that attend to the named modalities, to all of them at once: (B, N, D), dropped ones zero.
@@ -195,36 +195,38 @@ class RegisterModel(nn.Module, Stage2Model):
             stacks = [owner[i] for owner in owners]
             some = None if needed is None or len(self.groups) == 1 else needed[:, g].any(1)
             if some is None or some.all():
-                parts.append(joint_read(stacks, self.registers[g], keys, masks, kept[:, g], present))
+                parts.append(attend_jointly(stacks, self.registers[g], keys, masks, kept[:, g], present))
                 continue
             some[0] = True  # so that every parameter has a gradient on every process
             at = some.nonzero().squeeze(1)
             inputs = [k.index_select(0, at) for k in keys], [m[at] for m in masks], kept[at][:, g], [p[at] for p in present]
-            z = joint_read(stacks, self.registers[g], *inputs)
+            z = attend_jointly(stacks, self.registers[g], *inputs)
             parts.append(z.new_zeros(len(kept), *z.shape[1:]).index_copy(0, at, z))
         return torch.cat(parts, dim=1)
 
-    def read_each(
+    def attend_each(
         self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor, needed: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Registers that attend to one modality at a time: {modality: (B, N, D)}. With shared blocks all go through as one
         batch, shorter sequences padded."""
         if "shared" not in self.stacks or len(names) == 1:
-            return {n: self.read([n], [k], [m], kept, needed) for n, k, m in zip(names, keys, masks, strict=True)}
+            return {n: self.attend([n], [k], [m], kept, needed) for n, k, m in zip(names, keys, masks, strict=True)}
         longest = max(k.shape[1] for k in keys)
         joined = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[1])) for k in keys])
         mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for m in masks])
         needed = needed.repeat(len(names), 1) if needed is not None else None
-        read = self.read(names[:1], [joined], [mask], kept.repeat(len(names), 1), needed)
+        read = self.attend(names[:1], [joined], [mask], kept.repeat(len(names), 1), needed)
         return dict(zip(names, read.chunk(len(names)), strict=True))
 
-    def settle(
+    def postprocess(
         self, over: dict[str, Tensor], comp: dict[str, Tensor], features: Features
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What becomes of overlapping and complementary tokens after they were read; here nothing."""
         return over, comp
 
-    def rebuild(self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
+    def reconstruct(
+        self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor
+    ) -> Reconstruction:
         """Overlapping tokens are given to the decoder but not changed by it: what they lack, complementary ones hold."""
         memory = torch.cat([over.detach(), comp], dim=1)
-        return compare_tokens(self.decoders[name](memory, kept, tokens.shape[1]), tokens, mask)
+        return reconstruction_error(self.decoders[name](memory, kept, tokens.shape[1]), tokens, mask)

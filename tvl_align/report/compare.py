@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
 
 from tvl_align.data.transforms import preview
 from tvl_align.data.tvl import Row
-from tvl_align.evaluation.probes import way
-from tvl_align.report import plots
-from tvl_align.report.page import as_url, is_synthetic, number, read_metrics
+from tvl_align.evaluation.probes import normalised_score
+from tvl_align.report.page import as_url, fill_template, is_synthetic, number, read_metrics
 from tvl_align.system.console import UserError
 
 MAIN = "tactile_vision"
@@ -105,6 +103,8 @@ def mean_factors(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[
 
 def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
     """report.html (self-contained) and report.md in `out`; returns the page's path."""
+    from tvl_align.report import plots
+
     results = load_results(runs)
     groups = by_method(results)
     columns, rows = leaderboard(groups)
@@ -129,8 +129,7 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
         "command": command,
     }
     out.mkdir(parents=True, exist_ok=True)
-    pages = Environment(loader=PackageLoader("tvl_align.report"), autoescape=select_autoescape())
-    page = pages.get_template("compare.html").render(**facts, **figures, confusions=confusions)
+    page = fill_template("compare.html", **facts, **figures, confusions=confusions)
     (out / "report.html").write_text(page, encoding="utf-8")
     (out / "report.md").write_text(_markdown(facts, groups), encoding="utf-8")
     return out / "report.html"
@@ -144,6 +143,8 @@ def _confusion(root: Path, found: Sequence[Mapping[str, Any]]) -> str | None:
         if all((root / path).is_file() for row in (query, wrong) for path in (row.vision or "", row.tactile or "")):
             photo, touch = preview(root, query)
             strip.append((touch, photo, preview(root, wrong)[0]))
+    from tvl_align.report import plots
+
     return as_url(plots.confusion(strip)) if strip else None
 
 
@@ -152,13 +153,19 @@ def _markdown(facts: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[st
         lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [columns, *rows]]
         return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
+    from tvl_align.report import plots
+
     kind = "Synthetic data. " if facts["synthetic"] else ""
     parts = [f"{kind}{facts['gallery']} test rows as one gallery, feature store {facts['store']}; in percent."]
     parts.append(table(facts["columns"], facts["rows"]))
     for method, runs in groups.items():
         factors = mean_factors(runs)
         rows = [
-            [f"{m}: {f}", ", ".join(e["ownership"]), *(f"{way(e[g], e['chance'], e['stage1']):.0f}" for g in plots.GROUPS)]
+            [
+                f"{m}: {f}",
+                ", ".join(e["ownership"]),
+                *(f"{normalised_score(e[g], e['chance'], e['stage1']):.0f}" for g in plots.GROUPS),
+            ]
             for m, entries in factors.items()
             for f, e in entries.items()
         ]

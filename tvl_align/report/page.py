@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, select_autoescape
-from rich.console import Console
-from rich.table import Table
 
 from tvl_align.data.transforms import preview
 from tvl_align.data.tvl import Row
-from tvl_align.evaluation.probes import way
-from tvl_align.report import plots
+from tvl_align.evaluation.probes import normalised_score
 
 
 def write_page(run: Path) -> Path:
     """results.json + metrics.jsonl of a run folder -> report.html in it, which opens without a network."""
+    from tvl_align.report import plots
+
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     pictures = {
         "curves": plots.curves(read_metrics(run), list(results["retrieval"])),
@@ -29,10 +27,17 @@ def write_page(run: Path) -> Path:
     if strip:
         pictures["strip"] = plots.samples(strip)
     urls = {name: as_url(image) for name, image in pictures.items()}
-    pages = Environment(loader=PackageLoader("tvl_align.report"), autoescape=select_autoescape())
-    page = pages.get_template("run.html").render(r=results, synthetic=is_synthetic(Path(results["root"])), **urls)
+    page = fill_template("run.html", r=results, synthetic=is_synthetic(Path(results["root"])), **urls)
     (run / "report.html").write_text(page, encoding="utf-8")
     return run / "report.html"
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """A template of this room with values put in, escaped."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    pages = Environment(loader=PackageLoader("tvl_align.report"), autoescape=select_autoescape())
+    return pages.get_template(name).render(**values)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -65,6 +70,9 @@ def _strip(root: Path, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray
 
 def print_table(path: Path) -> None:
     """The main numbers of a results.json, in one table."""
+    from rich.console import Console
+    from rich.table import Table
+
     results = json.loads(path.read_text(encoding="utf-8"))
     synthetic = is_synthetic(Path(results["root"]))
     title = f"{results['method']} v{results['version']}, seed {results['seed']}"
@@ -77,10 +85,10 @@ def print_table(path: Path) -> None:
             chance = f"{n['chance1']:.2f}" if k == 1 else ""
             table.add_row(f"{pair.replace('_', '-')} Acc@{k}", f"{n[f'acc{k}']:.1f}", number(n[f"stage1_acc{k}"]), chance)
     for name, value in results.get("summary", {}).items():
-        table.add_row(name.replace("_", " ") + " (way)", f"{value:.0f}", "100", "0")
+        table.add_row(name.replace("_", " ") + " (normalised)", f"{value:.0f}", "100", "0")
     if results["factors"]:
         lowest, name = min(
-            (way(entry["stage1"], entry["chance"]), f"{modality} {factor}")
+            (normalised_score(entry["stage1"], entry["chance"]), f"{modality} {factor}")
             for modality, factors in results["factors"].items()
             for factor, entry in factors.items()
         )

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from tvl_align.evaluation.probes import way
+from tvl_align.evaluation.probes import normalised_score
 
 matplotlib.use("Agg")
 
@@ -71,7 +71,7 @@ GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_co
 def heat_map(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
     """Percent of the way from chance to the Stage-1 ceiling: factor x token group."""
     rows = [(m, f, e) for m, table in factors.items() for f, e in table.items()]
-    values = np.array([[way(e[g], e["chance"], e["stage1"]) for g in GROUPS] for _, _, e in rows])
+    values = np.array([[normalised_score(e[g], e["chance"], e["stage1"]) for g in GROUPS] for _, _, e in rows])
     figure, axes = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1))
     axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
     owners = ["shared" if len(e["ownership"]) > 1 else "unique" if e["ownership"] else "" for _, _, e in rows]
@@ -105,7 +105,7 @@ def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str
 
     def value(name: str, group: str, modality: str, factor: str) -> float:
         entry = methods[name][modality][factor]
-        return way(entry[group], entry["chance"], entry["stage1"])
+        return normalised_score(entry[group], entry["chance"], entry["stage1"])
 
     values = np.array([[value(name, group, m, f) for name, group in columns] for m, f in rows])
     figure, axes = plt.subplots(figsize=(1.5 * len(columns) + 3, 0.36 * len(rows) + 1.2))

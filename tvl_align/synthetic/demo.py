@@ -75,7 +75,7 @@ def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: st
         DataConfig(
             world,
             views=config.views,
-            augment_pictures=False,  # the small Stage 1 never saw a turned picture
+            augment_pictures=False,  # the small Stage 1 never saw a turned image
             no_text_prompt=True,
             shuffle_text=True,
             replace_synonyms=True,

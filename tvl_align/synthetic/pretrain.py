@@ -3,12 +3,12 @@
 What the frozen tokens do not hold, no register can read. A contrastive loss alone keeps what the modalities share and
 throws the rest away, so two more targets are read off every token of the 4 x 4 grid by linear maps:
 
-    pixels     the token's own part of the picture: hue, light, contact position and depth survive
+    pixels     the token's own part of the image: hue, light, contact position and depth survive
     spectrum   log power of a window twice that size, in 6 bands x 8 orientations and per colour for touch: texture,
                coarseness and orientation survive. It is to pixels what HOG is in MaskFeat (Wei et al. 2022,
                arXiv:2112.09133): a description that does not change when the texture shifts, and so is learnt fast.
 
-Pictures are not augmented: a flip would forbid the shared features to know orientation.
+Images are not augmented: a flip would forbid the shared features to know orientation.
 """
 
 import argparse
@@ -18,25 +18,24 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from tvl_align.data.loading import load_pictures
+from tvl_align.data.loading import load_images
 from tvl_align.data.samples import Samples, TextOptions
 from tvl_align.data.text import PROMPT, evaluation_text, training_text
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import DATASETS, Tolerance, read_tvl
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import GRID, Stage1, create_touch_encoder
-from tvl_align.losses.contrastive import info_nce, positive_pairs
+from tvl_align.losses.contrastive import info_nce, positive_mask
 from tvl_align.registers.model import MAX_LOGIT_SCALE
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, pick_device, seed_everything
-from tvl_align.training.optimisation import Schedule, descend, make_adamw
+from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
 
 log = logging.getLogger(__name__)
 BANDS, ORIENTATIONS = 6, 8
@@ -66,7 +65,7 @@ class PretrainConfig:
     spectrum_weight: float = 2.0
     """Weight of the spectrum target."""
     num_workers: int = 2
-    """Processes that decode pictures."""
+    """Processes that decode images."""
     seed: int = 0
     """Seed of everything."""
     device: str | None = None
@@ -74,7 +73,7 @@ class PretrainConfig:
 
 
 class SpectrumTarget(nn.Module):
-    """Pictures (B, C, S, S) -> log power (B, 16, C * 48) of 4 x 4 Hann windows, each of half the picture's side."""
+    """Images (B, C, S, S) -> log power (B, 16, C * 48) of 4 x 4 Hann windows, each of half the image's side."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -130,38 +129,40 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
     data = read_tvl(config.datasets_dir, config.datasets, config.seed)
     if len(data.train) < config.batch_size:
         raise UserError(f"{len(data.train)} training rows are fewer than one batch; give a smaller --batch_size.")
+    import open_clip
+
     register_small_clip()
     clip = open_clip.create_model(SMALL_CLIP, load_weights=False)
     touch = create_touch_encoder(TOUCH_MODEL, clip.text_projection.shape[-1], SMALL_TOUCH)
     stage1 = Stage1(clip, open_clip.get_tokenizer(SMALL_CLIP), touch).to(device)
     images = ImageOptions(stage1.photo_size, stage1.touch_size)
     samples = Samples(data.root, data.train, images, TextOptions(), config.seed)
-    pictures = _load(samples, config.num_workers, quiet)
+    images = _load(samples, config.num_workers, quiet)
     targets = nn.ModuleDict(
         {
             "vision": TokenTargets(stage1.specs["vision"].width, stage1.photo_size, colour_spectrum=False),
             "tactile": TokenTargets(stage1.specs["tactile"].width, stage1.touch_size, colour_spectrum=True),
         }
     ).to(device)
-    _fit(stage1, targets, samples, pictures, config, device, quiet)
+    _fit(stage1, targets, samples, images, config, device, quiet)
     return _save(stage1, config)
 
 
 def _load(samples: Samples, workers: int, quiet: bool) -> dict[str, Tensor]:
-    """All plain pictures of rows that have both, fp16: small pictures fit in memory, and are decoded once."""
+    """All plain images of rows that have both, fp16: small images fit in memory, and are decoded once."""
     jobs = [(i, 0) for i, row in enumerate(samples.rows) if row.vision and row.tactile]
     parts: dict[str, list[Tensor]] = {"vision": [], "tactile": []}
     rows: list[int] = []
-    with progress(len(jobs), "decode", "picture", quiet) as bar:
+    with progress(len(jobs), "decode", "image", quiet) as bar:
         batches = [jobs[i : i + 128] for i in range(0, len(jobs), 128)]
-        for part, batch in zip(batches, load_pictures(samples, batches, workers, ("vision", "tactile")), strict=True):
+        for part, batch in zip(batches, load_images(samples, batches, workers, ("vision", "tactile")), strict=True):
             both = sorted(set(range(len(part))) - {position for position, _, _ in batch.faults})
-            for modality, (positions, images) in batch.pictures.items():
+            for modality, (positions, images) in batch.images.items():
                 parts[modality].append(images[[positions.index(i) for i in both]].half())
             rows += [part[i][0] for i in both]
             bar.update(len(part))
     if len(rows) < len(jobs):
-        why = f"{len(jobs) - len(rows)} rows have a picture that cannot be used"
+        why = f"{len(jobs) - len(rows)} rows have an image that cannot be used"
         log.warning("left out: %s", why)
         Tolerance().check(len(jobs) - len(rows), len(jobs), why)
     return {modality: torch.cat(images) for modality, images in parts.items()} | {"rows": torch.tensor(rows)}
@@ -171,14 +172,14 @@ def _fit(
     stage1: Stage1,
     targets: nn.ModuleDict,
     samples: Samples,
-    pictures: dict[str, Tensor],
+    images: dict[str, Tensor],
     config: PretrainConfig,
     device: torch.device,
     quiet: bool,
 ) -> None:
     both = nn.ModuleDict({"stage1": stage1, "targets": targets})
     optimizer = make_adamw(both.named_parameters(), config.weight_decay, betas=(0.9, 0.98))
-    rows, captions = pictures["rows"], samples.caption_ids()
+    rows, captions = images["rows"], samples.caption_ids()
     per_epoch = len(rows) // config.batch_size
     total = per_epoch * config.epochs
     schedule = Schedule(config.lr, total, warmup=max(1, total // 20))
@@ -190,10 +191,10 @@ def _fit(
             if at == 0:
                 order = torch.randperm(len(rows), generator=generator(config.seed, epoch))
             part = order[at * config.batch_size : (at + 1) * config.batch_size]
-            photo, touch = (pictures[m][part].float().to(device) for m in ("vision", "tactile"))
+            photo, touch = (images[m][part].float().to(device) for m in ("vision", "tactile"))
             contrast, pixels, spectrum = _losses(stage1, targets, samples, rows[part], captions, photo, touch, words)
             loss = contrast + config.pixel_weight * pixels + config.spectrum_weight * spectrum
-            descend(loss, optimizer, schedule(step))
+            backward_and_step(loss, optimizer, schedule(step))
             if step % 20 == 0:
                 bar.set_postfix(contrast=f"{contrast:.2f}", pixels=f"{pixels:.2f}", spectrum=f"{spectrum:.2f}")
             bar.update()
@@ -219,7 +220,7 @@ def _losses(
     text = stage1.read_text(stage1.tokenize(list(known)).to(photo.device))[2][seen.to(photo.device)]
     scale = stage1.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
     everyone, own = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
-    same = own | positive_pairs(keys, keys)
+    same = own | positive_mask(keys, keys)
     contrast = photo.new_zeros(())
     for a, b, positives, valid in (
         (vision, tactile, own, everyone),

@@ -30,8 +30,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
-from taxim import CALIB_GELSIGHT
 
 from tvl_align.data.tvl import CROP_FRACTION
 from tvl_align.system.console import UserError, progress
@@ -262,6 +260,9 @@ def _gel(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     Taxim fits, for each bin of slope magnitude and direction, a quadratic of the pixel position per colour. The file
     swaps its red and blue tables; both are put right here. The central 480 x 480 pixels of the sensor are used.
     """
+    from scipy import ndimage
+    from taxim import CALIB_GELSIGHT
+
     tables = np.load(CALIB_GELSIGHT / "polycalib.npz", allow_pickle=False)
     table = np.concatenate([tables["grad_b"], tables["grad_g"], tables["grad_r"]], axis=-1).astype(np.float32) / 255
     column = np.linspace(80, 560, size, endpoint=False, dtype=np.float32)
@@ -299,8 +300,8 @@ def render(factors: dict[str, np.ndarray], size: int, seed: int) -> tuple[np.nda
     """Photographs and touches, both (B, S, S, 3) uint8, of the given levels; every byte follows from the seed."""
     rng = np.random.default_rng(seed)
     heights = height_maps(factors, size, rng)
-    pictures = photographs(factors, heights, size, rng), touches(factors, heights, size, rng)
-    return tuple((image * 255 + 0.5).astype(np.uint8) for image in pictures)
+    images = photographs(factors, heights, size, rng), touches(factors, heights, size, rng)
+    return tuple((image * 255 + 0.5).astype(np.uint8) for image in images)
 
 
 def _photo_canvas(photo: np.ndarray) -> tuple[np.ndarray, int]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from tvl_align.system.console import UserError
-from tvl_align.system.files import replacing
+from tvl_align.system.files import atomic_file
 
 SLACK = 2**20  # bytes by which the parts of an archive may exceed its file: torch stores them uncompressed
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """A reader sees the old file or the new one, never half of one."""
-    with replacing(path) as file:
+    with atomic_file(path) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:
@@ -26,7 +26,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             raise
 
 
-def keep_as(path: Path, name: str) -> None:
+def link_as(path: Path, name: str) -> None:
     """Keep today's content of `path` under another name beside it. A link: nothing is written twice, and replacing
     `path` later leaves it alone."""
     temporary = path.with_name(name + ".tmp")

@@ -23,6 +23,13 @@ REMEDIES = {
 }
 
 
+EXTRAS = {  # packages that only some commands need, and the extra of tvl-align that brings them
+    **dict.fromkeys(("accelerate", "jinja2", "matplotlib", "rich", "sklearn", "tensorboard", "threadpoolctl"), "train"),
+    **dict.fromkeys(("scipy", "taxim"), "demo"),
+    "submitit": "slurm",
+}
+
+
 class UserError(Exception):
     """Bad input. The message names the value and the remedy in one sentence."""
 
@@ -40,6 +47,12 @@ def reports_errors(main: Callable[P, None]) -> Callable[P, None]:
                 print(end="", flush=True)  # while what becomes of it can still be caught
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except ModuleNotFoundError as error:
+            extra = EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            print(f"error: this needs {error.name}; install it with pip install 'tvl-align[{extra}]'.", file=sys.stderr)
             sys.exit(2)
         except RuntimeError as error:
             if not any(sign in str(error) for sign in LOST_PEER):

@@ -14,7 +14,7 @@ _alone = False
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside, this process is the only one: nothing is gathered. For work whose amount differs between processes."""
     global _alone
     before, _alone = _alone, True
@@ -41,7 +41,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def join_again(device: torch.device, timeout: timedelta) -> None:
+def rejoin_process_group(device: torch.device, timeout: timedelta) -> None:
     """Form the process group of a further attempt under torchrun (`--max_restarts`).
 
     torchrun's store outlives an attempt, and a group formed the usual way would read the addresses of processes that are

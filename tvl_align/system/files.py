@@ -11,7 +11,7 @@ from tvl_align.system.console import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of `path` when the block ends: a reader sees the old content or the new one,
     never half of one. After an error (a full disk) the old one is there as before and the half is removed."""
     temporary = path.with_name(path.name + ".tmp")
@@ -26,14 +26,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Text -> file, as `replacing`."""
-    with replacing(path) as file:
+def write_atomically(path: Path, text: str) -> None:
+    """Text -> file, as `atomic_file`."""
+    with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
-def hold(folder: Path, wait: bool, why: str) -> Iterator[None]:
+def lock_folder(folder: Path, wait: bool, why: str) -> Iterator[None]:
     """Be the one who writes to a folder, which is made where it is missing. The system ends the hold with the process, so a
     killed one blocks nobody.
 

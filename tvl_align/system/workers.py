@@ -13,18 +13,18 @@ import torch
 
 from tvl_align.system.console import UserError, reports_errors
 
-MOST_LANES = 4  # pieces of work at once: what they hold in memory, they hold as often
+MAX_LANES = 4  # pieces of work at once: what they hold in memory, they hold as often
 T = TypeVar("T")
 
 
-def side_by_side(work: Iterable[Callable[[], T]], lanes: int | None = None) -> Iterator[T]:
+def run_in_threads(work: Iterable[Callable[[], T]], lanes: int | None = None) -> Iterator[T]:
     """The results of pieces of work, in order, several of them in threads at once on a share of this process's threads each.
 
     Small operations gain little from a second core; two of them side by side lose nothing. No more pieces are taken from
     `work` than threads need to go on. lanes: how many at once; default: 2 to 4.
     """
     threads = torch.get_num_threads()
-    lanes = lanes or max(2, min(MOST_LANES, threads))  # two even on one core: one computes while the other writes
+    lanes = lanes or max(2, min(MAX_LANES, threads))  # two even on one core: one computes while the other writes
     pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(max(1, threads // lanes),))
     begun: deque[Future[T]] = deque()
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method, Output, Tokens
 from tvl_align.methods.registry import load_method
 from tvl_align.system.distributed import rank
-from tvl_align.training.optimisation import descend, make_adamw
+from tvl_align.training.optimisation import backward_and_step, make_adamw
 
 LIMIT = 600.0  # seconds for two processes to end
 SPECS = {"vision": FeatureSpec(24, 17, 16), "tactile": FeatureSpec(12, 17, 16), "text": FeatureSpec(16, 9, 16)}
@@ -145,7 +145,9 @@ def one_step(method: Method, features: Features, kept: Tensor) -> dict[str, Tens
     model, loss = build(method)
     wrapped = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = make_adamw(model.named_parameters(), weight_decay=0.0)
-    descend(loss(wrapped.train()(features, kept=kept, joint=False))["total_loss"], optimizer, lr=1e-3, update=False)
+    backward_and_step(
+        loss(wrapped.train()(features, kept=kept, joint=False))["total_loss"], optimizer, lr=1e-3, update=False
+    )
     gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     optimizer.step()
     return {"gradients": gradients, "parameters": torch.cat([p.detach().flatten() for p in model.parameters()])}

@@ -12,11 +12,9 @@ from datetime import timedelta
 from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from tvl_align.contract import Features, FeatureSpec, Method, Output, Stage2Model
@@ -26,25 +24,39 @@ from tvl_align.metrics.retrieval import retrieval
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
 from tvl_align.system.console import progress as progress_bar
-from tvl_align.system.distributed import alone, gather, is_main, join_again, mean_over_processes, rank, world_size
-from tvl_align.system.files import hold
+from tvl_align.system.distributed import (
+    gather,
+    is_main,
+    mean_over_processes,
+    rank,
+    rejoin_process_group,
+    single_process,
+    world_size,
+)
+from tvl_align.system.files import lock_folder
 from tvl_align.system.runtime import generator, keep_freed_memory, pick_device, seed_everything
 from tvl_align.system.signals import StopSignals
 from tvl_align.training.accumulation import large_batch_gradient
-from tvl_align.training.optimisation import Schedule, descend, gradient_norm, make_adamw, take_step
+from tvl_align.training.optimisation import Schedule, backward_and_step, gradient_norm, make_adamw, optimizer_step
 from tvl_align.training.run import Progress, Run, find_checkpoint, restore
-from tvl_align.training.sampling import balanced_weights, epoch_batches, epoch_views, shares
+from tvl_align.training.sampling import balanced_weights, epoch_batches, epoch_views, shard_batches
 from tvl_align.training.settings import Settings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 EVAL_BATCH = 256
 CALIBRATION_ROWS = 20_000
 log = logging.getLogger(__name__)
 
 
-def make_accelerator(settings: Settings[Any]) -> Accelerator:
+def make_accelerator(settings: Settings[Any]) -> "Accelerator":
     """Device, processes and precision: bf16 autocast on a GPU, float32 on a CPU."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
     device, patience = pick_device(settings.run.device), timedelta(hours=6)  # one process may have far more to encode
-    join_again(device, patience)
+    rejoin_process_group(device, patience)
     if device.type == "cpu":
         keep_freed_memory()
     return Accelerator(
@@ -68,13 +80,13 @@ def fit(settings: Settings[Any], method: Method) -> Path:
     after the next step: checkpoint, a line, exit code 143.
     """
     accelerator = make_accelerator(settings)
-    with hold(settings.folder, wait=False, why="trains in") if is_main() else nullcontext():
+    with lock_folder(settings.folder, wait=False, why="trains in") if is_main() else nullcontext():
         _fit(settings, method, accelerator)
     accelerator.wait_for_everyone()
     return settings.folder
 
 
-def _fit(settings: Settings[Any], method: Method, accelerator: Accelerator) -> None:
+def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") -> None:
     device, who, optim = accelerator.device, method.implementation, settings.optim
     checkpoint = find_checkpoint(settings, who)
     inputs = settings.open_inputs(device)
@@ -155,7 +167,7 @@ def train_one_epoch(
     source: FeatureSource,
     settings: Settings[Any],
     schedule: Schedule,
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     progress: Progress,
     signals: StopSignals,
 ) -> dict[str, float] | None:
@@ -187,7 +199,7 @@ def train_one_epoch(
             means = mean_over_processes(numbers | {"gradient": norm, "stop": stop})
             stopping = means.pop("stop") > 0
             if math.isfinite(means.pop("gradient")) and math.isfinite(means["total_loss"]):
-                take_step(optimizer, schedule(epoch * updates + group))
+                optimizer_step(optimizer, schedule(epoch * updates + group))
                 progress.counted += 1
                 for name, value in means.items():
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
@@ -208,7 +220,7 @@ def _gradients(
     loss: nn.Module,
     optimizer: torch.optim.Optimizer,
     parts: Sequence[tuple[Features, Tensor]],
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
 ) -> dict[str, Tensor]:
     """The gradients of (features, kept) parts, which together are one batch; returns the loss's numbers."""
 
@@ -217,7 +229,7 @@ def _gradients(
             return wrapped(features, kept=kept, joint=False).float()
 
     def take(scalar: Tensor, part: int = 0) -> None:
-        descend(scalar, optimizer, 0.0, accelerator.backward, update=False)
+        backward_and_step(scalar, optimizer, 0.0, accelerator.backward, update=False)
 
     if len(parts) == 1:
         numbers = loss(run(*parts[0]))
@@ -264,7 +276,7 @@ def calibrate(model: nn.Module, source: FeatureSource, device: torch.device) -> 
     rows = list(torch.arange(0, len(source), math.ceil(len(source) / CALIBRATION_ROWS)).split(EVAL_BATCH))
 
     def batches() -> Iterator[Features]:
-        with progress_bar(len(rows), "calibrate", "batch", quiet=not is_main()) as bar, alone():
+        with progress_bar(len(rows), "calibrate", "batch", quiet=not is_main()) as bar, single_process():
             for features in source.batches(rows, [torch.zeros_like(r) for r in rows], device):
                 yield features
                 bar.update()
@@ -281,7 +293,7 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     the loss and `total_loss`.
     """
     model.eval()
-    rows = list(shares(torch.arange(len(source)), EVAL_BATCH))
+    rows = list(shard_batches(torch.arange(len(source)), EVAL_BATCH))
     collected: dict[str, list[Tensor]] = {}
     sums: dict[str, Tensor] = {}
     with progress_bar(len(rows), "validate", "batch", quiet=not is_main()) as bar:

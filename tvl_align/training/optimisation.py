@@ -68,7 +68,7 @@ def make_adamw(
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
-def descend(
+def backward_and_step(
     loss: Tensor,
     optimizer: torch.optim.Optimizer,
     lr: float,
@@ -78,10 +78,10 @@ def descend(
     """Take the gradient of `loss` and, unless more is to be accumulated or looked at first, one step of length `lr`."""
     (backward or Tensor.backward)(loss)
     if update:
-        take_step(optimizer, lr)
+        optimizer_step(optimizer, lr)
 
 
-def take_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """One step of length `lr` along the gradients there are; then there are none."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from tvl_align.config import from_plain, to_plain
 from tvl_align.contract import Implementation, Method
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.registry import METHODS, load_method
-from tvl_align.system.checkpoint import keep_as, load_checkpoint, save_checkpoint
+from tvl_align.system.checkpoint import link_as, load_checkpoint, save_checkpoint
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import world_size
-from tvl_align.system.files import write_whole
+from tvl_align.system.files import write_atomically
 from tvl_align.system.provenance import provenance
 from tvl_align.training.optimisation import OptimConfig
-from tvl_align.training.settings import RunConfig, Settings, notes
+from tvl_align.training.settings import RunConfig, Settings, notes_on_ignored_flags
 
 FREE = {  # options that change no number of a run
     "stage1": {"enable_flash_attention2"},
@@ -130,10 +129,12 @@ class Run:
         self.folder, self.settings, self.who, self.key = settings.folder, settings, who, key
         self.metrics, self.epochs = self.folder / "metrics.jsonl", settings.optim.epochs
         described = {"implementation": asdict(who), "settings": to_plain(settings), "store": key, "rows": dict(rows)}
-        write_whole(self.folder / "config.json", json.dumps(described | provenance(), indent=1) + "\n")
+        write_atomically(self.folder / "config.json", json.dumps(described | provenance(), indent=1) + "\n")
+        from torch.utils.tensorboard import SummaryWriter
+
         self.board = SummaryWriter(str(settings.run.log_dir or self.folder))
         self.say(f"{who.experiment_id} v{who.version} -> {self.folder}")
-        for line in notes(settings):
+        for line in notes_on_ignored_flags(settings):
             self.say(line)
 
     def say(self, line: str) -> None:
@@ -157,8 +158,8 @@ class Run:
         """Bring the best checkpoints and metrics.jsonl to where checkpoint.pth is; what is there already stays as it is."""
         if progress.step == 0:
             for name in progress.better:
-                keep_as(self.folder / "checkpoint.pth", f"checkpoint-{name}.pth")
-        write_whole(self.metrics, "".join(json.dumps(metrics) + "\n" for metrics in progress.history))
+                link_as(self.folder / "checkpoint.pth", f"checkpoint-{name}.pth")
+        write_atomically(self.metrics, "".join(json.dumps(metrics) + "\n" for metrics in progress.history))
 
     def record(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """One more epoch: times.jsonl, TensorBoard, a line for the person who watches."""

@@ -16,7 +16,7 @@ def balanced_weights(datasets: Tensor) -> Tensor:
     return 1 / datasets.bincount().double()[datasets]
 
 
-def shares(order: Tensor, joined: int) -> Tensor:
+def shard_batches(order: Tensor, joined: int) -> Tensor:
     """(n,) rows -> (steps, b) int64: this process's rows of every joined batch of `joined` rows, -1 where there is none.
 
     Batches are the same for any number of processes, and all processes take as many steps of as many rows; a row -1 is
@@ -47,7 +47,7 @@ def epoch_batches(
         drawn = torch.randperm(rows, generator=order)
     else:
         drawn = torch.multinomial(weights, rows, replacement=True, generator=order)
-    return shares(drawn[: rows // joined * joined] if drop_last else drawn, joined)
+    return shard_batches(drawn[: rows // joined * joined] if drop_last else drawn, joined)
 
 
 def epoch_views(steps: int, batch_size: int, views: int, seed: int, epoch: int) -> Tensor:

@@ -87,7 +87,7 @@ class Settings(Generic[K]):
         return load_inputs(self.stage1, self.data, self.run.seed, self.feature_dir, device, expected)
 
 
-def notes(settings: Settings[Any]) -> list[str]:
+def notes_on_ignored_flags(settings: Settings[Any]) -> list[str]:
     """One line for every flag that was given though it has no effect."""
     lines = []
     for group in (settings.stage1, settings.knobs, settings.data, settings.optim, settings.run):

@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import submitit
-from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
+from typing import TYPE_CHECKING
 
 from tvl_align.system.console import UserError
 from tvl_align.system.signals import SUBMITIT
+
+if TYPE_CHECKING:
+    import submitit
+    from submitit.helpers import DelayedSubmission
 
 PLAIN = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "name", "stderr_to_stdout")
 
@@ -27,6 +29,8 @@ class Task:
     flags: list[str]
 
     def __call__(self) -> None:
+        from submitit.helpers import TorchDistributedEnvironment
+
         environment = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         if os.environ.get(SUBMITIT) == "local":
             os.environ["MASTER_ADDR"] = "127.0.0.1"
@@ -35,8 +39,10 @@ class Task:
                 os.environ.pop(name)
         self.work(self.flags)
 
-    def checkpoint(self) -> DelayedSubmission:
+    def checkpoint(self) -> "DelayedSubmission":
         """What submitit queues when the job is taken away: the same, which goes on from its last checkpoint."""
+        from submitit.helpers import DelayedSubmission
+
         return DelayedSubmission(self)
 
 
@@ -57,8 +63,12 @@ def take_slurm(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return options, rest
 
 
-def submit(work: Callable[[list[str]], None], flags: Sequence[str], options: dict[str, str], run: Path) -> submitit.Job:
+def submit(
+    work: Callable[[list[str]], None], flags: Sequence[str], options: dict[str, str], run: Path
+) -> "submitit.Job[None]":
     """Queue a training; its logs go to `jobs` in its run folder. Raises UserError for what submitit does not take."""
+    import submitit
+
     given = dict(options)
     cluster = given.pop("cluster", "slurm")
     prefix = "slurm_" if cluster == "slurm" else ""
@@ -73,8 +83,10 @@ def submit(work: Callable[[list[str]], None], flags: Sequence[str], options: dic
         ) from error
 
 
-def wait(job: submitit.Job) -> None:
+def wait(job: "submitit.Job[None]") -> None:
     """Until every task has ended. Raises UserError where one failed."""
+    import submitit
+
     try:
         job.results()
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
