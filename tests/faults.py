@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import processes
+import processes as child
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -42,7 +42,7 @@ from tvl_align.system.console import UserError
 
 BIN = Path(sys.executable).parent
 LONGEST = 8.0  # seconds after which a training is killed at the latest, if it still runs
-ENVIRONMENT = processes.quiet()
+ENVIRONMENT = child.quiet()
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class Ground:
 
 
 def start(command: Sequence[str], **more: Any) -> "subprocess.Popen[str]":
-    return processes.start(command, env=ENVIRONMENT, **more)
+    return child.start(command, env=ENVIRONMENT, **more)
 
 
 def finish(command: Sequence[str], **more: Any) -> tuple[int, str]:
-    return processes.run(command, env=ENVIRONMENT, **more)
+    return child.run(command, env=ENVIRONMENT, **more)
 
 
 def same_run(one: Path, other: Path) -> str:
@@ -151,9 +151,9 @@ def killed_training(ground: Ground, times: int) -> Outcome:
         if process.poll() is None:
             process.kill()
             kills += 1
-            processes.finish(process)
+            child.finish(process)
             continue
-        said = processes.finish(process)
+        said = child.finish(process)
         assert process.returncode == 0, said
         number += 1
         differs[same_run(whole, ground.run(name))] += 1
@@ -195,11 +195,11 @@ def killed_encode(ground: Ground, times: int) -> Outcome:
         _sleep(process, rng.uniform(2, 9))
         if process.poll() is None:
             process.kill()
-            processes.finish(process)
+            child.finish(process)
             kills += 1
             continue
         number += 1
-        lost = lost or _store_differs(whole, Path(processes.finish(process).strip().splitlines()[-1]))
+        lost = lost or _store_differs(whole, Path(child.finish(process).strip().splitlines()[-1]))
     code, said = finish(ground.encode(f"stores/killed{number}"))
     lost = lost or (_store_differs(whole, Path(said.strip().splitlines()[-1])) if code == 0 else said[-200:])
     return Outcome("encode killed", kills, f"{number + 1} stores became whole", lost)
@@ -230,7 +230,7 @@ def told_to_end(ground: Ground, times: int) -> Outcome:
         _wait_for(ground.run(name) / "config.json", process, 60)
         _sleep(process, rng.uniform(0.0, 1.5))
         process.send_signal(signal.SIGUSR1 if i % 2 else signal.SIGTERM)
-        said = processes.finish(process)
+        said = child.finish(process)
         if process.returncode == 0 or "epoch 4/4" in said:  # it was over, at most on its way out
             faults["ended before the signal came"] += 1
         elif process.returncode != 143 or "stopped by a signal" not in said:
@@ -251,7 +251,7 @@ def full_disk(ground: Ground) -> Outcome:
     process = start(ground.train(name))
     _wait_for(ground.run(name) / "checkpoint.pth", process, 60)
     process.send_signal(signal.SIGTERM)
-    processes.finish(process)
+    child.finish(process)
     before = (ground.run(name) / "checkpoint.pth").read_bytes()
 
     def limited() -> None:
@@ -281,7 +281,7 @@ def dead_rank(ground: Ground, processes: int, restarts: int) -> Outcome:
     victim = _workers(process.pid)[-1]
     os.kill(victim, signal.SIGKILL)
     began = time.monotonic()
-    said = processes.finish(process)
+    said = child.finish(process)
     seconds = time.monotonic() - began
     if restarts:
         done = len((ground.run(name) / "metrics.jsonl").read_text().splitlines())
@@ -303,7 +303,7 @@ def races(ground: Ground, times: int) -> Outcome:
     for i in range(times):
         if i % 2:
             both = [start(ground.train(f"race{i}", epochs=2)) for _ in range(2)]
-            ends = [(processes.finish(p), p.returncode) for p in both]
+            ends = [(child.finish(p), p.returncode) for p in both]
             codes = sorted(code for _, code in ends)
             told = any("another process trains in" in said for said, _ in ends)
             after = codes == [0, 0] and any("are done already" in said for said, _ in ends)  # one came after the other
@@ -311,7 +311,7 @@ def races(ground: Ground, times: int) -> Outcome:
             faults["" if whole and ((codes == [0, 2] and told) or after) else f"{codes}: {ends[0][0][-200:]}"] += 1
         else:
             both = [start(ground.encode(f"stores/race{i}")) for _ in range(2)]
-            ends = [(processes.finish(p), p.returncode) for p in both]
+            ends = [(child.finish(p), p.returncode) for p in both]
             stores = {said.strip().splitlines()[-1] for said, _ in ends}
             good = [code for _, code in ends] == [0, 0] and len(stores) == 1 and FeatureStore(Path(stores.pop())).splits
             faults["" if good else f"{ends}"[-300:]] += 1
@@ -459,7 +459,7 @@ def reproducible(ground: Ground) -> Outcome:
         flags += f" --device cpu --output_dir {ground.root / 'same' / name} --log_name run"
         tool = [str(BIN / "torchrun"), f"--nproc_per_node={processes}", "--no_python"] if processes > 1 else []
         command = [*tool, str(BIN / "tvl-align"), *flags.split()]
-        code, said = processes.run(command, env=ENVIRONMENT | {"PYTHONHASHSEED": hashes})
+        code, said = child.run(command, env=ENVIRONMENT | {"PYTHONHASHSEED": hashes})
         assert code == 0, said
         lines = (ground.root / "same" / name / "run" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]

@@ -196,7 +196,7 @@ def test_the_documented_import(tmp_path: Path) -> None:
     assert said.strip().endswith("report.html")
 
 
-def called(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+def called(line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """`tvl-align` in this process, for what ends before any work: its exit code and what it said."""
     monkeypatch.setattr(sys, "argv", ["tvl-align", *shlex.split(line)])
     try:
@@ -204,16 +204,16 @@ def called(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         code = 0
     except SystemExit as stop:
         code = int(stop.code or 0)
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     return code, said.out + said.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_of_every_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, said = called(f"{command} --help", monkeypatch, capsys)
+def test_help_of_every_command(command: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    code, said = called(f"{command} --help", monkeypatch, capfd)
     assert code == 0
     assert "default" in said
-    assert command in called("--help", monkeypatch, capsys)[1]
+    assert command in called("--help", monkeypatch, capfd)[1]
 
 
 MISTAKES = {
@@ -239,11 +239,11 @@ def test_mistakes_get_one_sentence(
     stage1_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     given = {"--stage1_checkpoint": str(stage1_checkpoint), "--datasets_dir": str(world), "--output_dir": str(tmp_path)}
     rest = " ".join(f"{k} {v}" for k, v in given.items() if k not in flags)
-    code, said = called(f"train {rest} --views 1 --num_workers 0 --device cpu {flags}", monkeypatch, capsys)
+    code, said = called(f"train {rest} --views 1 --num_workers 0 --device cpu {flags}", monkeypatch, capfd)
     assert code == 2
     assert re.search(MISTAKES[flags], " ".join(said.split())), said
 

@@ -13,7 +13,7 @@ from tvl_align.system.console import UserError
 
 
 def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
-    sizes = {"batch": 8, "width": 192, "gallery": 64, "large_gallery": 64, "rows": 2000, "images": 8, "turns": 1}
+    sizes = {"batch": 8, "width": 192, "gallery": 64, "large_gallery": 64, "rows": 2000, "pictures": 8, "turns": 1}
     parts = ("step", "engine", "accumulation", "retrieval", "probes", "memory")
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=parts, **sizes))
     *written, made = json.loads((tmp_path / "bench.json").read_text())
@@ -27,7 +27,7 @@ def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
 def test_encoding_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the small encoders; those of real size take minutes."""
     monkeypatch.setattr(speed, "SIZES", speed.SIZES[:1])
-    sizes = {"batch": 8, "width": 192, "images": 2, "turns": 1}
+    sizes = {"batch": 8, "width": 192, "pictures": 2, "turns": 1}
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=("encode", "store"), **sizes))
     assert ["small Stage 1" in f.name and f.ours > 0 for f in figures] == [True] * 3
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tvl_align.encoders.tvl import Stage1Config
-from tvl_align.features.inputs import DataConfig, load_inputs
+from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.base import Stage2Config, Stage2Loss
 from tvl_align.methods.registry import METHODS
 from tvl_align.system.checkpoint import load_checkpoint, save_checkpoint
@@ -152,7 +152,7 @@ def test_validation_is_one_gallery_whatever_the_batch(
     settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Trap 4."""
-    inputs = load_inputs(settings, torch.device("cpu"))
+    inputs = settings.open_inputs(torch.device("cpu"))
     torch.manual_seed(0)
     model, loss = BASE.model(settings.knobs, inputs.specs), Stage2Loss(preservation_weight=1.0)
     found = []

@@ -82,7 +82,7 @@ def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: st
             num_workers=2,
         ),
         OptimConfig(batch_size=128, epochs=config.epochs, warmup_epochs=1, lr=1e-3),
-        RunConfig(method, output_dir=config.out / "runs", log_name=name, seed=config.seed),
+        RunConfig(config.out / "runs", name, seed=config.seed, method=method),
     )
 
 

@@ -18,10 +18,6 @@ from tvl_align.training.optimisation import OptimConfig
 class RunConfig:
     """Where a run lives and how it is launched."""
 
-    method: str = "base"
-    """Approach: base, cursor, flextok, matryoshka, disentangled, or one of your own as package.module:NAME."""
-    slurm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Train as a Slurm job: key=value, given once for each option of submitit (partition=gpu, nodes=2, ...)."""
     output_dir: Path = Path("./output_dir")
     """Folder of all runs."""
     log_name: str = "stage2"
@@ -46,6 +42,10 @@ class RunConfig:
     world_size: tyro.conf.Suppress[Annotated[int, Ignored("torchrun sets the number of processes")]] = 1
     local_rank: tyro.conf.Suppress[Annotated[int, Ignored("torchrun sets the rank")]] = -1
     dist_url: tyro.conf.Suppress[Annotated[str, Ignored("torchrun sets the address")]] = "env://"
+    method: str = "base"
+    """Approach: base, cursor, flextok, matryoshka, disentangled, or one of your own as package.module:NAME."""
+    slurm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Train as a Slurm job: key=value, given once for each option of submitit (partition=gpu, nodes=2, ...)."""
 
     @property
     def own_seed(self) -> int:
