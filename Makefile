@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare bench faults test check
+.PHONY: demo compare bench faults test test-fast check
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
@@ -18,10 +18,15 @@ faults: .venv/ready  ## the fault campaign: half an hour
 test: .venv/ready  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
-check: .venv/ready  ## style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+test-fast: .venv/ready  ## all tests but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
 
-.venv/ready: pyproject.toml
+check: .venv/ready  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -1,4 +1,4 @@
-"""What `make bench` measures in processes of its own: peak memory, several processes, growth. Linux only (/proc)."""
+"""Jobs that `make bench` runs in separate processes, to measure their peak memory and scaling. Linux only (/proc)."""
 
 import json
 import multiprocessing
@@ -33,11 +33,11 @@ from tvl_align.training.optimisation import OptimConfig, backward_and_step, make
 from tvl_align.training.settings import RunConfig, Settings
 
 SMALL = {"vision": FeatureSpec(192, 17, 128), "tactile": FeatureSpec(192, 17, 128), "text": FeatureSpec(128, 9, 128)}
-VALIDATION = 2000  # rows of a made-up store that validate, at most
+MAX_VALIDATION = 2000  # validation rows of a random store
 
 
 def random_features(specs: dict[str, FeatureSpec], rows: int) -> Features:
-    """Random features of every modality."""
+    """Standard-normal tokens and unit-norm pooled features of `rows` rows, with every modality present."""
     g = torch.Generator().manual_seed(0)
     modalities = {
         m: Tokens(
@@ -51,16 +51,16 @@ def random_features(specs: dict[str, FeatureSpec], rows: int) -> Features:
     return Features(modalities, torch.arange(rows)[:, None], torch.arange(rows))
 
 
-def write_store(out: Path, specs: dict[str, FeatureSpec], rows: int, validation: int = VALIDATION) -> None:
-    """A store of random features with `rows` training rows and a few others."""
-    few = min(rows, validation)
-    features = random_features(specs, rows + 2 * few)
-    split = np.array(["train"] * rows + ["val"] * few + ["test"] * few)
+def write_store(out: Path, specs: dict[str, FeatureSpec], rows: int, validation: int = MAX_VALIDATION) -> None:
+    """Write a store of random features: `rows` training rows, and at most `validation` rows each for validation and test."""
+    held_out = min(rows, validation)
+    features = random_features(specs, rows + 2 * held_out)
+    split = np.array(["train"] * rows + ["val"] * held_out + ["test"] * held_out)
     FeatureStore.from_arrays({m: t.tokens.numpy() for m, t in features.modalities.items()}, out, split=split)
 
 
 def run_settings(store: Path, out: Path, batch: int, width: int, epochs: int = 1, method: str = "base") -> Settings[Any]:
-    """A training on a store of random features."""
+    """The settings of a training run on a feature store."""
     return Settings(
         Stage1Config(),
         METHODS[method].knobs(register_token_dim=width),
@@ -72,16 +72,17 @@ def run_settings(store: Path, out: Path, batch: int, width: int, epochs: int = 1
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a job in a process of its own: seconds and MB it took at most above what was there before it."""
+    """Wall-clock seconds of a job and the MB (2**20 bytes) by which it raises the peak resident memory of its process."""
 
     seconds: float
     megabytes: float
 
 
 def cost(job: Callable[..., Callable[[], Any]], *args: Any, turns: int = 1, live: bool = False) -> Cost:
-    """job(*args) prepares and returns the work to measure. Memory is that of the first turn, time that of the fastest.
+    """Measure the function that `job(*args)` returns, in a new process.
 
-    live: give freed memory back at once, so that memory is that of tensors in use and not what the allocator keeps; slow.
+    The function runs `turns` times: memory is that of the first run, time that of the fastest. live: return freed memory to
+    the system at once, so that the memory is that of live tensors and excludes what the allocator caches; slow.
     """
     pool = multiprocessing.get_context("spawn").Pool(1)
     try:
@@ -95,35 +96,38 @@ def _measured(job: Callable[..., Callable[[], Any]], args: Sequence[Any], thread
     torch.set_num_threads(threads)
     if live:
         keep_freed_memory(up_to=2**16)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        work = job(*args)
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    with open(os.devnull, "w") as null, redirect_stdout(null):
+        function = job(*args)
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before, seconds, peaks = _memory("VmRSS"), [], []
         for _ in range(turns):
-            began = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - began)
+            start = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - start)
             peaks.append(_memory("VmHWM") - before)
         return Cost(min(seconds), peaks[0])
 
 
 def _memory(name: str) -> float:
+    """An entry of /proc/self/status in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 def training(store: Path, batch: int, width: int) -> Callable[[], Any]:
-    """One epoch with everything around it: opening, training, closed forms, validation, checkpoints."""
+    """A complete run of one epoch: opening the store, training, closed-form fits, validation, checkpoints."""
     out = Path(tempfile.mkdtemp(dir=store.parent))
     return lambda: fit(run_settings(store, out, batch, width), METHODS["base"])
 
 
 def gallery_retrieval(rows: int, width: int = 768) -> Callable[[], Any]:
+    """Retrieval of random unit vectors with one positive per query."""
     x, y = unit_rows(rows, width)
     return lambda: retrieval(x, y, torch.ones(rows, dtype=torch.bool))
 
 
 def unit_rows(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """Two (rows, width) matrices of random unit vectors."""
     g = torch.Generator().manual_seed(0)
     return F.normalize(torch.randn(rows, width, generator=g), dim=-1), F.normalize(
         torch.randn(rows, width, generator=g), dim=-1
@@ -131,27 +135,29 @@ def unit_rows(rows: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def batch_gradient(rows: int, parts: int, width: int = 256) -> Callable[[], Any]:
-    """The gradient of one batch of `rows`, in parts or at once."""
+    """The gradient of a batch of `rows` rows, computed in `parts` micro-batches, or at once for `parts` 1."""
     features, method = random_features(SMALL, rows), METHODS["base"]
     knobs = method.knobs(register_token_dim=width)
     model, loss = method.model(knobs, SMALL).train(), method.loss(knobs, MODALITIES)
     optimizer = make_adamw(model.named_parameters(), 0.0)
     size = rows // parts
-    pieces = [features.map(lambda t, i=i: t[i * size : (i + 1) * size]) for i in range(parts)]
+    micro_batches = [features.map(lambda t, i=i: t[i * size : (i + 1) * size]) for i in range(parts)]
 
-    def work() -> None:
+    def gradient() -> None:
         if parts == 1:
             backward_and_step(loss(model(features, joint=False))["total_loss"], optimizer, 0.0, update=False)
         else:
-            runs = [lambda p=p: model(p, joint=False) for p in pieces]
-            large_batch_gradient(runs, loss, lambda scalar, part: backward_and_step(scalar, optimizer, 0.0, update=False))
+            forwards = [lambda batch=batch: model(batch, joint=False) for batch in micro_batches]
+            large_batch_gradient(
+                forwards, loss, lambda scalar, part: backward_and_step(scalar, optimizer, 0.0, update=False)
+            )
         model.zero_grad()
 
-    return work
+    return gradient
 
 
 def steps(registers: int, tokens: int, batch: int = 64, width: int = 256, count: int = 8) -> Callable[[], Any]:
-    """Training steps of the base with `registers` registers that read `tokens` tokens of each of two modalities."""
+    """`count` training steps of the base method: `registers` registers, two modalities of `tokens` tokens each."""
     specs = {m: FeatureSpec(width, tokens, width) for m in ("vision", "tactile")}
     features, method = random_features(specs, batch), METHODS["base"]
     knobs = method.knobs(
@@ -160,55 +166,62 @@ def steps(registers: int, tokens: int, batch: int = 64, width: int = 256, count:
     model, loss = method.model(knobs, specs).train(), method.loss(knobs, list(specs))
     optimizer = make_adamw(model.named_parameters(), 0.0)
 
-    def work() -> None:
+    def train() -> None:
         for _ in range(count):
             backward_and_step(loss(model(features, joint=False))["total_loss"], optimizer, 0.0)
 
-    return work
+    return train
 
 
 def epoch_on_processes(store: Path, method: str, processes: int, batch: int, width: int) -> Cost:
-    """The training part of the faster of two epochs, after a first, on processes of one thread; joined batch `batch`. Memory
-    is the peak of the largest process, libraries included."""
+    """Training time of the faster of two epochs after a warm-up epoch, on `processes` processes of one thread each.
+
+    `batch` is the global batch size. Memory is the peak resident memory of the largest process, libraries included.
+    """
     knobs = f"--batch_size {batch // processes} --register_token_dim {width} --method {method} --epochs 3 --lr 1e-5"
     with tempfile.TemporaryDirectory(dir=store.parent) as out:
         tool = [str(Path(sys.executable).parent / "torchrun"), f"--nproc_per_node={processes}", "--no_python"]
         command = [*tool, str(Path(sys.executable).parent / "tvl-align"), "train", "--store", str(store), *knobs.split()]
         command += ["--device", "cpu", "--warmup_epochs", "0", "--output_dir", out, "--log_name", "run"]
-        said = Path(out) / "said"
-        with said.open("wb") as file:
+        log = Path(out) / "output.log"
+        with log.open("wb") as file:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            started = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            _, status, usage = os.wait4(started.pid, 0)  # of a process and those it waited for
-        started.returncode = os.waitstatus_to_exitcode(status)
-        if started.returncode:
-            why = [line for line in said.read_text(errors="replace").splitlines() if line.startswith("error: ")]
-            raise UserError(f"a training on {processes} processes failed ({why[0] if why else started.returncode}).")
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            _, status, usage = os.wait4(process.pid, 0)  # usage includes child processes
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+            reason = errors[0] if errors else f"exit code {process.returncode}"
+            raise UserError(
+                f"training on {processes} processes failed ({reason}); leave processes and growth out of --parts."
+            )
         lines = (Path(out) / "run" / "times.jsonl").read_text(encoding="utf-8").splitlines()
     return Cost(min(float(json.loads(line)["train"]) for line in lines[1:]), usage.ru_maxrss / 1024)
 
 
 def products_at_once(processes: int, rows: int, width: int, turns: int = 200) -> float:
-    """Seconds that `rows` rows of width `width` take through a bare layer, shared by processes of one thread that do nothing
-    else: what several processes can gain here at best."""
+    """Seconds of one matrix product (rows, width) x (width, 4 width), its rows divided among processes of one thread each.
+
+    The processes exchange nothing, so this is an upper bound of the speed-up by several processes on this machine.
+    """
     context = multiprocessing.get_context("spawn")
-    everyone = context.Barrier(processes)  # or the first would be done before the last has started
-    with context.Pool(processes, initializer=everyone.wait) as pool:
+    start = context.Barrier(processes)  # all processes start to multiply at the same time
+    with context.Pool(processes, initializer=start.wait) as pool:
         return max(pool.starmap(_layer, [(rows // processes, width, turns)] * processes, chunksize=1))
 
 
 def _layer(rows: int, width: int, turns: int) -> float:
     torch.set_num_threads(1)
     x, weights = torch.randn(rows, width), torch.randn(width, 4 * width)
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(turns):
         x @ weights
-    return (time.perf_counter() - began) / turns
+    return (time.perf_counter() - start) / turns
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Inside, neither torch nor NumPy takes a second core."""
+    """Limit PyTorch and NumPy to one thread inside the context."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -219,6 +232,6 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
+def temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tvl-align-bench-") as folder:
         yield Path(folder)

@@ -1,9 +1,10 @@
-"""`make bench`: what things cost, as ratios to a reference measured in the same run -> a table and bench.json.
+"""`make bench`: time and memory relative to a reference that is measured in the same run -> a table and bench.json.
 
-Both sides of a ratio are timed in turns on the same cores, and the best of several turns counts: this tells apart code, not
-machines. All weights are random, all numbers made up.
+Both sides of a ratio are timed alternately on the same cores, and the best of several turns counts. The ratios therefore
+depend little on the machine. All weights and features are random.
 """
 
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,10 @@ from sklearn.linear_model._linear_loss import LinearModelLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import jobs as jobs
+from benchmarks import jobs
 from benchmarks.jobs import SMALL, random_features
 from tvl_align.config import parse
-from tvl_align.contract import MODALITIES, Features
+from tvl_align.contract import MODALITIES, Features, FeatureSpec
 from tvl_align.data.loading import load_images
 from tvl_align.data.samples import TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
@@ -54,33 +55,33 @@ EXAMPLES = ("make bench", "tvl-align bench --parts step engine --turns 3")
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure what things cost, as ratios."""
+    """Measure time and memory as ratios to a reference."""
 
     out: Path = Path("bench.json")
-    """Where the figures are written; growth goes to growth.json and growth.png beside it."""
+    """Output file; the part growth writes growth.json and growth.png beside it."""
     batch: int = 256
     """Rows of a training step."""
     width: int = 768
-    """Width of registers."""
+    """Width of the registers."""
     gallery: int = 8000
-    """Rows of the retrieval gallery."""
+    """Gallery size of timed retrieval."""
     large_gallery: int = 44_000
-    """Rows of the gallery whose memory is measured."""
+    """Gallery size of retrieval whose memory is measured."""
     rows: int = 40_000
-    """Rows of the smaller store whose memory is measured; the larger one has ten times as many."""
+    """Training rows of the smaller store of the memory measurement; the larger store has 10 times as many."""
     pictures: int = 64
-    """Rows that are encoded with encoders of real size; 32 times as many with the small ones."""
+    """Rows to encode with ViT-L-14; 32 times as many with the small encoders."""
     turns: int = 5
-    """Turns per side; the best counts."""
+    """Timed runs of either side of a ratio; the best counts."""
     parts: tuple[str, ...] = (
         *("encode", "step", "engine", "accumulation", "retrieval", "probes", "store", "processes", "memory", "growth"),
     )
-    """What to measure."""
+    """Parts to measure."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line: ours and the reference in `unit`, and ours over the reference."""
+    """One measurement: `ours` and `reference` in `unit`, and their quotient `ratio`."""
 
     name: str
     ours: float
@@ -90,11 +91,14 @@ class Figure:
 
 
 def bench(config: BenchConfig) -> list[Figure]:
-    """Returns the figures it wrote."""
-    known = {
+    """Measure the parts, write the figures to `config.out`, print them as a table and return them.
+
+    Raises UserError for an unknown part.
+    """
+    functions = {
         "step": _step,
         "engine": _engine,
-        "accumulation": _parts_of_a_batch,
+        "accumulation": _accumulation,
         "retrieval": _retrieval,
         "probes": _probes,
         "store": _store_and_encoders,
@@ -103,19 +107,19 @@ def bench(config: BenchConfig) -> list[Figure]:
         "memory": _memory,
         "growth": _growth,
     }
-    unknown = [name for name in config.parts if name not in known]
+    unknown = [name for name in config.parts if name not in functions]
     if unknown:
-        raise UserError(f"unknown part {unknown[0]!r}; --parts takes {', '.join(known)}.")
-    keep_freed_memory()  # as trainings and encodes have it
+        raise UserError(f"unknown part {unknown[0]!r}; --parts takes {', '.join(functions)}.")
+    keep_freed_memory()  # as in training and encoding
     figures: list[Figure] = []
     with progress(len(config.parts), "bench", "part") as bar:
         for name in config.parts:
             bar.set_postfix_str(name)
-            figures += known[name](config)
-            written = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
-            write_atomically(config.out, json.dumps(written, indent=1))
+            figures += functions[name](config)
+            records = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
+            write_atomically(config.out, json.dumps(records, indent=1))
             bar.update()
-    table = Table(title="costs, ours over the reference", title_justify="left")
+    table = Table(title="cost, ours / reference", title_justify="left")
     for column in ("what", "ours", "reference", "ratio", "unit"):
         table.add_column(column, justify="left" if column in ("what", "unit") else "right")
     for f in figures:
@@ -125,20 +129,20 @@ def bench(config: BenchConfig) -> list[Figure]:
 
 
 def compare(name: str, ours: Callable[[], Any], reference: Callable[[], Any], turns: int, warm: bool = True) -> Figure:
-    """Time both in turns. warm: call both once before."""
+    """Time two functions alternately, `turns` times each; the best time counts. warm: call both once before."""
     if warm:
         ours(), reference()
     best = [float("inf"), float("inf")]
     for _ in range(turns):
-        for i, job in enumerate((ours, reference)):
-            began = time.perf_counter()
-            job()
-            best[i] = min(best[i], time.perf_counter() - began)
+        for i, function in enumerate((ours, reference)):
+            start = time.perf_counter()
+            function()
+            best[i] = min(best[i], time.perf_counter() - start)
     return Figure(name, best[0], best[1], best[0] / best[1], "s")
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Notes the shapes of every matrix product that runs inside, those of fused attention included."""
+    """Records the operand shapes of every matrix product inside the context, including those of fused attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,20 +157,23 @@ class MatrixProducts(TorchDispatchMode):
             self._attention(*(t.shape for t in args[:3]))
         elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
             q, k, v = (t.shape for t in args[1:4])
-            self._attention(q, k, v)  # scores again, and gradients of weights, values, queries and keys
+            self._attention(q, k, v)  # recomputes the scores; then the gradients of values, queries and keys
             self.shapes += [((*q[:3], k[2]), k), ((*q[:2], k[2], q[2]), q), ((*q[:2], k[2], q[2]), q)]
         return func(*args, **(kwargs or {}))
 
     def _attention(self, q: Sequence[int], k: Sequence[int], v: Sequence[int]) -> None:
         self.shapes += [(q, (*q[:2], q[3], k[2])), ((*q[:3], k[2]), v)]
 
-    def again(self, cold: bool = False) -> Callable[[], None]:
-        """The same products on made-up numbers: of one shape the same ones, which may stay in a cache, or, cold, on operands
-        of their own, as what they stand for has them."""
-        held = {tuple(shape): torch.randn(*shape) for pair in self.shapes for shape in pair}
+    def replay(self, cold: bool = False) -> Callable[[], None]:
+        """A function that runs the recorded products on random operands.
+
+        By default operands of the same shape share memory, so they may stay in the CPU cache. cold: every product has
+        operands of its own, as in the recorded code.
+        """
+        shared = {tuple(shape): torch.randn(*shape) for pair in self.shapes for shape in pair}
 
         def operand(shape: Sequence[int]) -> Tensor:
-            return held[tuple(shape)].clone() if cold else held[tuple(shape)]
+            return shared[tuple(shape)].clone() if cold else shared[tuple(shape)]
 
         operands = [(operand(a), operand(b)) for a, b in self.shapes]
 
@@ -177,13 +184,11 @@ class MatrixProducts(TorchDispatchMode):
         return run
 
 
-def _training(
-    name: str, config: BenchConfig, specs: Any = SMALL, features: Features | None = None, **more: Any
-) -> Callable[[], None]:
-    """A training step of a method on one batch held in memory."""
+def _training(name: str, config: BenchConfig, specs: Any = SMALL, features: Features | None = None) -> Callable[[], None]:
+    """A training step of a method on one batch in memory."""
     features = random_features(specs, config.batch) if features is None else features
     method = METHODS[name]
-    knobs = method.knobs(register_token_dim=config.width, **more)
+    knobs = method.knobs(register_token_dim=config.width)
     torch.manual_seed(0)
     model, loss = method.model(knobs, specs).train(), method.loss(knobs, list(specs))
     optimizer = make_adamw(model.named_parameters(), 0.05)
@@ -191,32 +196,31 @@ def _training(
 
 
 def _step(config: BenchConfig) -> Iterator[Figure]:
-    """A training step at the documented sizes against its own bare matrix products, and against a step that projects every
-    token to keys and values."""
+    """A training step relative to its matrix products, and to a step that projects every token to keys and values."""
     size = f"batch {config.batch}, width {config.width}"
     for name in ("base", "cursor"):
         step = _training(name, config)
         with MatrixProducts() as products:
             step()
         for what, cold in (("its matrix products", False), ("the same on operands of their own", True)):
-            yield compare(f"step of {name} ({size}) / {what}", step, products.again(cold), config.turns)
-    short = Attention._absorbing_is_cheaper
+            yield compare(f"step of {name} ({size}) / {what}", step, products.replay(cold), config.turns)
+    original = Attention._absorbing_is_cheaper
     step = _training("base", config)
 
-    def usual_way() -> None:
+    def projecting_step() -> None:
         Attention._absorbing_is_cheaper = lambda *_: False  # type: ignore[method-assign]
         try:
             step()
         finally:
-            Attention._absorbing_is_cheaper = short  # type: ignore[method-assign]
+            Attention._absorbing_is_cheaper = original  # type: ignore[method-assign]
 
-    yield compare(f"step of base ({size}) / with every token projected", step, usual_way, config.turns)
+    yield compare(f"step of base ({size}) / with every token projected", step, projecting_step, config.turns)
 
 
 def _engine(config: BenchConfig) -> Iterator[Figure]:
-    """What the loop adds to its steps: reading the store, drawing, checking, logging."""
+    """An epoch of the training loop (reading the store, sampling, checks, logging) relative to its training steps."""
     count = 8
-    with jobs.scratch() as folder:
+    with jobs.temporary_folder() as folder:
         jobs.write_store(folder / "store", SMALL, count * config.batch)
         settings = jobs.run_settings(folder / "store", folder, config.batch, config.width)
         source = FeatureStore(folder / "store").splits["train"]
@@ -224,7 +228,7 @@ def _engine(config: BenchConfig) -> Iterator[Figure]:
         torch.manual_seed(0)
         model, loss = method.model(settings.knobs, SMALL).train(), method.loss(settings.knobs, MODALITIES)
         optimizer = make_adamw(model.named_parameters(), 0.05)
-        held = [source.read(rows).float() for rows in torch.arange(count * config.batch).split(config.batch)]
+        batches = [source.read(rows).float() for rows in torch.arange(count * config.batch).split(config.batch)]
 
         def loop() -> None:
             train_one_epoch(
@@ -233,31 +237,32 @@ def _engine(config: BenchConfig) -> Iterator[Figure]:
             )
 
         def bare() -> None:
-            for features in held:
+            for features in batches:
                 kept = model.draw_kept(len(features))
                 backward_and_step(loss(model(features, kept=kept, joint=False))["total_loss"], optimizer, 1e-5)
 
         yield compare(f"epoch of {count} steps in the engine / its bare steps", loop, bare, max(1, config.turns // 2))
 
 
-def _parts_of_a_batch(config: BenchConfig) -> Iterator[Figure]:
-    """The exact gradient of a batch in 4 parts against the batch at once, and its memory against that of one part."""
-    in_parts, whole = (jobs.batch_gradient(config.batch, n) for n in (4, 1))
-    yield compare("gradient of a batch in 4 parts / at once", in_parts, whole, config.turns)
+def _accumulation(config: BenchConfig) -> Iterator[Figure]:
+    """The exact gradient of a batch in micro-batches: time relative to the full batch, memory relative to both."""
+    in_parts, at_once = (jobs.batch_gradient(config.batch, n) for n in (4, 1))
+    yield compare("gradient of a batch in 4 parts / at once", in_parts, at_once, config.turns)
     rows = 8 * config.batch
     for what, live in (("memory in use", True), ("resident memory", False)):
-        in_parts, part, whole = (
+        parts_mb, one_part_mb, at_once_mb = (
             jobs.cost(jobs.batch_gradient, *x, live=live).megabytes for x in ((rows, 8), (config.batch, 1), (rows, 1))
         )
-        yield Figure(f"{what}: batch of {rows} in 8 parts / one part", in_parts, part, in_parts / part, "MB")
-        yield Figure(f"{what}: batch of {rows} in 8 parts / at once", in_parts, whole, in_parts / whole, "MB")
+        name = f"{what}: batch of {rows} in 8 parts"
+        yield Figure(f"{name} / one part", parts_mb, one_part_mb, parts_mb / one_part_mb, "MB")
+        yield Figure(f"{name} / at once", parts_mb, at_once_mb, parts_mb / at_once_mb, "MB")
 
 
 def _retrieval(config: BenchConfig) -> Iterator[Figure]:
-    """Whole-gallery retrieval, both directions, against the one bare matrix product that it takes."""
+    """Retrieval over the full gallery in both directions, relative to the one matrix product that it needs."""
     x, y = jobs.unit_rows(config.gallery, 768)
     captions = torch.randint(200, (config.gallery, 1), generator=torch.Generator().manual_seed(0)).expand(-1, 2)
-    everyone = torch.ones(config.gallery, dtype=torch.bool)
+    present = torch.ones(config.gallery, dtype=torch.bool)
 
     def bare() -> None:
         for rows in x.split(1024):
@@ -265,28 +270,31 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
 
     for what, keys in (("one partner each", None), ("200 captions", captions)):
         name = f"retrieval, gallery {config.gallery}, {what} / its matrix product"
-        yield compare(name, lambda keys=keys: retrieval(x, y, everyone, keys), bare, config.turns)
-    found = jobs.cost(jobs.gallery_retrieval, config.large_gallery)
-    held = 2 * config.large_gallery * 768 * 4 / 2**20
+        yield compare(name, lambda keys=keys: retrieval(x, y, present, keys), bare, config.turns)
+    measured = jobs.cost(jobs.gallery_retrieval, config.large_gallery)
+    features_mb = 2 * config.large_gallery * 768 * 4 / 2**20
     name = f"retrieval, gallery {config.large_gallery}: memory above the features / the features"
-    yield Figure(name, found.megabytes, held, found.megabytes / held, "MB")
+    yield Figure(name, measured.megabytes, features_mb, measured.megabytes / features_mb, "MB")
 
 
 def _probes(config: BenchConfig) -> Iterator[Figure]:
-    """Training and reading a probe on one core, as `evaluate` has them, against its bare matrix products: of a linear one
-    two whenever it looks at its loss and one whenever it predicts, by NumPy as scikit-learn's."""
+    """Fitting a probe and predicting with it on one core, as in `evaluate`, relative to its matrix products.
+
+    Those of the linear probe are two per evaluation of its loss and gradient and one per prediction, in NumPy as in
+    scikit-learn.
+    """
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (config.gallery,), generator=g)
     centres = 0.05 * torch.randn(5, 768, generator=g)
     rows = torch.randn(config.gallery, 768, generator=g) + centres[labels]
-    given = rows, labels.numpy(), rows, labels.numpy()
+    arguments = rows, labels.numpy(), rows, labels.numpy()
     evaluate, predict = LinearModelLoss.loss_gradient, LogisticRegression.decision_function
     evaluated: list[int] = []
     predicted: list[int] = []
 
-    def evaluating(self: LinearModelLoss, weights: Any, x: Any, *more: Any, **named: Any) -> Any:
+    def evaluating(self: LinearModelLoss, weights: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         evaluated.append(len(x))
-        return evaluate(self, weights, x, *more, **named)
+        return evaluate(self, weights, x, *args, **kwargs)
 
     def predicting(self: LogisticRegression, x: Any) -> Any:
         predicted.append(len(x))
@@ -296,14 +304,14 @@ def _probes(config: BenchConfig) -> Iterator[Figure]:
         mock.patch.object(LinearModelLoss, "loss_gradient", evaluating),
         mock.patch.object(LogisticRegression, "decision_function", predicting),
     ):
-        linear_probe(*given)
-    x, read_out = rows.numpy(), centres.numpy()
+        linear_probe(*arguments)
+    x, weights = rows.numpy(), centres.numpy()
 
     def bare() -> None:
         for count in evaluated:
-            (x[:count] @ read_out.T).T @ x[:count]
+            (x[:count] @ weights.T).T @ x[:count]
         for count in predicted:
-            x[:count] @ read_out.T
+            x[:count] @ weights.T
 
     features = random_features(SMALL, config.batch).modalities["vision"]
     tokens, mask, factors = features.tokens, features.mask, [labels[: config.batch].numpy()] * 5
@@ -314,12 +322,12 @@ def _probes(config: BenchConfig) -> Iterator[Figure]:
     with MatrixProducts() as products:
         attentive()
     for name, probe, reference in (
-        (f"linear probe, {len(rows)} rows / its matrix products", lambda: linear_probe(*given), bare),
-        ("attentive probe, 5 factors / its matrix products", attentive, products.again()),
+        (f"linear probe, {len(rows)} rows / its matrix products", lambda: linear_probe(*arguments), bare),
+        ("attentive probe, 5 factors / its matrix products", attentive, products.replay()),
     ):
         with jobs.one_thread():
-            found = compare(name, probe, reference, config.turns)
-        yield found
+            figure = compare(name, probe, reference, config.turns)
+        yield figure
 
 
 def _stage1(clip_name: str, touch: dict[str, Any]) -> Stage1:
@@ -329,15 +337,15 @@ def _stage1(clip_name: str, touch: dict[str, Any]) -> Stage1:
     return Stage1(clip, tokenizer, create_touch_encoder("vit_tiny_patch16_224", width, touch)).freeze()
 
 
-# label, CLIP, touch encoder; of BenchConfig.pictures, how many times as many make a store, and which part one batch
+# (label, CLIP model, touch overrides, m, d): m * BenchConfig.pictures rows are stored, a batch has BenchConfig.pictures / d
 SIZES = (("small Stage 1", SMALL_CLIP, SMALL_TOUCH, 32, 1), ("ViT-L-14 and ViT-Tiny at 224", "ViT-L-14", {}, 1, 8))
 
 
 def _store_and_encoders(config: BenchConfig) -> Iterator[Figure]:
-    """An epoch that encodes what it reads against one that reads stored features, per row and view; random weights."""
-    for label, clip_name, touch, _, part in SIZES:
+    """Training with encoding on the fly relative to training on stored features, seconds per row and view."""
+    for label, clip_name, touch, _, divisor in SIZES:
         stage1 = _stage1(clip_name, touch)
-        rows = max(1, config.pictures // part)
+        rows = max(1, config.pictures // divisor)
         raw = {m: torch.randn(rows, 3, s, s) for m, s in (("vision", stage1.photo_size), ("tactile", stage1.touch_size))}
         raw["text"] = stage1.tokenize(["grooved, coarse and a little sticky"] * rows)
         stored = stage1.encode(raw)
@@ -346,100 +354,100 @@ def _store_and_encoders(config: BenchConfig) -> Iterator[Figure]:
             step = _training(name, config, stage1.specs, batch)
             timed = compare("", lambda s=stage1, r=raw: s.encode(r), step, 2)
             encoded, trained = timed.ours / rows, timed.reference / config.batch
-            what = f"row of an epoch of {name} through the encoders / from the store ({label})"
-            yield Figure(what, encoded + trained, trained, (encoded + trained) / trained, "s")
+            title = f"row of an epoch of {name} through the encoders / from the store ({label})"
+            yield Figure(title, encoded + trained, trained, (encoded + trained) / trained, "s")
 
 
 def _encode(config: BenchConfig) -> Iterator[Figure]:
-    """`tvl-align encode` against the bare forward pass of its encoders on data in memory; random weights."""
-    for label, clip_name, touch, more, _ in SIZES:
-        stage1, rows = _stage1(clip_name, touch), more * config.pictures
-        with jobs.scratch() as folder:
+    """`tvl-align encode` relative to the forward passes of the encoders on decoded images in memory."""
+    for label, clip_name, touch, multiple, _ in SIZES:
+        stage1, rows = _stage1(clip_name, touch), multiple * config.pictures
+        with jobs.temporary_folder() as folder:
             world = write_world(folder / "world", rows, 32, seed=0, quiet=True)
-            images = ImageOptions(stage1.photo_size, stage1.touch_size)
-            samples = {"train": make_samples(read_tvl(world), images, TextOptions(), 0)["train"]}
+            options = ImageOptions(stage1.photo_size, stage1.touch_size)
+            samples = {"train": make_samples(read_tvl(world), options, TextOptions(), 0)["train"]}
             count = len(samples["train"])
-            parts = [[(i, 0) for i in at.tolist()] for at in torch.arange(count).split(ENCODE_BATCH)]
-            pictures = [
-                {m: x for m, (_, x) in p.images.items()} for p in load_images(samples["train"], parts, 0, stage1.modalities)
-            ]
+            batches = [[(i, 0) for i in rows.tolist()] for rows in torch.arange(count).split(ENCODE_BATCH)]
+            loaded = load_images(samples["train"], batches, 0, stage1.modalities)
+            images = [{m: x for m, (_, x) in batch.images.items()} for batch in loaded]
             texts = sorted({str(samples["train"].sentence(i, 0)) for i in range(count)})
             ids = stage1.tokenize(texts).split(ENCODE_BATCH)
-            made: list[int] = []
-            assert stage1.specs  # found by encoding a blank row, once per process: not part of the throughput
+            numbers = itertools.count()
+            assert stage1.specs  # encodes a blank row once per process; excluded from the measured time
 
-            def ours(stage1: Stage1 = stage1, samples: Any = samples, folder: Path = folder, made: Any = made) -> None:
-                made.append(0)
-                open_or_encode(folder / f"store{len(made)}", stage1, samples, 0, 2)
+            def ours(stage1: Stage1 = stage1, samples: Any = samples, folder: Path = folder, numbers: Any = numbers) -> None:
+                open_or_encode(folder / f"store{next(numbers)}", stage1, samples, 0, 2)
 
-            def bare(stage1: Stage1 = stage1, pictures: Any = pictures, ids: Any = ids) -> None:
-                for part in pictures:
-                    stage1.encode(part)
-                for part in ids:
-                    stage1.encode({"text": part})
+            def bare(stage1: Stage1 = stage1, images: Any = images, ids: Any = ids) -> None:
+                for batch in images:
+                    stage1.encode(batch)
+                for batch in ids:
+                    stage1.encode({"text": batch})
 
-            yield compare(f"encode {count} rows / bare forward pass ({label})", ours, bare, 2, warm=more > 1)
+            yield compare(f"encode {count} rows / bare forward pass ({label})", ours, bare, 2, warm=multiple > 1)
 
 
 def _processes(config: BenchConfig) -> Iterator[Figure]:
-    """An epoch of 3 steps on 1 process of 1 thread against 2 such processes, same joined batch: 2 would be perfect. What
-    processes exchange in a step, the gradients of all weights, does not grow with the batch."""
+    """An epoch of 3 steps on 1 process relative to 2 processes, 1 thread each, with the same global batch. Ideal ratio: 2.
+
+    Each step the processes exchange the gradients of all weights, whose size does not depend on the batch.
+    """
     for name, batch in product(("base", "cursor"), (config.batch, 4 * config.batch)):
-        with jobs.scratch() as folder:
+        with jobs.temporary_folder() as folder:
             jobs.write_store(folder / "store", SMALL, 3 * batch, validation=config.batch)
             costs = [jobs.epoch_on_processes(folder / "store", name, n, batch, config.width) for n in (1, 2)]
-            one, two = (given.seconds for given in costs)
-            what = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
-            yield Figure(what, one, two, one / two, "s")
+            one, two = (cost.seconds for cost in costs)
+            title = f"epoch of {name} (width {config.width}, joined batch {batch}) on 1 process / on 2"
+            yield Figure(title, one, two, one / two, "s")
     one, two = (jobs.products_at_once(n, 4 * config.batch, config.width) for n in (1, 2))
     yield Figure("bare matrix products on 1 process / on 2, which exchange nothing", one, two, one / two, "s")
 
 
 def _memory(config: BenchConfig) -> Iterator[Figure]:
-    """Peak resident memory of a training, mapped pages included, with ten times as many rows."""
-    specs = {m: jobs.FeatureSpec(64, 4, 64) for m in ("vision", "tactile")}
-    found = []
+    """Peak resident memory of a training run, mapped pages included, on a store with 10 times as many rows."""
+    specs = {m: FeatureSpec(64, 4, 64) for m in ("vision", "tactile")}
+    megabytes = []
     for rows in (10 * config.rows, config.rows):
-        with jobs.scratch() as folder:
+        with jobs.temporary_folder() as folder:
             jobs.cost(_write, folder / "store", specs, rows)
-            found.append(jobs.cost(jobs.training, folder / "store", 1024, 64).megabytes)
-    large, small = found
+            megabytes.append(jobs.cost(jobs.training, folder / "store", 1024, 64).megabytes)
+    large, small = megabytes
     name = f"peak memory of a training on {10 * config.rows} rows / on {config.rows}"
     yield Figure(name, large, small, large / small, "MB")
 
 
-def _write(*given: Any) -> Callable[[], None]:
-    return lambda: jobs.write_store(*given)
+def _write(*args: Any) -> Callable[[], None]:
+    return lambda: jobs.write_store(*args)
 
 
 def _growth(config: BenchConfig) -> Iterator[Figure]:
-    """Time and memory against rows, registers, tokens, gallery and processes -> growth.json, growth.png; no ratios."""
+    """Time and memory as functions of rows, registers, tokens, gallery size and processes -> growth.json and growth.png."""
     scale = config.rows / 40_000
-    found: dict[str, list[dict[str, float]]] = {"rows": []}
+    curves: dict[str, list[dict[str, float]]] = {"rows": []}
 
-    def note(what: str, at: float, given: jobs.Cost) -> None:
-        found.setdefault(what, []).append({"at": at, "seconds": given.seconds, "megabytes": given.megabytes})
+    def add(variable: str, value: float, cost: jobs.Cost) -> None:
+        curves.setdefault(variable, []).append({"at": value, "seconds": cost.seconds, "megabytes": cost.megabytes})
 
-    specs = {m: jobs.FeatureSpec(64, 4, 64) for m in ("vision", "tactile")}
+    specs = {m: FeatureSpec(64, 4, 64) for m in ("vision", "tactile")}
     for rows in (int(4000 * scale), int(40_000 * scale), int(400_000 * scale)):
-        with jobs.scratch() as folder:
+        with jobs.temporary_folder() as folder:
             jobs.cost(_write, folder / "store", specs, rows)
-            note("rows", rows, jobs.cost(jobs.training, folder / "store", 256, 64))
+            add("rows", rows, jobs.cost(jobs.training, folder / "store", 256, 64))
     for registers in (4, 8, 16, 32, 64):
-        note("registers", registers, jobs.cost(jobs.steps, registers, 17, turns=4))
+        add("registers", registers, jobs.cost(jobs.steps, registers, 17, turns=4))
     for tokens in (1, 4, 16, 64, 256):
-        note("key tokens", tokens, jobs.cost(jobs.steps, 4, tokens, turns=4))
+        add("key tokens", tokens, jobs.cost(jobs.steps, 4, tokens, turns=4))
     for rows in (1000, 4000, 16_000):
-        note("gallery", int(rows * scale), jobs.cost(jobs.gallery_retrieval, int(rows * scale), turns=4))
-    with jobs.scratch() as folder:
+        add("gallery", int(rows * scale), jobs.cost(jobs.gallery_retrieval, int(rows * scale), turns=4))
+    with jobs.temporary_folder() as folder:
         jobs.write_store(folder / "store", SMALL, 8 * config.batch, validation=config.batch)
         for processes in (1, 2):
-            given = jobs.epoch_on_processes(folder / "store", "base", processes, config.batch, config.width // 3)
-            note("processes", processes, given)
+            cost = jobs.epoch_on_processes(folder / "store", "base", processes, config.batch, config.width // 3)
+            add("processes", processes, cost)
     out = config.out.with_name("growth.json")
-    write_atomically(out, json.dumps({"made_by": provenance(), "growth": found}, indent=1))
+    write_atomically(out, json.dumps({"made_by": provenance(), "growth": curves}, indent=1))
     with atomic_file(out.with_suffix(".png")) as file:
-        file.write(growth_curves(found))
+        file.write(growth_curves(curves))
     yield from ()
 
 

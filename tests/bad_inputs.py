@@ -166,7 +166,7 @@ def kinds(plain: Found) -> list[Bad]:
     original = plain.image(PHOTO)
     assert original is not None
     grey = original.mean(0, keepdim=True).expand_as(original)
-    broken, count = "broken or cut off", len(plain.captions())
+    broken, count = "corrupt or truncated", len(plain.captions())
     same_rows = lambda found: len(found.captions()) == count  # noqa: E731
     header = b"url,tactile,caption"
     return [
@@ -178,7 +178,7 @@ def kinds(plain: Found) -> list[Bad]:
         Bad("truncated touch image", text(lambda b: b[: len(b) // 2], TOUCH), "left out", broken),
         Bad("a PNG named .jpg", rewrite(lambda i: i, format="PNG"), "used", holds=near(original, 0.05)),
         Bad("16-bit grey", rewrite(grey16, format="PNG"), "used", holds=near(grey, 0.4)),
-        Bad("fractional grey (TIFF)", rewrite(lambda i: i.convert("F"), format="TIFF"), "left out", "fractional"),
+        Bad("fractional grey (TIFF)", rewrite(lambda i: i.convert("F"), format="TIFF"), "left out", "floating-point"),
         Bad("CMYK", rewrite(lambda i: i.convert("CMYK"), format="JPEG"), "used", holds=near(original, 0.3)),
         Bad("grey", rewrite(lambda i: i.convert("L"), format="JPEG"), "used", holds=near(grey, 0.4)),
         Bad("palette with transparency", rewrite(lambda i: i.convert("P"), format="PNG"), "used", holds=near(original, 0.6)),
@@ -194,15 +194,15 @@ def kinds(plain: Found) -> list[Bad]:
         Bad("a folder for a file", instead(lambda p: p.mkdir()), "left out", "vision file is missing"),
         Bad("a symlink loop", instead(lambda p: p.symlink_to(p)), "left out", "vision file is missing"),
         Bad("a device for a file", instead(lambda p: p.symlink_to("/dev/zero")), "left out", "vision file is missing"),
-        Bad("an absolute path", added("/etc/image_1_rgb.jpg"), "left out", "leaves the data folder"),
-        Bad("../ in a path", added("../ssvtp/images_rgb/image_1_rgb.jpg"), "left out", "leaves the data folder"),
+        Bad("an absolute path", added("/etc/image_1_rgb.jpg"), "left out", "outside the data folder"),
+        Bad("../ in a path", added("../ssvtp/images_rgb/image_1_rgb.jpg"), "left out", "outside the data folder"),
         Bad(
             "../ in a touch path",
             added("images_rgb/image_1_rgb.jpg", "../../secret.jpg"),
             "left out",
-            "leaves the data folder",
+            "outside the data folder",
         ),
-        Bad("a name of 5,000 letters", added(f"{'a' * 5000}/image_1_rgb.jpg"), "left out", "cannot be reached"),
+        Bad("a name of 5,000 letters", added(f"{'a' * 5000}/image_1_rgb.jpg"), "left out", "cannot be accessed"),
         Bad("another naming", added("images_rgb/photo1.jpg"), "left out", "not named image_<N>_rgb"),
         Bad("NUL in a path", added("images_rgb\0/image_1_rgb.jpg"), "left out", "NUL"),
         Bad("bytes that are not UTF-8", text(lambda b: b + b"\xff\xfe\x80,x,y\n"), "refused", "not a UTF-8 CSV"),
@@ -234,7 +234,7 @@ def kinds(plain: Found) -> list[Bad]:
         Bad("columns in another order", _other_order, "used", holds=same_rows),
         Bad("a row cut short", text(lambda b: b + b"images_rgb/image_1_rgb.jpg"), "left out", "fewer cells than columns"),
         Bad("JSON lists of unequal length", unequal, "refused", "different lengths"),
-        Bad("JSON cut off", _cut_json, "refused", "must hold the lists"),
+        Bad("JSON cut off", _cut_json, "refused", "must contain the lists"),
         Bad(
             "vision and touch folders swapped",
             swap_a_trajectory,

@@ -1,4 +1,4 @@
-"""Flags, defaults, typos, and the way to JSON and back."""
+"""Flags, defaults, typos, and conversion to JSON and back."""
 
 import json
 from dataclasses import fields
@@ -58,7 +58,7 @@ def test_every_flag_is_known_and_means_itself() -> None:
     assert settings.knobs.preservation_weight == 0.5
     said = notes_on_ignored_flags(settings)
     assert len(said) == 6
-    assert all(line.startswith("--") and "is not needed: " in line for line in said)
+    assert all(line.startswith("--") and "has no effect: " in line for line in said)
 
 
 def test_resume_needs_no_value() -> None:

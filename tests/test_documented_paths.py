@@ -1,4 +1,4 @@
-"""What the documentation says to type, typed: real processes, from the documented folders, on a tiny world."""
+"""The documented commands, in real processes from the documented folders, on a small synthetic data set."""
 
 import argparse
 import json
@@ -24,7 +24,7 @@ MEANWHILE = {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 def run(command: str, folder: Path = ROOT, expect: int = 0) -> str:
-    """Run a command line as typed; returns what it said."""
+    """Run a command line and return its output."""
     parts = shlex.split(command)
     env = os.environ | MEANWHILE
     while "=" in parts[0] and not parts[0].startswith("-"):
@@ -44,7 +44,7 @@ def documented(heading: str, page: Path = ROOT / "README.md") -> str:
 
 
 def filled(command: str, world: Path, checkpoint: Path, out: Path, epochs: int) -> str:
-    """The documented command with the reader's own paths, fewer epochs, and narrower registers where they cost time."""
+    """The documented command with paths and the number of epochs filled in."""
     assert "--epochs 100" in command
     command = command.replace("--stage1_checkpoint P", f"--stage1_checkpoint {checkpoint}")
     command = command.replace("--datasets_dir D", f"--datasets_dir {world}").replace("./output_dir", str(out))
@@ -52,23 +52,23 @@ def filled(command: str, world: Path, checkpoint: Path, out: Path, epochs: int) 
 
 
 def test_the_documented_training(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
-    """As documented, with the documented sizes; then once more, then longer, which takes --resume."""
+    """The documented command; then the same again; then with more epochs, which needs --resume."""
     command = filled(documented("## Train on TVL"), world, stage1_checkpoint, tmp_path, epochs=1)
     assert "--register_token_dim 768" in command
     said = run(command, STAGE2)
     folder = tmp_path / "stage2_experiment"
     assert "[STAGE2] epoch 1/1" in said
-    assert "--multi_epochs_dataloader is not needed" in said
+    assert "--multi_epochs_dataloader has no effect" in said
     assert load_checkpoint(folder / "checkpoint.pth")["progress"]["epoch"] == 1
     assert "all 1 epochs are done already" in run(command, STAGE2)
     other = run(command.replace("--epochs 1 ", "--epochs 2 "), STAGE2, expect=1 if "torchrun" in command else 2)
-    assert "holds a run with other settings: --epochs 2 (it has 1)" in other
+    assert "contains a run with other settings: --epochs 2 (it has 1)" in other
     said = run(command.replace("--epochs 1 ", "--epochs 2 ") + " --resume", STAGE2)
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 
 def test_the_documented_training_of_cursor(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
-    """From its own folder, with its own flags and any of the base's."""
+    """From its own folder, with its own flags and those of base."""
     folder = STAGE2 / "cursor"
     command = documented("**Usage**", folder / "README.md").replace(
         "--stage1_checkpoint P", f"--stage1_checkpoint {stage1_checkpoint}"
@@ -85,7 +85,7 @@ def test_the_documented_training_of_cursor(world: Path, stage1_checkpoint: Path,
 
 
 def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
-    """Trap 3, end to end: 2 processes of 16 rows and 1 process of 32 give the same numbers, in a last, smaller batch too."""
+    """2 processes of 16 rows and 1 process of 32 rows give the same metrics, with an incomplete last batch too."""
     base = documented("## Train on TVL")
     rows = []
     for count, batch in ((2, 16), (1, 32)):
@@ -119,7 +119,7 @@ def test_the_two_processes_encode_what_one_encodes(world: Path, stage1_checkpoin
 
 
 def test_a_plain_tvl_checkpoint(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
-    """A released kind of checkpoint: a standard timm touch encoder at 224 pixels and a Namespace that names no CLIP."""
+    """A checkpoint as released by TVL: a timm touch encoder at 224 pixels, and a Namespace without a CLIP model."""
     import timm
 
     touch = timm.create_model("vit_tiny_patch16_224", num_classes=128, global_pool="avg")
@@ -145,7 +145,7 @@ def test_documented_imports() -> None:
 
 
 def test_the_demo_in_small(tmp_path: Path) -> None:
-    """The whole job by its one command: table, page, results; twice, the second time from what is there."""
+    """The full pipeline in one command writes table, report and results; a second call reuses them."""
     command = f"tvl-align demo --out {tmp_path} --train 160 --test 40 --pretrain_epochs 1 --epochs 1 --views 1"
     said = run(command)
     page = tmp_path / "runs" / "base" / "report.html"
@@ -183,7 +183,7 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
 
 
 def test_the_documented_import(tmp_path: Path) -> None:
-    """The README's Python and commands as they stand, with fewer epochs."""
+    """The Python code and the commands of the README, with fewer epochs."""
     section = (ROOT / "README.md").read_text().split("## Bring your own features", 1)[1]
     code = re.search(r"```python\n(.*?)```", section, re.S)
     lines = re.search(r"```bash\n(.*?)```", section, re.S)
@@ -197,7 +197,7 @@ def test_the_documented_import(tmp_path: Path) -> None:
 
 
 def called(line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """`tvl-align` in this process, for what ends before any work: its exit code and what it said."""
+    """Run `tvl-align` in this process, for commands that end before training. Returns exit code and output."""
     monkeypatch.setattr(sys, "argv", ["tvl-align", *shlex.split(line)])
     try:
         main()
@@ -218,9 +218,9 @@ def test_help_of_every_command(command: str, monkeypatch: pytest.MonkeyPatch, ca
 
 MISTAKES = {
     "--stage1_checkpoint /none.pth": "no such checkpoint: /none.pth",
-    "--tactile_model vit_base": "holds the touch model vit_tiny_patch16_224, not vit_base_patch16_224",
+    "--tactile_model vit_base": "has the touch model vit_tiny_patch16_224, not vit_base_patch16_224",
     "--tactile_model vit_huge": "unknown touch model 'vit_huge'",
-    "--clip_vision_model ViT-B-16 --clip_pretrain_data openai": "cannot be fetched .*local weight file",
+    "--clip_vision_model ViT-B-16 --clip_pretrain_data openai": "cannot be downloaded .*local weight file",
     "--num_register_tokens 3": "3 registers cannot hold 3 overlapping tokens",
     "--register_token_dim 30": "30 is not divisible by 8 heads",
     "--datasets_dir /proc/sys": "has no ssvtp/ or hct/",
@@ -250,6 +250,6 @@ def test_mistakes_get_one_sentence(
 
 def test_a_mistake_in_a_real_process() -> None:
     said = run("tvl-align train --stage1_checkpoint /none.pth --datasets_dir /none", expect=2)
-    assert "error: no such folder: /none; --datasets_dir must hold ssvtp and hct." in said
+    assert "error: no such folder: /none; --datasets_dir must contain ssvtp and hct." in said
     assert "Traceback" not in said
     assert "did you mean train?" in run("tvl-align trian", expect=2)

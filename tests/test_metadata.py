@@ -1,4 +1,4 @@
-"""Who made what: first lines, READMEs and METHODS name the same experiment ID and version; five steps add a method."""
+"""Metadata: first lines, READMEs and METHODS agree on experiment ID and version. Both ways to add a method work."""
 
 import re
 import shutil
@@ -19,11 +19,20 @@ ROOT = Path(__file__).parents[1]
 STAGE2 = ROOT / "experiments" / "stage2"
 LIBRARY = ROOT / "tvl_align" / "methods"
 BASE_FILES = ["tvl_stage2.py", "loss_stage2.py"]
-RECORD = ("Origin of the idea", "Date", "Experiment ID", "Version", "Approach", "Design decisions", "Usage", "Known limits")
+METADATA = (
+    "Origin of the idea",
+    "Date",
+    "Experiment ID",
+    "Version",
+    "Approach",
+    "Design decisions",
+    "Usage",
+    "Known limits",
+)
 
 
 def files_of(name: str) -> tuple[list[Path], Path]:
-    """The code of a method, its documented doors included, and the README that records it."""
+    """The source files of a method, with its entry points, and its README."""
     folder, code = STAGE2 / name, [LIBRARY / f"{name}.py"]
     if name == "base":
         return [*code, *(STAGE2 / f for f in BASE_FILES)], STAGE2 / "README.md"
@@ -34,14 +43,14 @@ def files_of(name: str) -> tuple[list[Path], Path]:
 
 @pytest.mark.parametrize(("name", "method"), METHODS.items(), ids=METHODS)
 def test_experiment_id_and_version_are_the_same_everywhere(name: str, method: Method) -> None:
-    who = f"{method.implementation.experiment_id} v{method.implementation.version}"
+    title = f"{method.implementation.experiment_id} v{method.implementation.version}"
     code, readme = files_of(name)
     assert code
     for path in code:
-        assert path.read_text().splitlines()[0].startswith(f'"""{who}. '), path
-    section = re.search(rf"^#+ {re.escape(who)}$(.*?)(?=^#|\Z)", readme.read_text(), re.S | re.M)
-    assert section is not None, f"{readme} has no section {who}"
-    for entry in RECORD:
+        assert path.read_text().splitlines()[0].startswith(f'"""{title}. '), path
+    section = re.search(rf"^#+ {re.escape(title)}$(.*?)(?=^#|\Z)", readme.read_text(), re.S | re.M)
+    assert section is not None, f"{readme} has no section {title}"
+    for entry in METADATA:
         assert f"- **{entry}**: " in section[1], entry
     assert f"- **Experiment ID**: {method.implementation.experiment_id}\n" in section[1]
     assert f"- **Version**: {method.implementation.version}\n" in section[1]
@@ -77,7 +86,7 @@ TOY = Method(Implementation("toy_registers", "1", "TOY"), ToyConfig, lambda knob
 
 @pytest.fixture
 def toy_checkout(tmp_path: Path) -> Path:
-    """A checkout to which a method was added as the README of stage2 says: a folder, its README, a line in methods.py."""
+    """A checkout with an added method, as experiments/stage2/README.md describes: a folder, its README, a line in methods.py."""
     for folder in ("experiments", "tvl_align"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     stage2 = tmp_path / "experiments" / "stage2"
@@ -92,12 +101,11 @@ def toy_checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_and_a_line_add_a_method(toy_checkout: Path) -> None:
-    """It is checked like the others."""
+def test_an_added_folder_and_line_make_a_method_that_is_checked(toy_checkout: Path) -> None:
     command = [sys.executable, toy_checkout / "experiments" / "stage2" / "test_modules.py", "toy"]
-    code, said = processes.run(command, cwd=toy_checkout)
-    assert code == 0, said
-    assert "ok  toy: two processes" in said
+    code, output = processes.run(command, cwd=toy_checkout)
+    assert code == 0, output
+    assert "ok  toy: two processes" in output
 
 
 def small_store(folder: Path) -> Path:
@@ -112,16 +120,16 @@ def small_store(folder: Path) -> Path:
 SMALL = "--register_token_dim 32 --num_heads 4 --batch_size 16 --epochs 1 --warmup_epochs 0 --device cpu --lr 1e-3"
 
 
-def test_a_method_of_the_checkout_trains_from_its_door(toy_checkout: Path, tmp_path: Path) -> None:
-    door = toy_checkout / "experiments" / "stage2" / "main_train_stage2.py"
+def test_an_added_method_trains_from_the_entry_file(toy_checkout: Path, tmp_path: Path) -> None:
+    entry = toy_checkout / "experiments" / "stage2" / "main_train_stage2.py"
     flags = f"--method toy --store {small_store(tmp_path / 'store')} --output_dir {tmp_path} --log_name toy {SMALL}"
-    code, said = processes.run([sys.executable, door, *flags.split()], cwd=tmp_path)
-    assert code == 0, said
-    assert "[TOY] toy_registers v1" in said
+    code, output = processes.run([sys.executable, entry, *flags.split()], cwd=tmp_path)
+    assert code == 0, output
+    assert "[TOY] toy_registers v1" in output
 
 
-def test_a_method_from_anywhere_is_trained_measured_compared_and_loaded(tmp_path: Path) -> None:
-    """In a package of the current folder, which a run remembers; a run folder's own files are never imported."""
+def test_a_method_from_another_package_is_trained_evaluated_and_compared(tmp_path: Path) -> None:
+    """The run folder stores its module path. Nothing inside a run folder is imported."""
     work = tmp_path / "work"
     (work / "mine").mkdir(parents=True)
     (work / "mine" / "__init__.py").write_text("")
@@ -129,12 +137,12 @@ def test_a_method_from_anywhere_is_trained_measured_compared_and_loaded(tmp_path
     store = small_store(tmp_path / "store")
 
     def run(line: str, expect: int = 0, folder: Path = work) -> str:
-        code, said = processes.run([BIN / "tvl-align", *line.split()], cwd=folder)
-        assert code == expect, said
-        return said
+        code, output = processes.run([BIN / "tvl-align", *line.split()], cwd=folder)
+        assert code == expect, output
+        return output
 
-    said = run(f"train --method mine.toy:TOY --store {store} --log_name own {SMALL}")
-    assert "[TOY] toy_registers v1" in said
+    output = run(f"train --method mine.toy:TOY --store {store} --log_name own {SMALL}")
+    assert "[TOY] toy_registers v1" in output
     run(f"train --store {store} --log_name base {SMALL}")
     assert "toy_registers v1" in run("evaluate output_dir/own --probe_rows 50")
     run("evaluate output_dir/base --probe_rows 50")
@@ -145,29 +153,31 @@ def test_a_method_from_anywhere_is_trained_measured_compared_and_loaded(tmp_path
     elsewhere = run(f"evaluate {work}/output_dir/own", expect=2, folder=tmp_path)
     assert "there is no module 'mine'" in elsewhere and "Traceback" not in elsewhere
     (work / "mine").rename(work / "output_dir" / "own" / "mine")
-    stranger = run("evaluate .", expect=2, folder=work / "output_dir" / "own")
-    assert "nothing of a run folder is imported" in stranger
+    inside = run("evaluate .", expect=2, folder=work / "output_dir" / "own")
+    assert "nothing in a run folder is imported" in inside
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("transformer", "unknown method 'transformer'; --method takes base, cursor, flextok, matryoshka, disentangled, or"),
         (
             "broken:TOY",
             r"--method broken:TOY cannot be imported: ZeroDivisionError: division by zero \(.*broken.py, line 1\)",
         ),
-        ("broken_name:TOY", "names nothing; it must name a tvl_align.contract.Method"),
-        ("broken_name:x", "names a int"),
+        ("broken_name:TOY", "is not defined; it must name a tvl_align.contract.Method"),
+        ("broken_name:x", "is a int; it must name a tvl_align.contract.Method"),
     ],
 )
-def test_methods_that_cannot_be_had(name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_broken_methods_are_refused(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "broken_name.py").write_text("x = 1\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "broken_name", raising=False)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_method(name)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "FeatureStore", "Stage2Loss", "TVLStage2", "UserError", "__version__"]
 
-_HOMES = {
+_MODULES = {
     "FeatureStore": "tvl_align.features.store",
     "METHODS": "tvl_align.methods.registry",
     "Stage2Loss": "tvl_align.methods.base",
@@ -22,15 +22,15 @@ _HOMES = {
 
 try:
     __version__ = version("tvl-align")
-except PackageNotFoundError:  # a checkout that is not installed
+except PackageNotFoundError:  # run from a checkout without installing
     __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOMES]
+    return [*globals(), *_MODULES]

@@ -1,6 +1,6 @@
-"""What flows through the project: Batch -> (frozen encoders) -> Features -> (a method) -> Output -> (its loss) -> numbers.
+"""Data types: Batch -> (frozen encoders) -> Features -> (model of a method) -> Output -> (its loss) -> named scalars.
 
-Shape legend, used as suffixes and in docstrings everywhere:
+Shape legend, used in docstrings and as suffixes of variable names:
 
     B  samples in a batch          T  key tokens of a modality      W  width of a modality's tokens
     E  width of pooled features    N  registers, No overlapping + Nc complementary = N
@@ -17,16 +17,16 @@ from torch import Tensor
 MODALITIES = ("vision", "tactile", "text")
 Batch = Mapping[str, Any]
 """Raw inputs: {"vision": (B, 3, S, S), "tactile": (B, 3, S', S'), "text": (B, L) int64 token ids}; optionally
-"present": {modality: (B,) bool} and "caption_keys": (B, K) int64. Without them every row is present and rows are equal
-in text when their token ids are."""
+"present": {modality: (B,) bool} and "caption_keys": (B, K) int64. Without "present" every row has every modality. Without
+"caption_keys" two rows have the same caption if their token ids are equal."""
 
 
 @dataclass(frozen=True)
 class Tokens:
     """Frozen features of one modality.
 
-    tokens (B, T, W) float; mask (B, T) bool, True = a real token; pooled (B, E) float, L2-normalised;
-    present (B,) bool, False = the row lacks this modality and its numbers mean nothing.
+    tokens (B, T, W) float; mask (B, T) bool, False = padding; pooled (B, E) float, L2-normalised; present (B,) bool,
+    False = the row lacks this modality and its features are undefined.
     """
 
     tokens: Tensor
@@ -34,11 +34,12 @@ class Tokens:
     pooled: Tensor
     present: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
-        return Tokens(*(change(t) for t in (self.tokens, self.mask, self.pooled, self.present)))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
+        """Apply a function to every tensor."""
+        return Tokens(*(function(t) for t in (self.tokens, self.mask, self.pooled, self.present)))
 
     def float(self) -> "Tokens":
-        """Half-precision storage -> float32 for computing."""
+        """Convert tokens and pooled to float32."""
         return replace(self, tokens=self.tokens.float(), pooled=self.pooled.float())
 
 
@@ -46,9 +47,9 @@ class Tokens:
 class Features:
     """One batch of frozen features.
 
-    caption_keys (B, K) int64: two rows that agree in any column say the same in words, and are positives of each other
-    wherever text is one of the pair (column 0 the caption of the row, column 1 the sentence that was drawn from it).
-    rows (B,) int64: where the rows stand in their split.
+    caption_keys (B, K) int64: rows that are equal in any column have the same text, and are positives of each other in pairs
+    with text. Column 0 identifies the caption of the row, column 1 the augmented sentence. rows (B,) int64: indices of the
+    rows in their split; -1 marks a padding row.
     """
 
     modalities: dict[str, Tokens]
@@ -58,26 +59,30 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
-        tokens = {name: m.map(change) for name, m in self.modalities.items()}
-        return Features(tokens, change(self.caption_keys), change(self.rows))
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Features":
+        """Apply a function to every tensor."""
+        tokens = {name: m.map(function) for name, m in self.modalities.items()}
+        return Features(tokens, function(self.caption_keys), function(self.rows))
 
     def to(self, device: torch.device | str) -> "Features":
+        """Copy to a device, asynchronously from pinned memory."""
         return self.map(lambda t: t.to(device, non_blocking=True))
 
     def float(self) -> "Features":
+        """Convert tokens and pooled features to float32."""
         return replace(self, modalities={name: m.float() for name, m in self.modalities.items()})
 
     def only(self, names: Iterable[str]) -> "Features":
+        """Keep only the named modalities."""
         return replace(self, modalities={name: self.modalities[name] for name in names if name in self.modalities})
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well a decoder rebuilt the frozen tokens from the registers.
+    """Error of the frozen tokens reconstructed from the registers.
 
-    error (B, T): mean squared difference to the token, standardised over its width, so that 1 means "nothing was kept".
-    mask (B, T) bool, True = a real token. The rebuilt tokens themselves, as large as what the model read, are not held.
+    error (B, T): mean squared error to the frozen token, standardised over its width; predicting 0 gives 1.
+    mask (B, T) bool, False = padding. The reconstructed tokens are not stored: they are as large as the input.
     """
 
     error: Tensor
@@ -86,14 +91,14 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Output:
-    """What a method's model returns. An entry is an attribute, or is read by name: `output["register_tokens"]`.
+    """Output of a model. Entries are attributes and can also be read by name: `output["register_tokens"]`.
 
-    overlapping_tokens: {modality: (B, No, D)}, dropped registers zero. complementary_tokens: {modality: (B, Nc, D)}.
+    overlapping_tokens: {modality: (B, No, D)}; dropped registers are zero. complementary_tokens: {modality: (B, Nc, D)}.
     stage1_features: {modality: (B, E)}, the frozen pooled features. logit_scale: (), already exponentiated and clamped.
     present: {modality: (B,) bool}. caption_keys: (B, K) int64. register_tokens: (B, N, D), registers that attend to all
-    present modalities at once; None where they were not asked for. nested_dropout_mask: (B, N) bool, True = kept; None in
-    evaluation. reconstruction: {modality: Reconstruction}, empty where the method rebuilds nothing. features: what the model
-    read; no loss may use it. extras: what a method adds for its own loss or for inspection.
+    present modalities jointly; None if `joint` is False. nested_dropout_mask: (B, N) bool, True = kept; None in evaluation.
+    reconstruction: {modality: Reconstruction}, empty if the method does not reconstruct. features: the input of the model,
+    which a loss must not use. extras: entries a method adds for its own loss or for inspection.
     """
 
     overlapping_tokens: dict[str, Tensor]
@@ -117,15 +122,15 @@ class Output:
         return self.extras[name] if name in self.extras else getattr(self, name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401 (this is get)
+        return self[name] if name in self else default  # noqa: SIM401 (this defines get)
 
     def keys(self) -> list[str]:
-        """Names of the entries there are, extras included."""
+        """Names of the entries that are not None, including extras."""
         own = [f.name for f in fields(self) if f.name != "extras" and getattr(self, f.name) is not None]
         return [*own, *self.extras]
 
     def float(self) -> "Output":
-        """Every entry that a loss reads in float32, whatever the precision it was computed in."""
+        """Convert all entries to float32, except `features`, which a loss does not use."""
         parts = {f.name: _float(getattr(self, f.name)) for f in fields(self) if f.name != "features"}
         return replace(self, **parts)
 
@@ -142,7 +147,7 @@ def _float(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """The shape of a modality's features, all a method needs to know to be built."""
+    """Shape of the features of one modality: W (width), T (tokens) and E (pooled_width). A model is built from these."""
 
     width: int
     tokens: int
@@ -151,7 +156,7 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class Implementation:
-    """Which approach made a run: written into every run folder, log line and table."""
+    """Name and version of a method, written to run folders, tables and (`tag`) log lines."""
 
     experiment_id: str
     version: str
@@ -160,11 +165,11 @@ class Implementation:
 
 @runtime_checkable
 class Stage2Model(Protocol):
-    """What the engine asks of a model beside being an nn.Module. Inherit it for the defaults:
-    `class Mine(nn.Module, Stage2Model)`.
+    """Interface of a model for the training loop, in addition to nn.Module. Inherit from it to get the defaults:
+    `class MyModel(nn.Module, Stage2Model)`.
 
-    registers: (N, D), the learnable queries. forward: raw inputs or features -> Output; kept (B, N) bool is the
-    nested-dropout mask (None: drawn in training, all kept in evaluation); joint: compute `register_tokens` too.
+    registers: (N, D), the learnable queries. forward: raw inputs or features -> Output. kept: (B, N) bool, nested-dropout
+    mask; None: drawn in training, all kept in evaluation. joint: also compute `register_tokens`.
     """
 
     registers: torch.nn.Parameter
@@ -172,21 +177,24 @@ class Stage2Model(Protocol):
     def forward(self, batch: Batch | Features, kept: Tensor | None = None, joint: bool = True) -> Output: ...
 
     def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """(B, N) bool: a nested-dropout mask for training. By default every register is kept."""
+        """Draw a nested-dropout mask for training: (batch, N) bool, True = kept. Default: every register is kept."""
         return torch.ones(batch, len(self.registers), dtype=torch.bool)
 
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
-        """Fit closed forms on the batches of training rows that each call of `batches` yields; called after every epoch,
-        without gradients. By default there are none."""
+        """Fit the parts of the model that have a closed-form solution, such as CCA. Default: nothing.
+
+        The engine calls this after every epoch, without gradients. Each call of `batches` iterates over the training rows.
+        """
+        return None
 
 
 @dataclass(frozen=True)
 class Method:
-    """An approach to Stage 2.
+    """A Stage-2 method: options, model and loss.
 
-    knobs: frozen dataclass of its options, a tvl_align.registers.model.RegisterConfig. model(knobs, specs): an nn.Module
-    that is a Stage2Model. loss(knobs, modalities): a module, Output -> named scalars, among them `total_loss` and
-    `overlapping_loss`.
+    knobs: frozen dataclass of options, a subclass of tvl_align.registers.model.RegisterConfig. model(knobs, specs): returns
+    an nn.Module that is a Stage2Model. loss(knobs, modalities): returns a module that maps Output to named scalars,
+    including `total_loss` and `overlapping_loss`.
     """
 
     implementation: Implementation

@@ -1,4 +1,4 @@
-"""The grouped split."""
+"""The split by groups."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ items = st.lists(st.builds(Item, st.sampled_from("abcdefghijklm"), st.integers(0
 
 
 @given(items, st.integers(0, 50), st.randoms())
-def test_no_group_on_both_sides_whatever_the_order(rows: list[Item], seed: int, rng: object) -> None:
-    """Trap 1 and trap 9: split by group, from sorted names, by the seed alone."""
+def test_no_group_is_in_both_splits_for_any_order(rows: list[Item], seed: int, rng: object) -> None:
+    """The split depends on the sorted group names and the seed only."""
     train, val = grouped_split(rows, 0.1, seed)
     assert not {r.group for r in train} & {r.group for r in val}
     assert sorted(train + val, key=repr) == sorted(rows, key=repr)
@@ -32,7 +32,7 @@ def test_no_group_on_both_sides_whatever_the_order(rows: list[Item], seed: int, 
     assert {r.group for r in again[1]} == {r.group for r in val}
 
 
-def test_the_seed_moves_groups_and_the_share_is_about_right() -> None:
+def test_the_split_depends_on_the_seed_and_has_the_given_fraction() -> None:
     rows = [Item(str(i // 4), i) for i in range(1000)]
     first, second = (grouped_split(rows, 0.1, seed)[1] for seed in (0, 1))
     assert {r.group for r in first} != {r.group for r in second}

@@ -1,4 +1,4 @@
-"""Sentences from captions."""
+"""Captions -> sentences."""
 
 import json
 import random
@@ -14,35 +14,35 @@ from tvl_align.system.console import UserError
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=20)
 
 
-def test_sentences_as_tvl_writes_them() -> None:
+def test_sentences_have_the_form_of_tvl() -> None:
     prompt = "This image gives tactile feelings of "
     assert evaluation_text("Soft.", prompt) == prompt + "soft."
     assert evaluation_text("soft, smooth", "") == "soft and smooth."
     assert evaluation_text("soft, patterned, lined, fabric.", "") == "soft, patterned, lined, and fabric."
 
 
-def test_only_six_words_count() -> None:
+def test_words_after_the_sixth_are_ignored() -> None:
     assert adjectives("a, b, c, d, e, f, g, h") == list("abcdef")
 
 
-def test_no_word_no_sentence() -> None:
+def test_a_sentence_without_words_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one"):
         sentence([], "")
 
 
 @given(words, st.integers(0, 1000), st.booleans())
-def test_training_reads_a_non_empty_subset(caption: list[str], seed: int, shuffle: bool) -> None:
+def test_training_uses_a_non_empty_subset(caption: list[str], seed: int, shuffle: bool) -> None:
     text = training_text(", ".join(caption), "", random.Random(seed), shuffle)
     chosen = text.removesuffix(".").replace(", and ", ", ").replace(" and ", ", ").split(", ")
     known = adjectives(", ".join(caption))
     assert chosen
     assert all(chosen.count(word) <= known.count(word) for word in chosen)
     if not shuffle:
-        places = iter(known)
-        assert all(word in places for word in chosen)
+        remaining = iter(known)
+        assert all(word in remaining for word in chosen)
 
 
-def test_every_subset_is_as_likely() -> None:
+def test_all_subsets_are_equally_likely() -> None:
     counts: dict[str, int] = {}
     rng = random.Random(0)
     for _ in range(7000):
@@ -57,7 +57,7 @@ def test_synonyms_replace_words() -> None:
     assert found == {"soft.", "squishy.", "plush."}
 
 
-def test_equal_captions_whatever_their_order() -> None:
+def test_caption_keys_do_not_depend_on_the_order_of_words() -> None:
     assert caption_key("Soft, smooth.") == caption_key("smooth,soft")
     assert caption_key("soft") != caption_key("soft, smooth")
 

@@ -1,4 +1,4 @@
-"""Images -> tensors."""
+"""Image files -> tensors."""
 
 import random
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from tvl_align.data.transforms import TOUCH_MEAN, TOUCH_STD, Geometry, ImageLoader, ImageOptions, crop_photo, square_turn
+from tvl_align.data.transforms import TOUCH_MEAN, TOUCH_STD, Geometry, ImageLoader, ImageOptions, crop_photo, pad_and_rotate
 from tvl_align.data.tvl import Row, read_tvl
 from tvl_align.system.console import UserError
 
@@ -32,8 +32,8 @@ def test_crops_are_those_of_tvl() -> None:
         assert (int(crop[0, 0, 0]), int(crop[1, 0, 0])) == (top, (600 - side) // 2)
 
 
-def test_data3_means_the_rows_own_folder() -> None:
-    """Trap 9: not a trajectory or a data set that happens to be called so."""
+def test_the_data3_crop_depends_on_the_subfolder_only() -> None:
+    """A trajectory or file named data3 has no effect."""
     name = "hct/data1/data3-cup-1/vision/data3.jpg"
     assert int(crop_photo(coordinates(1000, 600), Row("hct", name, name, None, "x", "g"))[0, 0, 0]) == 0
 
@@ -45,17 +45,17 @@ def test_jittered_crop_moves_by_at_most_a_twentieth() -> None:
     assert max(tops) <= 0.05 * 255
 
 
-def test_touch_is_padded_to_a_square_then_turned() -> None:
-    turned = square_turn(coordinates(320, 240) + 1)
-    assert turned.shape == (3, 320, 320)
-    assert not turned[:, :40].any()
-    assert not turned[:, -40:].any()
-    assert int(turned[1, 40, 0]) == 240  # the top right corner comes to the top left
-    assert int(turned[0, 40, 0]) == 1
+def test_touch_images_are_padded_to_a_square_and_rotated() -> None:
+    rotated = pad_and_rotate(coordinates(320, 240) + 1)
+    assert rotated.shape == (3, 320, 320)
+    assert not rotated[:, :40].any()
+    assert not rotated[:, -40:].any()
+    assert int(rotated[1, 40, 0]) == 240  # the top right corner moves to the top left
+    assert int(rotated[0, 40, 0]) == 1
 
 
-def test_plain_views_are_exact_and_augmented_ones_follow_from_the_seed(world: Path) -> None:
-    """Trap 2: validation and test see the plain image."""
+def test_plain_views_are_exact_and_augmented_views_depend_on_the_seed_only(world: Path) -> None:
+    """Validation and test use the plain view."""
     rows = read_tvl(world).train
     load = ImageLoader(world, ImageOptions(64, 64))
     with Image.open(world / rows[0].tactile) as file:
@@ -71,7 +71,7 @@ def test_plain_views_are_exact_and_augmented_ones_follow_from_the_seed(world: Pa
 
 
 def test_photo_and_touch_share_their_geometry(world: Path) -> None:
-    """Undoing the drawn geometry brings both back near the plain image; drawing apart does not."""
+    """The geometry that best matches the plain image is the same for both images; with independent sampling it is not."""
     sample = read_tvl(world).train[0]
     plain, _ = ImageLoader(world, ImageOptions(64, 64))(sample)
 
@@ -91,18 +91,18 @@ def test_photo_and_touch_share_their_geometry(world: Path) -> None:
     assert any(photo != touch for photo, touch in (found(False, seed) for seed in range(12)))
 
 
-def test_background_subtraction_leaves_nothing_of_an_idle_gel(world: Path) -> None:
+def test_background_subtraction_removes_an_image_without_contact(world: Path) -> None:
     data = read_tvl(world, use_not_contact=True)
-    idle = next(r for r in data.train if not r.contact)
+    not_contact = next(r for r in data.train if not r.contact)
     pressed = next(r for r in data.train if r.contact and r.dataset == "hct")
     load = ImageLoader(world, ImageOptions(64, 64, subtract_background=True))
-    assert load(idle)[0]["tactile"].std() < 0.5 * load(pressed)[0]["tactile"].std()
-    bare = next(r for r in data.train if r.dataset == "ssvtp")
+    assert load(not_contact)[0]["tactile"].std() < 0.5 * load(pressed)[0]["tactile"].std()
+    without_background = next(r for r in data.train if r.dataset == "ssvtp")
     with pytest.raises(UserError, match="has no background image"):
-        load(bare)
+        load(without_background)
 
 
-def test_a_missing_modality_is_missing(world: Path) -> None:
+def test_a_modality_that_the_row_lacks_is_not_loaded(world: Path) -> None:
     sample = read_tvl(world).train[0]
     photo_only = Row("hct", sample.vision, None, None, "soft", "g")
     assert set(ImageLoader(world, ImageOptions(64, 64))(photo_only)[0]) == {"vision"}

@@ -1,4 +1,4 @@
-"""The readers of SSVTP and HCT, on real files in the public format."""
+"""The readers of SSVTP and HCT, on files in the public format."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
     return root
 
 
-def test_rows_as_written(data: Path) -> None:
+def test_rows_have_the_paths_captions_and_groups_of_the_files(data: Path) -> None:
     read = read_tvl(data)
     assert len(read.train) + len(read.val) == 10 + 12
     assert len(read.test) == 2 + 12
@@ -69,14 +69,14 @@ def test_rows_as_written(data: Path) -> None:
     assert not read.dropped
 
 
-def test_the_test_csv_has_no_touch_column_and_captions_may_be_in_the_label_file(data: Path) -> None:
+def test_ssvtp_test_rows_get_derived_touch_paths_and_captions_of_label_files(data: Path) -> None:
     rows = {r.vision: r for r in read_tvl(data).test if r.dataset == "ssvtp"}
     assert rows["ssvtp/images_rgb/image_10_rgb.jpg"].tactile == "ssvtp/images_tac/image_10_tac.jpg"
     assert rows["ssvtp/images_rgb/image_11_rgb.jpg"].caption == "rough, stony"
 
 
-def test_no_row_of_validation_or_test_trains(data: Path) -> None:
-    """Trap 1: by trajectory and image id, before anything is added."""
+def test_no_validation_or_test_row_is_a_training_row(data: Path) -> None:
+    """The split is by trajectory and image id, before not-in-contact rows are added."""
     plain, more = read_tvl(data), read_tvl(data, use_not_contact=True, percent_not_contact=0.5)
     for read in (plain, more):
         assert not {r.group for r in read.val} & {r.group for r in read.train if r.contact}
@@ -88,7 +88,7 @@ def test_no_row_of_validation_or_test_trains(data: Path) -> None:
     assert {r.caption for r in added} == {"background"}
 
 
-def test_header_decides_the_columns(data: Path) -> None:
+def test_columns_are_found_by_the_header(data: Path) -> None:
     path = data / "ssvtp/train.csv"
     path.write_text(
         'caption,tactile,url\n"soft",images_tac/image_1_tac.jpg,images_rgb/image_0_rgb.jpg\r\n', encoding="utf-8-sig"
@@ -100,7 +100,7 @@ def test_header_decides_the_columns(data: Path) -> None:
         read_tvl(data)
 
 
-def test_without_a_csv_the_json_gives_rows_without_captions(data: Path) -> None:
+def test_without_a_csv_rows_come_from_the_json_without_captions(data: Path) -> None:
     (data / "hct/data1/train.csv").unlink()
     read = read_tvl(data)
     rows = [r for r in read.train + read.val if r.name.startswith("hct/data1")]
@@ -125,7 +125,7 @@ def test_unusable_rows_are_dropped_with_a_reason(data: Path) -> None:
         "tactile file is missing": 1,
         "vision file is missing": 1,
         "SSVTP photo is not named image_<N>_rgb": 1,
-        "vision path leaves the data folder": 2,
+        "vision path is outside the data folder": 2,
         "duplicate of another row": 1,
         "fewer than two modalities": 1,
     }
@@ -133,7 +133,7 @@ def test_unusable_rows_are_dropped_with_a_reason(data: Path) -> None:
 
 
 def test_folder_names_above_the_data_do_not_matter(data: Path, tmp_path: Path) -> None:
-    """Trap 9: "data3" or "rgb" in a folder above the data."""
+    """For example "data3" or "rgb"."""
     moved = tmp_path / "data3_rgb" / "images_rgb" / "hct"
     moved.parent.mkdir(parents=True)
     shutil.move(data, moved)
@@ -144,7 +144,7 @@ def test_folder_names_above_the_data_do_not_matter(data: Path, tmp_path: Path) -
     assert not read.dropped
 
 
-def test_one_level_too_deep(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_data_one_level_too_deep_are_found(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = [r.name for r in read_tvl(data).train]
     inner = data / "ssvtp" / "ssvtp"
     inner.mkdir()
@@ -168,19 +168,19 @@ def test_missing_folders_are_named(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no ssvtp/ or hct/ \(found: nothing\)"):
         read_tvl(tmp_path / "empty")
     shutil.rmtree(data / "hct")
-    with pytest.raises(UserError, match="has no hct/; leave hct out of --datasets"):
+    with pytest.raises(UserError, match="has no hct/; add the folder or leave hct out of --datasets"):
         read_tvl(data)
     with pytest.raises(UserError, match="unknown data set 'imagenet'"):
         read_tvl(data, ["imagenet"])
 
 
-def test_lists_that_are_not_parallel(data: Path) -> None:
+def test_lists_that_are_not_parallel_are_an_error(data: Path) -> None:
     path = data / "hct/data1/not_contact.json"
     path.write_text(json.dumps({"vision": ["a"], "tactile": ["b", "c"]}))
     with pytest.raises(UserError, match="different lengths"):
         read_tvl(data, use_not_contact=True)
     path.write_text("{}")
-    with pytest.raises(UserError, match="must hold the lists vision and tactile"):
+    with pytest.raises(UserError, match="must contain the lists vision and tactile"):
         read_tvl(data, use_not_contact=True)
 
 

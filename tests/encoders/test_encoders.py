@@ -1,4 +1,4 @@
-"""The Stage-1 encoders and their checkpoints: nothing random by accident, nothing executed, frozen for good."""
+"""The Stage-1 encoders and their checkpoints: strict loading, no code execution, no gradients."""
 
 import argparse
 import pickle
@@ -17,7 +17,7 @@ from tvl_align.system.console import UserError
 
 
 def edited(source: Path, out: Path, **changes: Any) -> Path:
-    """A copy of a checkpoint, with its CLIP weights beside it, and some entries changed."""
+    """A copy of a checkpoint with changed entries, and of the CLIP weights beside it."""
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = torch.load(source, weights_only=True)
     out.mkdir(exist_ok=True)
@@ -53,12 +53,12 @@ def test_pooled_features_are_those_of_the_libraries(stage1_checkpoint: Path) -> 
     assert torch.allclose(read["vision"].pooled, stage1.clip.encode_image(images, normalize=True), atol=1e-5)
     assert torch.allclose(read["tactile"].pooled, F.normalize(stage1.tactile_encoder(images), dim=-1), atol=1e-5)
     alone = stage1.encode({"vision": images[:1], "tactile": images[:1]}).modalities
-    for modality in ("vision", "tactile"):  # a permute of batch and sequence would attend across the batch
+    for modality in ("vision", "tactile"):  # rows of a batch do not affect each other
         assert torch.allclose(alone[modality].tokens, read[modality].tokens[:1], atol=1e-5)
 
 
-def test_openclip_and_timm_models_of_the_documented_kinds() -> None:
-    """Token widths of a plain OpenCLIP ViT and of a ViT and a ResNet for touch, random weights."""
+def test_the_documented_openclip_and_timm_models_are_supported() -> None:
+    """Feature shapes of an OpenCLIP ViT, and of a ViT and a ResNet for touch, with random weights."""
     register_small_clip()
     plain = open_clip.create_model("ViT-B-32", load_weights=False)
     for name, width in (("vit_tiny_patch16_224", 192), ("resnet18", 512)):
@@ -71,8 +71,7 @@ def test_openclip_and_timm_models_of_the_documented_kinds() -> None:
         }
 
 
-def test_frozen_for_good(stage1_checkpoint: Path) -> None:
-    """Trap 13."""
+def test_frozen_encoders_stay_frozen(stage1_checkpoint: Path) -> None:
     stage1 = load_stage1(stage1_checkpoint)
     stage1.train()
     assert not any(module.training for module in stage1.modules())
@@ -81,7 +80,7 @@ def test_frozen_for_good(stage1_checkpoint: Path) -> None:
 
 
 def test_missing_and_unexpected_keys_are_named(stage1_checkpoint: Path, tmp_path: Path) -> None:
-    """Trap 6: a random touch encoder must never load in silence."""
+    """A touch encoder with random weights must never be used."""
     model = content_of(stage1_checkpoint)["model"]
     norm = {k: v for k, v in model.items() if "fc_norm" not in k}
     with pytest.raises(UserError, match=r"missing keys: tactile_encoder\.fc_norm\.bias, tactile_encoder\.fc_norm\.weight"):
@@ -96,15 +95,15 @@ def test_missing_and_unexpected_keys_are_named(stage1_checkpoint: Path, tmp_path
         load_stage1(edited(stage1_checkpoint, tmp_path / "d", model=wrong))
 
 
-def test_another_touch_model(stage1_checkpoint: Path) -> None:
-    with pytest.raises(UserError, match="holds the touch model vit_tiny_patch16_224, not vit_base_patch16_224"):
+def test_another_touch_model_is_an_error(stage1_checkpoint: Path) -> None:
+    with pytest.raises(UserError, match="has the touch model vit_tiny_patch16_224, not vit_base_patch16_224"):
         load_stage1(stage1_checkpoint, tactile_model="vit_base")
     with pytest.raises(UserError, match="unknown touch model 'vit_giant'"):
         load_stage1(stage1_checkpoint, tactile_model="vit_giant")
     assert touch_model_name("resnet18") == "resnet18"
 
 
-def test_no_such_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such checkpoint: .*nothing\.pth; give --stage1_checkpoint"):
         load_stage1(tmp_path / "nothing.pth")
 
@@ -115,7 +114,7 @@ class Bomb:
 
 
 def test_nothing_in_a_checkpoint_is_executed(stage1_checkpoint: Path, tmp_path: Path) -> None:
-    """Trap 7: argparse.Namespace is allowed, nothing else is."""
+    """argparse.Namespace is the only class that is loaded."""
     assert isinstance(content_of(stage1_checkpoint)["args"], argparse.Namespace)
     Path("/tmp/tvl-align-bomb").unlink(missing_ok=True)
     for name, write in (("zip", torch.save), ("pickle", lambda x, p: p.write_bytes(pickle.dumps(x)))):
@@ -129,7 +128,7 @@ def test_nothing_in_a_checkpoint_is_executed(stage1_checkpoint: Path, tmp_path: 
         load_stage1(tmp_path / "noise.pth")
 
 
-def test_clip_weights_that_cannot_be_had(stage1_checkpoint: Path, tmp_path: Path) -> None:
+def test_unavailable_clip_weights_are_an_error(stage1_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no CLIP weights 'nonsense' for ViT-B-32 .*--clip_pretrain_data also takes a file"):
         load_stage1(stage1_checkpoint, clip_vision_model="ViT-B-32", clip_pretrain_data="nonsense")
     with pytest.raises(UserError, match="unknown OpenCLIP model 'ViT-Z'"):
@@ -139,7 +138,7 @@ def test_clip_weights_that_cannot_be_had(stage1_checkpoint: Path, tmp_path: Path
         load_stage1(stage1_checkpoint, clip_pretrain_data=str(tmp_path / "clip.pt"))
 
 
-def test_the_checkpoint_names_its_clip_and_flags_win(stage1_checkpoint: Path) -> None:
+def test_clip_arguments_default_to_the_checkpoint(stage1_checkpoint: Path) -> None:
     args = content_of(stage1_checkpoint)["args"]
     assert (args.clip_vision_model, args.clip_pretrain_data) == (SMALL_CLIP, "clip.pt")
     path = stage1_checkpoint.parent / "clip.pt"
@@ -147,7 +146,7 @@ def test_the_checkpoint_names_its_clip_and_flags_win(stage1_checkpoint: Path) ->
     assert explicit.fingerprint() == load_stage1(stage1_checkpoint).fingerprint()
 
 
-def test_fingerprint_sees_every_weight(stage1_checkpoint: Path) -> None:
+def test_the_fingerprint_depends_on_every_weight(stage1_checkpoint: Path) -> None:
     stage1 = load_stage1(stage1_checkpoint)
     before = stage1.fingerprint()
     stage1.clip.text_projection[0, 0] += 1e-3
@@ -156,7 +155,7 @@ def test_fingerprint_sees_every_weight(stage1_checkpoint: Path) -> None:
 
 
 def test_common_latent_space(stage1_checkpoint: Path, tmp_path: Path) -> None:
-    """Where Stage 1 had modality heads, they come from the checkpoint and shape the pooled features."""
+    """Modality heads are loaded from the checkpoint and applied to the pooled features."""
     content = content_of(stage1_checkpoint)
     model = {k: v for k, v in content["model"].items() if not k.startswith("tactile_encoder.head.")}
     model |= {

@@ -1,4 +1,4 @@
-"""Probes that find what is there and nothing else; label files."""
+"""Probes find the information that features contain and no other; label files."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ def labelled(rows: int, seed: int, signal: float) -> tuple[torch.Tensor, np.ndar
     return torch.tensor(signal * centres[labels] + rng.standard_normal((rows, 20))).float(), labels
 
 
-def test_a_constant_feature_tells_a_probe_nothing() -> None:
-    """Neither exact zeros, whose spread is zero, nor a value whose spread is rounding."""
+def test_constant_features_do_not_change_a_probe() -> None:
+    """Neither zeros, with standard deviation 0, nor a constant whose standard deviation is a rounding error."""
     (x, y), (x_test, y_test) = labelled(300, 0, 1.0), labelled(200, 1, 1.0)
     constant = torch.tensor([0.0, 0.1, 1000.1])
     more, more_test = (torch.cat([part, constant.expand(len(part), 3)], dim=1) for part in (x, x_test))
@@ -30,14 +30,14 @@ def test_a_constant_feature_tells_a_probe_nothing() -> None:
     ("where", "value"),
     [("train", torch.nan), ("train", torch.inf), ("train", 1e30), ("test", torch.nan), ("test", torch.inf)],
 )
-def test_a_probe_refuses_features_that_are_not_finite(where: str, value: float) -> None:
+def test_features_that_are_not_finite_are_refused(where: str, value: float) -> None:
     (x, y), (x_test, y_test) = labelled(60, 0, 1.0), labelled(40, 1, 1.0)
     (x if where == "train" else x_test)[3, 7] = value
     with pytest.raises(UserError, match="NaN, inf"):
         list(probe_all(linear_probe, [(x, y, x_test, y_test)]))
 
 
-def test_linear_probe_reads_signal_and_not_noise() -> None:
+def test_linear_probe_finds_signal_and_not_noise() -> None:
     for signal, low, high in ((2.0, 95, 100), (0.0, 10, 32)):
         (x, y), (x_test, y_test) = labelled(400, 0, signal), labelled(200, 1, signal)
         score = linear_probe(x, y, x_test, y_test)
@@ -45,20 +45,20 @@ def test_linear_probe_reads_signal_and_not_noise() -> None:
         assert list(probe_all(linear_probe, [(x, y, x_test, y_test)] * 2)) == [score, score]
 
 
-def test_attentive_probe_finds_what_is_in_one_token_of_many() -> None:
-    """The factor sits in one of two places, told by a marker: no linear map of the mean can read it well."""
+def test_attentive_probe_finds_a_factor_in_one_token_of_many() -> None:
+    """The factor is in one of 8 tokens, indicated by a marker; a linear probe of the mean token cannot find it."""
 
-    def made(rows: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
+    def synthetic(rows: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
         rng = np.random.default_rng(seed)
-        labels, place = rng.integers(4, size=rows), rng.integers(8, size=rows)
+        labels, position = rng.integers(4, size=rows), rng.integers(8, size=rows)
         tokens = 0.3 * rng.standard_normal((rows, 8, 16))
         for i in range(rows):
             tokens[i, :, :4] = np.eye(4)[rng.integers(4, size=8)] * 2  # decoys everywhere
-            tokens[i, place[i], :4] = np.eye(4)[labels[i]] * 2
-            tokens[i, place[i], 4:8] = 3.0
+            tokens[i, position[i], :4] = np.eye(4)[labels[i]] * 2
+            tokens[i, position[i], 4:8] = 3.0
         return torch.tensor(tokens).float(), labels
 
-    (x, y), (x_test, y_test) = made(1500, 0), made(300, 1)
+    (x, y), (x_test, y_test) = synthetic(1500, 0), synthetic(300, 1)
     masks = [torch.ones(t.shape[:2], dtype=torch.bool) for t in (x, x_test)]
     runs = list(probe_all(attentive_probe, [(x, masks[0], [y], x_test, masks[1], [y_test])] * 2, seed=1))
     assert runs[0] == runs[1]
@@ -66,7 +66,7 @@ def test_attentive_probe_finds_what_is_in_one_token_of_many() -> None:
     assert linear_probe(x.mean(1), y, x_test.mean(1), y_test) < 75
 
 
-def test_way() -> None:
+def test_normalised_score() -> None:
     assert normalised_score(20, 20, 80) == 0
     assert normalised_score(80, 20, 80) == 100
     assert np.isnan(normalised_score(50, 50, 50))

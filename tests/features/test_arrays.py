@@ -1,4 +1,4 @@
-"""Features of one's own: arrays in, a store out; every method trains, is measured and compared on it."""
+"""Feature stores from arrays, and training, evaluation and comparison of every method on such a store."""
 
 import json
 import shlex
@@ -24,16 +24,16 @@ BIN = Path(sys.executable).parent
 
 
 def digits() -> dict[str, np.ndarray]:
-    """scikit-learn's handwritten digits, real data: three views that share no pixel, of different width and length."""
+    """scikit-learn's handwritten digits as three modalities: disjoint pixel rows of different token number and width."""
     images, label = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8) / 16
-    there = np.ones(len(images), bool)
-    there[::7] = False
+    present = np.ones(len(images), bool)
+    present[::7] = False
     return {
         "top": images[:, :3],
         "middle": images[:, 3:5].reshape(len(images), 16),
         "bottom": images[:, 5:].transpose(0, 2, 1),
-        "middle.present": there,
+        "middle.present": present,
         "label.digit": label,
         "owners.digit": np.array(["top", "middle", "bottom"]),
     }
@@ -46,7 +46,7 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_store_gives_back_what_was_put_in(npz: Path, tmp_path: Path) -> None:
+def test_a_store_returns_the_arrays_it_was_written_from(npz: Path, tmp_path: Path) -> None:
     arrays = read_npz(npz)
     store = FeatureStore.from_arrays(arrays, tmp_path / "store")
     assert {m: (s.tokens, s.width) for m, s in store.specs.items()} == {"top": (3, 8), "middle": (1, 16), "bottom": (8, 3)}
@@ -55,18 +55,18 @@ def test_a_store_gives_back_what_was_put_in(npz: Path, tmp_path: Path) -> None:
         rows = np.flatnonzero(arrays.split == name)
         assert list(split.names) == [arrays.names[row] for row in rows]
         read = split.read(torch.arange(len(split)))
-        for m, view in arrays.views.items():
-            there = view.present[rows]
-            assert np.array_equal(read.modalities[m].present.numpy(), there)
-            assert np.allclose(read.modalities[m].tokens.float().numpy()[there], view.tokens[rows][there], atol=1e-3)
-            assert np.allclose(read.modalities[m].pooled.numpy()[there], view.pooled[rows][there])
+        for m, written in arrays.modalities.items():
+            present = written.present[rows]
+            assert np.array_equal(read.modalities[m].present.numpy(), present)
+            assert np.allclose(read.modalities[m].tokens.float().numpy()[present], written.tokens[rows][present], atol=1e-3)
+            assert np.allclose(read.modalities[m].pooled.numpy()[present], written.pooled[rows][present])
     labels = read_labels(tmp_path / "store" / "labels.csv")
     assert labels.ownership["digit"] == ("top", "middle", "bottom")
     assert labels.of("digit", store.splits["test"].names).tolist() == [
         int(x) for x in arrays.labels["digit"][arrays.split == "test"]
     ]
     assert FeatureStore.from_arrays(arrays, tmp_path / "store").key == store.key
-    with pytest.raises(UserError, match="already holds another store"):
+    with pytest.raises(UserError, match="already contains another store"):
         FeatureStore.from_arrays(read_npz(npz, seed=1), tmp_path / "store")
 
 
@@ -83,60 +83,60 @@ GOOD = {"a": np.ones((6, 2, 3)), "b": np.ones((6, 4))}
 BAD = {
     "at least two": {"a": GOOD["a"]},
     "letters, digits": GOOD | {"a/b": GOOD["b"]},
-    "the word is taken": GOOD | {"index": GOOD["b"]},
-    "'train' cannot be called that": GOOD | {"train": GOOD["b"]},
-    "would both be called a_b_c": {"a": GOOD["b"], "b_c": GOOD["b"], "a_b": GOOD["b"], "c": GOOD["b"]},
+    "'index' has a reserved name": GOOD | {"index": GOOD["b"]},
+    "'train' has a reserved name": GOOD | {"train": GOOD["b"]},
+    "would both be named a_b_c": {"a": GOOD["b"], "b_c": GOOD["b"], "a_b": GOOD["b"], "c": GOOD["b"]},
     "has 5 rows": GOOD | {"b": np.ones((5, 4))},
     "shape \\(rows, tokens, width\\)": GOOD | {"b": np.ones((6, 2, 2, 2))},
     "not \\(6, 4\\) <U1": GOOD | {"b": np.full((6, 4), "x")},
     "NaN or inf in row 2": GOOD | {"b": np.where(np.arange(6)[:, None] == 2, np.nan, GOOD["b"])},
     "half precision": GOOD | {"b": GOOD["b"] * 1e6},
     "belongs to no modality": GOOD | {"c.mask": np.ones((6, 2), bool)},
-    "mean nothing here": GOOD | {"a.weight": np.ones(6)},
+    "unknown suffix .weight": GOOD | {"a.weight": np.ones(6)},
     "a.mask has shape": GOOD | {"a.mask": np.ones((6, 3), bool)},
     "a.present must have one entry": GOOD | {"a.present": np.ones(4, bool)},
     "a.pooled must be finite": GOOD | {"a.pooled": np.ones(6)},
     "label.x must have one entry": GOOD | {"label.x": np.ones(2)},
     "owners.y belongs to no label": GOOD | {"owners.y": np.array(["a"])},
-    "names c, which is no modality": GOOD | {"label.x": np.ones(6), "owners.x": np.array(["c"])},
+    "has c, which is not a modality": GOOD | {"label.x": np.ones(6), "owners.x": np.array(["c"])},
     "split has 'dev'": GOOD | {"split": np.array(["dev"] * 6)},
-    "names must differ": GOOD | {"names": np.array(["same"] * 6)},
+    "names must be unique": GOOD | {"names": np.array(["same"] * 6)},
     "plain arrays": GOOD | {"b": np.array([object()] * 6, dtype=object)},
 }
 
 
-@pytest.mark.parametrize("said", BAD)
-def test_bad_arrays_are_refused_in_one_sentence(said: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "bad.npz", **BAD[said])
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize("message", BAD)
+def test_bad_arrays_are_refused_in_one_sentence(message: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "bad.npz", **BAD[message])
+    with pytest.raises(UserError, match=message):
         read_npz(tmp_path / "bad.npz")
 
 
 @pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 torn"])
-def test_no_npz_file_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_other_files_than_npz_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "bad.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be read as an \.npz"):
         read_npz(tmp_path / "bad.npz")
 
 
 def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path: Path) -> None:
-    """By commands, without a Stage-1 checkpoint; a missing row counts for nobody; the digit is read from shared tokens."""
+    """With the commands, without a Stage-1 checkpoint, with rows that lack a modality."""
 
     def run(line: str) -> str:
-        code, said = processes.run([BIN / "tvl-align", *shlex.split(line)])
-        assert code == 0, said
-        return said
+        code, output = processes.run([BIN / "tvl-align", *shlex.split(line)])
+        assert code == 0, output
+        return output
 
     store = tmp_path / "store"
     assert "top, middle, bottom" in run(f"features import --npz {npz} --out {store}")
     small = f"--store {store} --register_token_dim 64 --epochs 2 --lr 2e-3 --warmup_epochs 1 --output_dir {tmp_path}/runs"
     for name in METHODS:
-        said = run(f"train --method {name} --log_name {name} {small}")
-        assert "bottom-top" in said
+        output = run(f"train --method {name} --log_name {name} {small}")
+        assert "bottom-top" in output
         run(f"evaluate {tmp_path}/runs/{name} --probe_rows 500")
         results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
         assert set(results["retrieval"]) == {"bottom_top", "middle_top", "bottom_middle"}
-        assert results["retrieval"]["bottom_top"]["stage1_acc1"] is None  # 8 and 3 numbers have no common space
+        assert results["retrieval"]["bottom_top"]["stage1_acc1"] is None  # pooled features of different width
         assert set(results["factors"]) == {"top", "middle", "bottom"}
     assert results["factors"]["top"]["digit"]["stage1"] > 40
     folders = " ".join(str(tmp_path / "runs" / name) for name in METHODS)
@@ -145,7 +145,7 @@ def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path:
 
 
 def test_labels_are_probed_where_they_can_be(tmp_path: Path) -> None:
-    """A factor of two modalities is probed in these two; one that no probe can learn is named, whatever is wrong with it."""
+    """A factor with two owners is probed in these two. A factor without usable levels is an error that names it."""
     arrays = {name: x[:400] for name, x in digits().items() if name != "owners.digit"}
     labels = {"digit": arrays.pop("label.digit")}
     views = {name: arrays[name] for name in ("top", "middle", "bottom")}

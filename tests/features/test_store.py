@@ -1,4 +1,4 @@
-"""The feature store: what is read is what the encoders say, keyed by everything that shaped it."""
+"""The feature store: it returns the features of the encoders, and its key depends on all settings."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tvl_align.data.samples import Samples, TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Row, Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
-from tvl_align.features import encode as features_module
+from tvl_align.features import encode as encode_module
 from tvl_align.features.encode import open_or_encode, store_key
 from tvl_align.features.live import LiveSplit
 from tvl_align.features.store import FeatureStore
@@ -50,19 +50,19 @@ def test_stored_features_are_the_encoders(world: Path, stage1: Stage1, store: Fe
         batch = {name: image[None] for name, image in samples[row, view].images.items()}
         batch["text"] = stage1.tokenize([samples.sentence(row, view)])
         for name, tokens in stage1.encode(batch).modalities.items():
-            mine = stored.modalities[name]
+            read = stored.modalities[name]
             length = tokens.tokens.shape[1]
-            assert torch.allclose(mine.pooled[i], tokens.pooled[0], atol=1e-5)
-            assert torch.allclose(mine.tokens[i, :length], tokens.tokens[0], atol=1e-2)
-            assert mine.mask[i].sum() == tokens.mask[0].sum()
+            assert torch.allclose(read.pooled[i], tokens.pooled[0], atol=1e-5)
+            assert torch.allclose(read.tokens[i, :length], tokens.tokens[0], atol=1e-2)
+            assert read.mask[i].sum() == tokens.mask[0].sum()
 
 
 def test_a_store_names_its_rows_and_their_data_sets(world: Path, store: FeatureStore) -> None:
     for name, samples in samples_of(world).items():
         split = store.splits[name]
         assert list(split.names) == [row.name for row in samples.rows]
-        known = store.manifest["splits"][name]["datasets"]
-        assert [known[at] for at in split.datasets.tolist()] == [row.dataset for row in samples.rows]
+        datasets = store.manifest["splits"][name]["datasets"]
+        assert [datasets[i] for i in split.datasets.tolist()] == [row.dataset for row in samples.rows]
     names = split.names
     assert (names[-1], names[1:3]) == (list(names)[-1], list(names)[1:3])
     with pytest.raises(IndexError):
@@ -70,7 +70,7 @@ def test_a_store_names_its_rows_and_their_data_sets(world: Path, store: FeatureS
 
 
 def resident(folder: Path) -> int:
-    """KB of the files under a folder that are mapped into this process."""
+    """Resident memory of the mapped files under a folder, in KB."""
     found, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if not line.split(maxsplit=1)[0].endswith(":"):
@@ -81,7 +81,7 @@ def resident(folder: Path) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
-def test_read_pages_are_given_back_and_read_again(store: FeatureStore) -> None:
+def test_pages_are_released_after_reading(store: FeatureStore) -> None:
     split = store.splits["train"]
     rows = torch.arange(len(split))
     assert split.tables["vision"]["tokens"].sum().isfinite()
@@ -93,11 +93,11 @@ def test_read_pages_are_given_back_and_read_again(store: FeatureStore) -> None:
 
 
 def test_only_training_has_augmented_views(store: FeatureStore) -> None:
-    """Trap 2: validation and test are plain, whatever the seed."""
+    """Validation and test have the plain view only."""
     assert {name: split.views for name, split in store.splits.items()} == {"train": 2, "val": 0, "test": 0}
 
 
-def test_without_augmentation_pictures_are_encoded_once_and_sentences_vary(
+def test_without_augmentation_images_are_encoded_once_and_sentences_vary(
     world: Path, stage1: Stage1, tmp_path: Path
 ) -> None:
     images, text = ImageOptions(64, 64, augment=False), TextOptions("", True, {"ridged": ["lined"]})
@@ -116,9 +116,8 @@ def test_without_augmentation_pictures_are_encoded_once_and_sentences_vary(
 def test_an_interrupted_encode_goes_on_where_it_stopped(
     world: Path, stage1: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in the middle of the training images, then run again: only what was missing is encoded, and the store is
-    the one of an uninterrupted encode."""
-    monkeypatch.setattr(features_module, "ENCODE_BATCH", 8)
+    """After an interruption only the missing batches are encoded, and the store equals that of an uninterrupted encode."""
+    monkeypatch.setattr(encode_module, "ENCODE_BATCH", 8)
     samples, encode, calls = samples_of(world), Stage1.encode, []
 
     def counted(self: Stage1, batch: Batch) -> Features:
@@ -129,39 +128,39 @@ def test_an_interrupted_encode_goes_on_where_it_stopped(
 
     monkeypatch.setattr(Stage1, "encode", counted)
     stop = 0
-    whole = open_or_encode(tmp_path / "whole", stage1, samples, 1, 0)
-    everything = len(calls)
+    uninterrupted = open_or_encode(tmp_path / "uninterrupted", stage1, samples, 1, 0)
+    total = len(calls)
     calls.clear()
-    stop = everything // 2
+    stop = total // 2
     with pytest.raises(KeyboardInterrupt):
-        open_or_encode(tmp_path / "torn", stage1, samples, 1, 0)
-    assert list((tmp_path / "torn").glob("*.partial"))
+        open_or_encode(tmp_path / "interrupted", stage1, samples, 1, 0)
+    assert list((tmp_path / "interrupted").glob("*.partial"))
     calls.clear()
     stop = 0
-    mended = open_or_encode(tmp_path / "torn", stage1, samples, 1, 0)
-    assert len(calls) < 0.65 * everything
-    assert mended.key == whole.key
-    for name, split in whole.splits.items():
-        one, other = (s.read(torch.arange(len(split))) for s in (split, mended.splits[name]))
+    resumed = open_or_encode(tmp_path / "interrupted", stage1, samples, 1, 0)
+    assert len(calls) < 0.65 * total
+    assert resumed.key == uninterrupted.key
+    for name, split in uninterrupted.splits.items():
+        one, other = (s.read(torch.arange(len(split))) for s in (split, resumed.splits[name]))
         for m, tokens in one.modalities.items():
             assert torch.equal(tokens.pooled, other.modalities[m].pooled), (name, m)
             assert torch.equal(tokens.tokens, other.modalities[m].tokens), (name, m)
-        assert not (mended.folder / name / "done").exists()
+        assert not (resumed.folder / name / "done").exists()
 
 
-def test_features_that_are_not_numbers_end_the_encode_and_are_not_ticked_off(
+def test_features_that_are_not_finite_stop_the_encode_and_are_not_marked_as_done(
     world: Path, stage1: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though they are written, and looked at, while the next batch is encoded."""
+    """Features are checked and written in a thread, while the next batch is encoded."""
     encode = Stage1.encode
 
     def broken(self: Stage1, batch: Batch) -> Features:
-        found = encode(self, batch)
-        return found.map(lambda t: t * torch.inf if t.is_floating_point() else t) if "tactile" in batch else found
+        features = encode(self, batch)
+        return features.map(lambda t: t * torch.inf if t.is_floating_point() else t) if "tactile" in batch else features
 
     monkeypatch.setattr(Stage1, "encode", broken)
     assert stage1.specs
-    with pytest.raises(UserError, match="NaN, inf or above 65,504"):
+    with pytest.raises(UserError, match="NaN, inf or above 65,504; use another Stage-1 checkpoint"):
         open_or_encode(tmp_path, stage1, samples_of(world), 0, 0)
     flags = next(tmp_path.glob("*.partial/train/done/images.memmap")).read_bytes()
     assert flags and not any(flags)
@@ -178,11 +177,11 @@ def test_evaluation_views_do_not_depend_on_the_seed(world: Path) -> None:
 
 
 def test_views_follow_rows_not_their_order(world: Path) -> None:
-    """Trap 9: neither the order of rows nor what else is in the split changes a draw."""
+    """The augmentation of a row does not depend on its position in the split."""
     samples = samples_of(world)["train"]
-    turned = Samples(samples.root, samples.rows[::-1], samples.images.options, samples.text, samples.seed)
-    assert torch.equal(samples[2, 1].images["vision"], turned[len(turned) - 3, 1].images["vision"])
-    assert samples.sentence(2, 1) == turned.sentence(len(turned) - 3, 1)
+    reversed_ = Samples(samples.root, samples.rows[::-1], samples.images.options, samples.text, samples.seed)
+    assert torch.equal(samples[2, 1].images["vision"], reversed_[len(reversed_) - 3, 1].images["vision"])
+    assert samples.sentence(2, 1) == reversed_.sentence(len(reversed_) - 3, 1)
 
 
 def test_sentences_are_stored_once(store: FeatureStore) -> None:
@@ -199,7 +198,7 @@ def test_reading_twice_encodes_once(world: Path, stage1: Stage1, store: FeatureS
     assert manifest.stat().st_mtime_ns == before
 
 
-def test_the_key_sees_everything_that_shapes_features(
+def test_the_key_depends_on_all_settings_and_files(
     world: Path, stage1: Stage1, stage1_checkpoint: Path, tmp_path: Path
 ) -> None:
     def key(samples: dict[str, Samples], encoders: Stage1 = stage1, views: int = 2) -> str:
@@ -234,7 +233,7 @@ def test_another_store_in_its_place_is_refused(world: Path, stage1: Stage1, tmp_
     store = open_or_encode(tmp_path, stage1, samples_of(world), 1, 0)
     path = store.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"key": "0" * 16}))
-    with pytest.raises(UserError, match="holds the store 0000"):
+    with pytest.raises(UserError, match="contains the store 0000"):
         open_or_encode(tmp_path, stage1, samples_of(world), 1, 0)
     path.unlink()
     with pytest.raises(UserError, match=r"is not a feature store \(no manifest.json\)"):
@@ -242,8 +241,7 @@ def test_another_store_in_its_place_is_refused(world: Path, stage1: Stage1, tmp_
     assert open_or_encode(tmp_path, stage1, samples_of(world), 1, 0).key == store.key
 
 
-def test_absent_captions_and_pictures_are_masks(world: Path, stage1: Stage1, tmp_path: Path) -> None:
-    """Trap 10: absent, not zeros."""
+def test_absent_captions_and_images_are_masked(world: Path, stage1: Stage1, tmp_path: Path) -> None:
     rows = read_tvl(world).train[:4]
     rows[1] = Row("hct", rows[1].vision, rows[1].tactile, None, None, "g")
     rows[2] = Row("hct", rows[2].vision, None, None, rows[2].caption, "g")
@@ -259,17 +257,17 @@ def test_absent_captions_and_pictures_are_masks(world: Path, stage1: Stage1, tmp
     assert not stored.modalities["text"].mask[1].any()
 
 
-def test_workers_change_neither_pictures_nor_draws(world: Path) -> None:
+def test_workers_change_neither_images_nor_the_random_state(world: Path) -> None:
     samples = samples_of(world)["train"]
     batches = [[(i, 0), (i + 1, 1)] for i in range(9)]
     found = []
     for workers in (0, 2):
         torch.manual_seed(0)
         found.append((list(load_images(samples, batches, workers, ("vision", "tactile"))), torch.rand(1)))
-    (alone, draw), (helped, same) = found
-    assert len(alone) == len(helped) == 9
-    assert torch.equal(draw, same)
-    for a, b in zip(alone, helped, strict=True):
+    (without_workers, number), (with_workers, same_number) = found
+    assert len(without_workers) == len(with_workers) == 9
+    assert torch.equal(number, same_number)
+    for a, b in zip(without_workers, with_workers, strict=True):
         for modality, (positions, images) in a.images.items():
             assert b.images[modality][0] == positions
             assert torch.equal(b.images[modality][1], images)
@@ -282,15 +280,15 @@ def test_on_the_fly_equals_the_store_on_plain_views(world: Path, stage1: Stage1,
     (computed,) = live.batches([rows], [torch.zeros_like(rows)], CPU)
     stored = store.splits["test"].read(rows).float()
     for name, tokens in computed.modalities.items():
-        mine = stored.modalities[name]
-        length = mine.tokens.shape[1]
-        assert torch.allclose(mine.pooled, tokens.pooled, atol=1e-5)
-        assert torch.equal(mine.mask, tokens.mask[:, :length])
+        read = stored.modalities[name]
+        length = read.tokens.shape[1]
+        assert torch.allclose(read.pooled, tokens.pooled, atol=1e-5)
+        assert torch.equal(read.mask, tokens.mask[:, :length])
     same = [(f.caption_keys[:, None] == f.caption_keys[None]).any(-1) for f in (computed, stored)]
     assert torch.equal(*same)
 
 
-def test_a_picture_that_cannot_be_used_is_absent_and_counted(world: Path, stage1: Stage1, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_used_is_absent_and_counted(world: Path, stage1: Stage1, tmp_path: Path) -> None:
     rows = [replace(row) for row in read_tvl(world).train[:40]]
     (tmp_path / "cut.jpg").write_bytes((world / rows[3].vision).read_bytes()[:300])
     (tmp_path / "data").symlink_to(world)
@@ -302,9 +300,9 @@ def test_a_picture_that_cannot_be_used_is_absent_and_counted(world: Path, stage1
     present = store.splits["train"].read(torch.arange(40)).modalities
     assert present["vision"].present.tolist() == [i != 3 for i in range(40)]
     assert present["tactile"].present.all()
-    assert store.manifest["skipped"]["train"] == [{"row": "cut.jpg", "modality": "vision", "reason": "broken or cut off"}]
+    assert store.manifest["skipped"]["train"] == [{"row": "cut.jpg", "modality": "vision", "reason": "corrupt or truncated"}]
     assert store.manifest["dropped"] == {"vision file is missing": 2}
-    for tolerance, said in (
+    for tolerance, message in (
         (Tolerance(strict=True), "--strict allows no bad row"),
         (Tolerance(max_skipped=0.02), "1 of 40 rows"),
     ):
@@ -314,7 +312,7 @@ def test_a_picture_that_cannot_be_used_is_absent_and_counted(world: Path, stage1
                 LiveSplit(stage1, samples["train"], 0, False, t).batches([torch.arange(8)], [torch.zeros(8, dtype=int)], CPU)
             ),
         ):
-            with pytest.raises(UserError, match=rf"{said}.*"):
+            with pytest.raises(UserError, match=rf"{message}.*"):
                 encode()
 
 
@@ -324,18 +322,18 @@ def test_data_that_change_while_they_are_encoded_are_refused(
     shutil.copytree(world, tmp_path / "world")
     samples, encode = samples_of(tmp_path / "world"), Stage1.encode
 
-    def and_touch(self: Stage1, batch: Batch) -> Features:
+    def encode_and_modify_data(self: Stage1, batch: Batch) -> Features:
         os.utime(tmp_path / "world" / samples["test"].rows[0].vision)
         return encode(self, batch)
 
-    monkeypatch.setattr(Stage1, "encode", and_touch)
+    monkeypatch.setattr(Stage1, "encode", encode_and_modify_data)
     with pytest.raises(UserError, match="the data changed while they were encoded"):
         open_or_encode(tmp_path / "features", stage1, samples, 0, 0)
     assert not list((tmp_path / "features").glob("*/manifest.json"))
 
 
 def test_a_modality_that_every_row_lacks_is_left_out(store: FeatureStore, tmp_path: Path) -> None:
-    """Whether its table is there or not."""
+    """Even if its table exists."""
     shutil.copytree(store.folder, tmp_path / "store")
     index = tmp_path / "store/train/index/vision.memmap"
     index.write_bytes(b"\xff" * index.stat().st_size)
@@ -346,7 +344,7 @@ def test_a_modality_that_every_row_lacks_is_left_out(store: FeatureStore, tmp_pa
 
 
 def test_a_damaged_store_is_refused(store: FeatureStore, tmp_path: Path) -> None:
-    """A store holds numbers: a size that does not fit, an index that points nowhere, a manifest of something else."""
+    """Wrong file sizes, an index out of range, and an invalid manifest are errors."""
 
     def damaged(name: str, damage: Callable[[Path], None]) -> None:
         folder = tmp_path / name

@@ -1,4 +1,4 @@
-"""Losses against their slow twins and closed forms."""
+"""Losses equal their reference implementations and closed forms."""
 
 import math
 
@@ -21,7 +21,7 @@ def unit(rows: int, width: int, seed: int) -> torch.Tensor:
 
 @settings(deadline=None)
 @given(st.integers(2, 8), st.integers(0, 1000), st.data())
-def test_info_nce_equals_its_twin(rows: int, seed: int, data: st.DataObject) -> None:
+def test_info_nce_equals_the_reference(rows: int, seed: int, data: st.DataObject) -> None:
     x, y = unit(rows, 5, seed), unit(rows, 5, seed + 1)
     valid = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
     captions = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=rows, max_size=rows)))[:, None]
@@ -38,14 +38,14 @@ def test_info_nce_with_one_positive_is_cross_entropy() -> None:
     assert torch.allclose(loss, F.cross_entropy(14.0 * x @ y.T, torch.arange(16)))
 
 
-def test_info_nce_of_equal_features_is_log_of_the_gallery() -> None:
+def test_info_nce_of_equal_features_is_log_of_the_gallery_size() -> None:
     x = torch.ones(10, 4) / 2
     eye, everyone = torch.eye(10, dtype=torch.bool), torch.ones(10, dtype=torch.bool)
     assert float(info_nce(x, x, torch.tensor(5.0), eye, everyone, everyone) / 10) == pytest.approx(math.log(10))
 
 
-def test_rows_without_the_modality_change_nothing() -> None:
-    """Trap 10: an absent caption is left out, not encoded as zeros; what stands in its place has no influence."""
+def test_rows_without_the_modality_have_no_effect() -> None:
+    """Rows with a missing modality are left out; the values in their place have no effect."""
     x, y = unit(6, 4, 0), unit(6, 4, 1)
     valid = torch.tensor([True, True, False, True, False, True])
     eye = torch.eye(6, dtype=torch.bool)
@@ -68,7 +68,7 @@ def test_equal_captions_are_positives() -> None:
 
 
 def test_diversity_of_a_single_token_is_zero_with_gradients() -> None:
-    """Trap 11: the mean over no pair is NaN, and the documented default has one complementary token."""
+    """The default has one complementary token, and a mean over no pairs would be NaN."""
     tokens = torch.randn(3, 1, 8, requires_grad=True)
     loss = diversity(tokens, torch.ones(3, 1, dtype=torch.bool))
     loss.backward()
@@ -77,38 +77,39 @@ def test_diversity_of_a_single_token_is_zero_with_gradients() -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 1000))
-def test_diversity_equals_its_twin(rows: int, count: int, seed: int) -> None:
+def test_diversity_equals_the_reference(rows: int, count: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     tokens, kept = torch.randn(rows, count, 6, generator=g), torch.rand(rows, count, generator=g) > 0.3
     expected = reference.diversity(tokens.numpy(), kept.numpy())
     assert float(diversity(tokens, kept)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_diversity_ends() -> None:
+def test_diversity_of_orthogonal_and_parallel_tokens() -> None:
     kept = torch.ones(1, 2, dtype=torch.bool)
     assert float(diversity(torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), kept)) == 0
     assert float(diversity(torch.tensor([[[1.0, 1.0], [-2.0, -2.0]]]), kept)) == pytest.approx(1)
 
 
-def test_norm_and_reconstruction_read_only_what_is_there() -> None:
+def test_norm_and_reconstruction_error_ignore_masked_tokens() -> None:
     tokens = torch.tensor([[[3.0, 4.0], [0.0, 0.0]]], requires_grad=True)
     norm = token_norm(tokens, torch.tensor([[True, False]]))
     norm.backward()
     assert norm.item() == pytest.approx(5)
     assert torch.isfinite(tokens.grad).all()
-    rebuilt, frozen = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]])
-    told = reconstruction_error(rebuilt, frozen, torch.tensor([[True, False]]))
-    assert told.error.tolist() == [[pytest.approx(1, abs=1e-4), 0]]
-    assert reconstruction_error(F.layer_norm(frozen, (3,)) + 2, frozen, told.mask).error.tolist() == [[pytest.approx(4)] * 2]
-    assert float(masked_mean(told.error, told.mask)) == pytest.approx(1, abs=1e-4)
+    reconstructed, frozen = torch.zeros(1, 2, 3), torch.tensor([[[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]]])
+    result = reconstruction_error(reconstructed, frozen, torch.tensor([[True, False]]))
+    assert result.error.tolist() == [[pytest.approx(1, abs=1e-4), 0]]
+    assert reconstruction_error(F.layer_norm(frozen, (3,)) + 2, frozen, result.mask).error.tolist() == [
+        [pytest.approx(4)] * 2
+    ]
+    assert float(masked_mean(result.error, result.mask)) == pytest.approx(1, abs=1e-4)
 
 
-def test_mean_of_nothing_is_zero() -> None:
+def test_mean_over_an_empty_mask_is_zero() -> None:
     assert float(masked_mean(torch.tensor([1.0, float("inf")]), torch.tensor([False, False]))) == 0
 
 
 def test_hits_with_fewer_candidates_than_k() -> None:
-    """Trap 4: topk(5) of 3 candidates."""
     x = torch.eye(3)
     everyone = torch.ones(3, dtype=torch.bool)
     assert hits_at_k(x, x, torch.eye(3, dtype=torch.bool), everyone, 5).all()

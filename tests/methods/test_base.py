@@ -1,4 +1,4 @@
-"""The base model and its loss by themselves."""
+"""The base model and its loss."""
 
 import math
 from dataclasses import replace
@@ -22,7 +22,7 @@ def model(**changes: object) -> TVLStage2:
 
 
 def test_documented_defaults_give_a_finite_loss_and_gradients() -> None:
-    """Trap 11: 4 registers of which 3 overlap, in their first step."""
+    """4 registers, 3 of them overlapping, in the first step."""
     net = model()
     numbers = Stage2Loss()(net.train()(random_features(6)))
     numbers["total_loss"].backward()
@@ -41,7 +41,6 @@ def test_the_documented_formula() -> None:
 
 
 def test_a_disabled_pair_is_not_in_the_average() -> None:
-    """Trap 12."""
     output = model().train()(random_features(6))
     some = Stage2Loss(disable_vision_text_loss=True)(output)
     every = Stage2Loss()(output)
@@ -66,29 +65,29 @@ def test_a_pair_without_a_row_is_not_in_the_average() -> None:
 
 
 def test_the_temperature_is_clamped() -> None:
-    """Trap 12: at 100, as in CLIP."""
+    """At 100, as in CLIP."""
     net = model()
     with torch.no_grad():
         net.logit_scale.fill_(50.0)
     assert net.eval()(random_features(2))["logit_scale"].item() == pytest.approx(100)
 
 
-def test_complementary_tokens_get_no_alignment_and_overlapping_ones_no_preservation() -> None:
-    """Each group of tokens hears only its own part of the loss."""
+def test_each_loss_term_has_gradients_for_its_own_group_only() -> None:
+    """Complementary tokens get no alignment gradient; overlapping tokens get only the alignment gradient."""
     output: Output = model().train()(random_features(5), kept=torch.ones(5, 4, dtype=torch.bool))
     groups = {kind: list(output[f"{kind}_tokens"].values()) for kind in ("overlapping", "complementary")}
     numbers = Stage2Loss()(output)
-    for part, deaf in (
+    for term, group in (
         ("overlapping_loss", "complementary"),
         ("preservation", "overlapping"),
         ("complementary_reg", "overlapping"),
     ):
-        grads = torch.autograd.grad(numbers[part], groups[deaf], retain_graph=True, allow_unused=True)
-        assert all(g is None or not g.any() for g in grads), (part, deaf)
+        grads = torch.autograd.grad(numbers[term], groups[group], retain_graph=True, allow_unused=True)
+        assert all(g is None or not g.any() for g in grads), (term, group)
 
 
 def test_pooling_uses_kept_overlapping_tokens_only() -> None:
-    """Trap 14: a dropped register is not averaged in as a zero."""
+    """A dropped register does not enter the mean as a zero."""
     kept = torch.tensor([[True, False, False, False], [True, True, False, True], [True, True, True, False]])
     output = model().eval()(random_features(3), kept=kept)
     loss = Stage2Loss()(output)["overlapping_loss"]
@@ -107,13 +106,13 @@ def test_registers_must_outnumber_overlapping_tokens() -> None:
 
 
 def test_shared_weights_are_one_set_of_blocks() -> None:
-    apart, tied = model(preservation=False), model(share_weights=True, preservation=False)
-    assert len(tied.stacks) == 1
-    assert sum(p.numel() for p in tied.stacks.parameters()) * 3 == sum(p.numel() for p in apart.stacks.parameters())
+    separate, shared = model(preservation=False), model(share_weights=True, preservation=False)
+    assert len(shared.stacks) == 1
+    assert sum(p.numel() for p in shared.stacks.parameters()) * 3 == sum(p.numel() for p in separate.stacks.parameters())
 
 
-def test_raw_inputs_and_their_features_give_the_same(stage1_checkpoint: object) -> None:
-    """`forward` on images and text tokens is `forward` on what the frozen encoders make of them."""
+def test_raw_inputs_and_their_features_give_the_same_output(stage1_checkpoint: object) -> None:
+    """`forward` on images and text equals `forward` on their encoded features."""
     stage1: Stage1 = load_stage1(stage1_checkpoint)
     net = TVLStage2(stage1, register_token_dim=32, num_heads=4).eval()
     batch = {
@@ -137,25 +136,25 @@ def test_pair_names_do_not_depend_on_the_order() -> None:
 
 
 def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once per step, whatever the number of modalities and pairs; flags and keys come back as they were."""
+    """One call per step for all modalities and pairs; flags and keys survive packing."""
     calls = []
 
-    def counted(x: torch.Tensor) -> torch.Tensor:
+    def recorded(x: torch.Tensor) -> torch.Tensor:
         calls.append(x)
         return x
 
-    monkeypatch.setattr(alignment_module, "gather_with_grad", counted)
+    monkeypatch.setattr(alignment_module, "gather_with_grad", recorded)
     features = random_features(6)
     keys = torch.tensor([[2**62, 1], [0, 2], [-5, 3], [7, 4], [7, 5], [2**33 + 1, 6]])
     output = model().train()(Features(features.modalities, keys, features.rows))
     Stage2Loss()(output)
     assert len(calls) == 1
     pooled = {m: z.mean(1) for m, z in output["overlapping_tokens"].items()}
-    numbers, present, back = alignment_module._joined(pooled, output)
-    assert torch.equal(back, keys)
+    vectors, present, unpacked = alignment_module._joined(pooled, output)
+    assert torch.equal(unpacked, keys)
     assert present.all()
-    assert torch.equal(numbers, torch.stack(list(pooled.values()), dim=1))
-    single = {m: z[:1, :5] for m, z in pooled.items()}  # one row at an odd place: a view would not be aligned
-    present = {m: there[:1] for m, there in output["present"].items()}
+    assert torch.equal(vectors, torch.stack(list(pooled.values()), dim=1))
+    single = {m: z[:1, :5] for m, z in pooled.items()}  # one row of odd length: a view would not be aligned
+    present = {m: mask[:1] for m, mask in output["present"].items()}
     one_row = replace(output, present=present, caption_keys=keys[:1])
     assert torch.equal(alignment_module._joined(single, one_row)[2], keys[:1])

@@ -1,4 +1,4 @@
-"""Canonical read-outs on made-up tokens whose shared part is known."""
+"""Canonical projections on synthetic tokens with a known shared part."""
 
 import numpy as np
 import torch
@@ -15,19 +15,19 @@ def tokens_of(x: torch.Tensor) -> Tokens:
     return Tokens(x, torch.ones(rows, count, dtype=torch.bool), x.mean(1), torch.ones(rows, dtype=torch.bool))
 
 
-def made(seed: int, rows: int = ROWS) -> dict[str, Tokens]:
-    """A shared source, written into one position of each modality with a sign that alternates over positions, so that the
-    mean over positions cancels it; strong noise of its own everywhere else."""
+def synthetic_tokens(seed: int, rows: int = ROWS) -> dict[str, Tokens]:
+    """Noise tokens with a shared source, added at one position and subtracted at another, so the mean over positions cancels
+    it."""
     g = torch.Generator().manual_seed(seed)
     source = torch.randn(rows, SHARED, generator=g)
-    found = {}
+    tokens_by_modality = {}
     for i, (name, count, width) in enumerate((("a", 6, 12), ("b", 5, 10))):
         mixing = torch.randn(SHARED, width, generator=torch.Generator().manual_seed(i))
         tokens = torch.randn(rows, count, width, generator=g)
         tokens[:, 1] += source @ mixing
         tokens[:, 3] -= source @ mixing
-        found[name] = tokens_of(tokens)
-    return found
+        tokens_by_modality[name] = tokens_of(tokens)
+    return tokens_by_modality
 
 
 def specs() -> dict[str, FeatureSpec]:
@@ -39,38 +39,38 @@ def correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return (x * y).sum(0) / (x.norm(dim=0) * y.norm(dim=0)).clamp(min=1e-9)
 
 
-def test_finds_the_directions_that_the_other_modality_answers() -> None:
-    readout = CanonicalProjection(specs(), 8)
-    readout.fit([made(0)])
-    fresh = made(1)
-    a, b = (readout(m, t.tokens, t.mask) for m, t in fresh.items())
-    found = correlation(a, b)
-    assert (found[:SHARED] > 0.6).all()
-    assert (found[SHARED:].abs() < 0.25).all()
-    assert (a.var(0)[:-1] >= a.var(0)[1:] * 0.8).all()  # the strongest first
+def test_finds_the_shared_directions() -> None:
+    projection = CanonicalProjection(specs(), 8)
+    projection.fit([synthetic_tokens(0)])
+    fresh = synthetic_tokens(1)
+    a, b = (projection(m, t.tokens, t.mask) for m, t in fresh.items())
+    correlations = correlation(a, b)
+    assert (correlations[:SHARED] > 0.6).all()
+    assert (correlations[SHARED:].abs() < 0.25).all()
+    assert (a.var(0)[:-1] >= a.var(0)[1:] * 0.8).all()  # highest correlation first
     everyone = torch.ones(ROWS, dtype=torch.bool)
 
     def acc1(x: torch.Tensor, y: torch.Tensor) -> float:
         return retrieval(*(torch.nn.functional.normalize(v, dim=-1) for v in (x, y)), everyone).acc1
 
-    assert acc1(a, b) > 2  # chance: 0.05; the means over positions know nothing
-    assert acc1(fresh["a"].tokens.mean(1)[:, :10], fresh["b"].tokens.mean(1)) < 0.5
+    assert acc1(a, b) > 2  # chance: 0.05
+    assert acc1(fresh["a"].tokens.mean(1)[:, :10], fresh["b"].tokens.mean(1)) < 0.5  # the means contain no shared part
 
 
-def test_strengths_are_the_canonical_correlations_of_numpy() -> None:
-    data = made(0)
-    readout = CanonicalProjection(specs(), SHARED)
-    readout.fit([data])
-    flat = [readout.flat(m, t.tokens, t.mask).double().numpy() for m, t in data.items()]
+def test_correlations_equal_numpys_canonical_correlations() -> None:
+    data = synthetic_tokens(0)
+    projection = CanonicalProjection(specs(), SHARED)
+    projection.fit([data])
+    flat = [projection.flatten(m, t.tokens, t.mask).double().numpy() for m, t in data.items()]
     flat = [x - x.mean(0) for x in flat]
     white = [np.linalg.svd(x, full_matrices=False)[0] for x in flat]
     expected = np.linalg.svd(white[0].T @ white[1])[1][:SHARED]
-    a, b = (readout(m, t.tokens, t.mask) for m, t in data.items())
+    a, b = (projection(m, t.tokens, t.mask) for m, t in data.items())
     assert np.allclose(correlation(a, b).numpy(), expected, atol=0.02)
 
 
-def test_however_the_rows_are_cut() -> None:
-    data = made(0, 300)
+def test_the_fit_does_not_depend_on_the_batches() -> None:
+    data = synthetic_tokens(0, 300)
     whole, parts = CanonicalProjection(specs(), 3), CanonicalProjection(specs(), 3)
     whole.fit([data])
     parts.fit([{m: t.map(lambda x, i=i: x[i : i + 70]) for m, t in data.items()} for i in range(0, 300, 70)])
@@ -79,29 +79,29 @@ def test_however_the_rows_are_cut() -> None:
         assert torch.allclose(correlation(one, other).abs(), torch.ones(3), atol=1e-3)
 
 
-def test_few_rows_give_the_whitening_of_the_whole_decomposition() -> None:
+def test_the_sketched_whitening_equals_the_full_one() -> None:
     rows = torch.randn(20, 60, generator=torch.Generator().manual_seed(0))
     rows -= rows.mean(0)
     covariance = rows.T @ rows / 20
-    sketched, whole = _whitening(covariance, 19), _whitening(covariance, 60)[:, :19]
-    assert torch.allclose(sketched @ sketched.T, whole @ whole.T, atol=1e-3 * float((whole @ whole.T).abs().max()))
+    sketched, full = _whitening(covariance, 19), _whitening(covariance, 60)[:, :19]
+    assert torch.allclose(sketched @ sketched.T, full @ full.T, atol=1e-3 * float((full @ full.T).abs().max()))
 
 
 def test_zero_until_fitted_and_with_too_few_rows() -> None:
-    readout, data = CanonicalProjection(specs(), 3), made(0, 1)
-    readout.fit([data])
-    assert not readout.fitted
-    assert not readout("a", data["a"].tokens, data["a"].mask).any()
+    projection, data = CanonicalProjection(specs(), 3), synthetic_tokens(0, 1)
+    projection.fit([data])
+    assert not projection.fitted
+    assert not projection("a", data["a"].tokens, data["a"].mask).any()
 
 
 def test_long_and_wide_sequences_are_averaged_and_narrowed() -> None:
-    readout = CanonicalProjection({"a": FeatureSpec(512, 40, 8), "b": FeatureSpec(10, 5, 10)}, 3)
+    projection = CanonicalProjection({"a": FeatureSpec(512, 40, 8), "b": FeatureSpec(10, 5, 10)}, 3)
     tokens = torch.randn(2, 40, 512)
     mask = torch.ones(2, 40, dtype=torch.bool)
     mask[1, 3:] = False
-    flat = readout.flat("a", tokens, mask)
+    flat = projection.flatten("a", tokens, mask)
     assert flat.shape[1] <= 4096
-    first = torch.nn.functional.layer_norm(tokens, (512,)) @ readout.narrow_a
+    first = torch.nn.functional.layer_norm(tokens, (512,)) @ projection.narrow_a
     assert torch.allclose(flat[0, : first.shape[-1]], first[0, :3].mean(0), atol=1e-5)
     assert torch.allclose(flat[1, : first.shape[-1]], first[1, :3].mean(0), atol=1e-5)
     assert not flat[1, first.shape[-1] :].any()

@@ -1,4 +1,4 @@
-"""Every method of METHODS keeps the contract; each check is a test of its own."""
+"""Every method in METHODS passes every check of the contract."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Retrieval against its slow twin, ties, and what is not finite."""
+"""Retrieval equals the reference implementation; ties; values that are not finite."""
 
 from collections.abc import Iterator
 
@@ -19,15 +19,15 @@ def unit(rows: int, seed: int) -> torch.Tensor:
 
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(0, 999), st.integers(0, 3), st.integers(1, 12))
-def test_retrieval_equals_its_twin(rows: int, seed: int, columns: int, chunk: int) -> None:
+def test_retrieval_equals_the_reference(rows: int, seed: int, columns: int, chunk: int) -> None:
     x, y = unit(rows, seed), unit(rows, seed + 1)
     keys = torch.randint(4, (rows, columns), generator=torch.Generator().manual_seed(seed)) if columns else None
     found = retrieval(x, y, torch.ones(rows, dtype=torch.bool), keys, 20.0, chunk)
     positives = np.eye(rows, dtype=bool) if keys is None else (keys[:, None] == keys[None]).any(2).numpy()
     a, b = x.numpy(), y.numpy()
-    for k, ours in ((1, found.acc1), (5, found.acc5)):
+    for k, accuracy in ((1, found.acc1), (5, found.acc5)):
         expected = (reference.accuracy(a, b, positives, k) + reference.accuracy(b, a, positives.T, k)) / 2
-        assert ours == pytest.approx(expected)
+        assert accuracy == pytest.approx(expected)
     assert found.chance1 == pytest.approx(100 * positives.mean())
     everyone = np.ones(rows, dtype=bool)
     losses = (reference.info_nce(u, v, 20.0, positives, everyone) for u, v in ((a, b), (b, a)))
@@ -35,8 +35,8 @@ def test_retrieval_equals_its_twin(rows: int, seed: int, columns: int, chunk: in
 
 
 @pytest.mark.parametrize("scale", [100.0, 400.0])
-def test_losses_of_any_scale(scale: float) -> None:
-    """Also of rows whose best score is so low that a sum of exp() around the highest possible one underflows."""
+def test_loss_at_large_scales(scale: float) -> None:
+    """Includes rows with scores so low that a sum of exp(score - shift) underflows."""
     x, y = unit(30, 0), unit(30, 1)
     x[:3], y[:3] = torch.eye(6)[0], -torch.eye(6)[0]  # opposite to their partners
     x[3:], y[3:] = (F.normalize(part[3:].abs() * torch.tensor([1e-3, 1, 1, 1, 1, 1]), dim=-1) for part in (x, y))
@@ -48,8 +48,7 @@ def test_losses_of_any_scale(scale: float) -> None:
     assert found.loss == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_chunk_changes_nothing() -> None:
-    """Trap 4: accuracy belongs to the gallery, not to a batch."""
+def test_the_result_does_not_depend_on_the_chunk() -> None:
     x, y, everyone = unit(50, 0), unit(50, 0) + 0.3 * unit(50, 1), torch.ones(50, dtype=torch.bool)
     y = F.normalize(y, dim=-1)
     whole, parts = (retrieval(x, y, everyone, None, 20.0, chunk) for chunk in (1000, 7))
@@ -57,7 +56,7 @@ def test_the_chunk_changes_nothing() -> None:
     assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
 
 
-def test_constant_features_do_not_look_good() -> None:
+def test_constant_features_score_zero() -> None:
     x = torch.ones(10, 4) / 2
     found = retrieval(x, x, torch.ones(10, dtype=torch.bool))
     assert (found.acc1, found.acc5) == (0, 0)
@@ -72,8 +71,8 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_a_copy_of_the_partner_is_before_it(two_threads: None, captions: bool) -> None:
-    """Though products of blocks of other shapes, on other threads, are rounded another way. A caption's copies are right."""
+def test_a_duplicate_of_the_positive_is_ranked_first(two_threads: None, captions: bool) -> None:
+    """Even though block shapes and threads change the rounding. Duplicates with the same caption are positives."""
     x = F.normalize(torch.randn(97, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
     y = F.normalize(x + 0.1 * torch.randn(97, 64, generator=torch.Generator().manual_seed(1)), dim=-1)
     twice, keys = torch.ones(194, dtype=torch.bool), torch.arange(97).repeat(2)[:, None]
@@ -83,7 +82,7 @@ def test_a_copy_of_the_partner_is_before_it(two_threads: None, captions: bool) -
         assert retrieval(x, y, twice[:97], chunk=chunk).acc1 == 100
 
 
-def test_numbers_that_are_not_finite_count_against_us() -> None:
+def test_scores_that_are_not_finite_are_misses() -> None:
     x, y = unit(20, 0), unit(20, 0)
     x[3] = torch.nan
     found = retrieval(x, y, torch.ones(20, dtype=torch.bool))
@@ -91,7 +90,7 @@ def test_numbers_that_are_not_finite_count_against_us() -> None:
     assert np.isnan(found.loss)
 
 
-def test_absent_rows_are_not_in_the_gallery_and_an_empty_one_is_nan() -> None:
+def test_absent_rows_are_no_candidates_and_no_rows_give_nan() -> None:
     x, y = unit(6, 0), unit(6, 0)
     valid = torch.tensor([True, False, True, True, False, True])
     found = retrieval(x, y, valid)
@@ -103,7 +102,7 @@ def test_fewer_than_five_candidates() -> None:
     assert retrieval(unit(3, 0), unit(3, 1), torch.ones(3, dtype=torch.bool)).acc5 == 100
 
 
-def test_the_protocol_of_tvl_equals_its_twin() -> None:
+def test_the_tvl_protocol_equals_its_definition() -> None:
     x, y, text = unit(20, 0), unit(20, 1), unit(20, 2)
     for threshold in (0.2, 0.6):
         for k in (1, 5, 50):

@@ -1,4 +1,4 @@
-"""Nested dropout: exact marginals, always a prefix."""
+"""Nested dropout: exact marginal probabilities, and the kept registers are a prefix."""
 
 import torch
 from hypothesis import given
@@ -12,19 +12,19 @@ def test_documented_probabilities() -> None:
 
 
 @given(st.integers(1, 9), st.floats(0, 1), st.integers(0, 2**31))
-def test_what_is_kept_is_a_prefix(registers: int, rate: float, seed: int) -> None:
+def test_kept_registers_are_a_prefix(registers: int, rate: float, seed: int) -> None:
     kept = draw_kept(32, registers, rate, "nested", torch.Generator().manual_seed(seed)).int()
     assert (kept.diff(dim=1) <= 0).all()
     assert registers == 1 or kept[:, 0].all()
 
 
-def test_every_register_has_its_marginal_in_both_modes() -> None:
+def test_marginal_probabilities_in_both_modes() -> None:
     for mode in ("nested", "independent"):
         kept = draw_kept(200_000, 4, 0.5, mode, torch.Generator().manual_seed(0))
         assert torch.allclose(1 - kept.double().mean(0), drop_probabilities(4, 0.5), atol=0.005)
 
 
-def test_independent_draws_leave_gaps_and_the_seed_decides() -> None:
+def test_independent_mode_leaves_gaps_and_is_seeded() -> None:
     draws = [draw_kept(500, 4, 0.5, "independent", torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert (draws[0].int().diff(dim=1) > 0).any()
     assert torch.equal(draws[0], draws[1])

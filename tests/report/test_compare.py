@@ -1,4 +1,4 @@
-"""Comparing runs: one page, the same rows, refusal of what cannot be ranked."""
+"""Reports of one run and of several runs; runs that are not comparable are refused."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The synthetic world: TVL format, independent factors, the same bytes for the same seed."""
+"""The synthetic data: TVL format, independent factors, identical files for the same seed."""
 
 import csv
 import hashlib
@@ -20,7 +20,7 @@ def digest(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_the_real_readers_read_it(world: Path) -> None:
+def test_the_tvl_readers_read_the_world(world: Path) -> None:
     data = read_tvl(world, use_not_contact=True)
     assert len([r for r in data.train if r.contact]) + len(data.val) == 96
     assert len(data.test) == 24
@@ -30,21 +30,21 @@ def test_the_real_readers_read_it(world: Path) -> None:
 
 
 def test_the_smallest_world_is_read(tmp_path: Path) -> None:
-    """20 rows have 2 that touch nothing, all in one part of HCT."""
+    """Its 2 not-in-contact rows are all in one sub-folder of HCT."""
     data = read_tvl(write_world(tmp_path / "world", 20, 10, quiet=True), use_not_contact=True)
     assert len([r for r in data.train if r.contact]) + len(data.val) == 20
     assert len(data.test) == 10
     assert not data.dropped
 
 
-def test_same_seed_same_bytes_whatever_the_workers(world: Path, tmp_path: Path) -> None:
+def test_files_depend_on_the_seed_and_not_on_the_number_of_workers(world: Path, tmp_path: Path) -> None:
     again = write_world(tmp_path / "again", 96, 24, seed=3, workers=2, quiet=True)
     assert digest(again) == digest(world)
     other = write_world(tmp_path / "other", 96, 24, seed=4, workers=1, quiet=True)
     assert digest(other) != digest(world)
 
 
-def test_truth_beside_the_data(world: Path) -> None:
+def test_the_factors_are_written_beside_the_data(world: Path) -> None:
     with (world / "factors.csv").open() as file:
         rows = list(csv.DictReader(file))
     about = json.loads((world / "factors.json").read_text())
@@ -66,7 +66,7 @@ def test_factors_cover_every_ownership() -> None:
 
 
 def test_factors_are_independent() -> None:
-    """No pair of factors is associated: chi-squared over 50,000 draws, corrected for the number of pairs."""
+    """Chi-squared test of every pair of factors on 50,000 samples, with Bonferroni correction."""
     drawn = sample_factors(50_000, np.random.default_rng(0))
     pairs = list(combinations(drawn, 2))
     for a, b in pairs:
@@ -78,20 +78,20 @@ def test_factors_are_independent() -> None:
 
 
 @pytest.mark.parametrize("factor", list(FACTORS))
-def test_a_factor_shows_only_where_it_is_owned(factor: str) -> None:
-    """Changing one factor, with the same noise, changes the images of its owners and no other."""
+def test_a_factor_is_visible_in_its_owners_only(factor: str) -> None:
+    """Changing one factor, with the same noise, changes the images and captions of its owners only."""
     base = sample_factors(6, np.random.default_rng(1))
-    moved = base | {factor: (base[factor] + 1) % len(FACTORS[factor].levels)}
-    if factor == "texture":  # the noise textures draw more random numbers; stay among the others
-        base, moved = base | {factor: np.zeros(6, int)}, base | {factor: np.ones(6, int)}
+    changed = base | {factor: (base[factor] + 1) % len(FACTORS[factor].levels)}
+    if factor == "texture":  # textures with noise use more random numbers; compare two without
+        base, changed = base | {factor: np.zeros(6, int)}, base | {factor: np.ones(6, int)}
     else:
-        base, moved = base | {"texture": np.full(6, 2)}, moved | {"texture": np.full(6, 2)}
-    (photo, touch), (photo2, touch2) = render(base, 64, 5), render(moved, 64, 5)
+        base, changed = base | {"texture": np.full(6, 2)}, changed | {"texture": np.full(6, 2)}
+    (photo, touch), (photo2, touch2) = render(base, 64, 5), render(changed, 64, 5)
     owners = FACTORS[factor].ownership
     assert (np.abs(photo.astype(int) - photo2).mean((1, 2, 3)) > 0.2).all() == ("vision" in owners)
     assert np.array_equal(photo, photo2) == ("vision" not in owners)
     assert np.array_equal(touch, touch2) == ("tactile" not in owners)
-    texts = [[caption(*t) for t in zip(d["texture"], d["coarseness"], d["wording"], strict=True)] for d in (base, moved)]
+    texts = [[caption(*t) for t in zip(d["texture"], d["coarseness"], d["wording"], strict=True)] for d in (base, changed)]
     assert (texts[0] == texts[1]) == ("text" not in owners)
 
 
@@ -102,7 +102,7 @@ def test_words_are_unambiguous() -> None:
     assert all(len(others) == 4 and word not in others for word, others in synonyms().items())
 
 
-def test_bad_requests(tmp_path: Path, world: Path) -> None:
+def test_wrong_arguments_are_errors(tmp_path: Path, world: Path) -> None:
     with pytest.raises(UserError, match="is not empty"):
         write_world(world, 96, 24)
     with pytest.raises(UserError, match="too small"):

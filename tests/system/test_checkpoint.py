@@ -1,4 +1,4 @@
-"""Stage-2 checkpoints: whole or not at all, and never executed."""
+"""Stage-2 checkpoints: atomic writes, and no code is executed on loading."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    """Trap 16: a crash while writing must not cost the last checkpoint."""
+    """A crash while writing does not damage the last checkpoint."""
     path = tmp_path / "c.pth"
     save_checkpoint(path, {"model": {}, "epoch": 1})
     with pytest.raises(Exception, match="pickle|local"):

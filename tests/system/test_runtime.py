@@ -1,4 +1,4 @@
-"""Processes: gathering with exact gradients, seeds, provenance."""
+"""Process groups, devices, seeds, signals, provenance, and parallel tasks."""
 
 import os
 import platform
@@ -36,24 +36,24 @@ def _one_of_three(index: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=index, world_size=3)
     x = torch.full((2, 2), float(index + 1), requires_grad=True)
-    everyone = gather_with_grad(x)
-    ((index + 1) * everyone.square()).sum().backward()  # each process says something else about all rows
+    gathered = gather_with_grad(x)
+    ((index + 1) * gathered.square()).sum().backward()  # the loss differs between processes
     with single_process():
-        lone = (rank(), world_size(), len(gather(x.detach())))
+        alone = (rank(), world_size(), len(gather(x.detach())))
     result = {
-        "gathered": everyone.detach(),
+        "gathered": gathered.detach(),
         "grad": x.grad,
         "unequal": gather(torch.full((index,), index)),
         "mean": mean_over_processes({"a": torch.tensor(float(index))})["a"],
         "count": mean_count(torch.tensor(float(index))),
-        "alone": lone,
+        "alone": alone,
     }
     torch.save(result, f"{folder}/{index}.pt")
     dist.destroy_process_group()
 
 
 def test_gathering_on_three_processes(tmp_path: Path) -> None:
-    """Trap 3: all_gather without gradient is wrong; here every row gets what every process says about it."""
+    """all_gather has a gradient: every row receives the sum of the gradients of all processes."""
     spawn(_one_of_three, (str(tmp_path),), 3)
     for index in range(3):
         result = torch.load(tmp_path / f"{index}.pt")
@@ -86,22 +86,22 @@ def test_results_carry_what_made_them() -> None:
 
 
 def test_a_task_of_submitit_leaves_sigterm_and_hands_its_signal_on() -> None:
-    """Slurm sends SIGTERM along with the signal on which submitit queues the job again; to leave on it loses the job."""
+    """Slurm sends SIGTERM with the signal on which submitit requeues the job; ending on SIGTERM would lose the job."""
     code = """
 import os, signal
 from tvl_align.system.signals import StopSignals
-told = []
+passed_on = []
 for number in (signal.SIGTERM, signal.SIGUSR2):
-    signal.signal(number, lambda n, _: told.append(n))
+    signal.signal(number, lambda n, _: passed_on.append(n))
 with StopSignals() as signals:
     signal.raise_signal(signal.SIGTERM)
-    assert signals.received is None and told == [signal.SIGTERM]
+    assert signals.received is None and passed_on == [signal.SIGTERM]
     signal.raise_signal(signal.SIGUSR2)
-    assert signals.received == signal.SIGUSR2 and told == [signal.SIGTERM]
+    assert signals.received == signal.SIGUSR2 and passed_on == [signal.SIGTERM]
     try:
         signals.end()
     except SystemExit as end:
-        print(end.code, told == [signal.SIGTERM, signal.SIGUSR2])
+        print(end.code, passed_on == [signal.SIGTERM, signal.SIGUSR2])
 """
     environment = os.environ | {SUBMITIT: "slurm"}
     _, said = run([sys.executable, "-c", code], env=environment)
@@ -109,16 +109,16 @@ with StopSignals() as signals:
 
 
 def test_work_side_by_side_keeps_its_order_and_takes_no_more_than_it_needs() -> None:
-    """Results are those of one after another; few pieces are held; an error is told; the process keeps its threads."""
+    """Results keep their order, few tasks are pending, an error is raised, and the number of torch threads is restored."""
     threads, taken = torch.get_num_threads(), 0
 
-    def pieces() -> Iterator[partial[tuple[int, int]]]:
+    def tasks() -> Iterator[partial[tuple[int, int]]]:
         nonlocal taken
         for i in range(40):
             taken += 1
             yield partial(lambda i: (i, torch.get_num_threads()), i)
 
-    for i, (result, share) in enumerate(run_in_threads(pieces())):
+    for i, (result, share) in enumerate(run_in_threads(tasks())):
         assert result == i
         assert share * min(MAX_LANES, threads) <= threads
         assert taken - i <= max(2, MAX_LANES) + 1
@@ -133,12 +133,12 @@ def test_an_interrupt_waits_for_no_piece_of_work() -> None:
 import sys, time
 from functools import partial
 from tvl_align.system.console import reports_errors
-from tvl_align.system.workers import side_by_side
+from tvl_align.system.workers import run_in_threads
 
 @reports_errors
 def main():
     print("begun", flush=True)
-    list(side_by_side(partial(time.sleep, 3600) for _ in range(9)))
+    list(run_in_threads(partial(time.sleep, 3600) for _ in range(9)))
 
 main()
 """
@@ -163,21 +163,21 @@ def test_a_reader_that_has_gone_is_no_error(command: str) -> None:
 def _pages_taken_again(index: int, folder: str) -> None:
     keep_freed_memory()
     before = 0
-    for _ in range(8):  # the last round takes what the others gave back
+    for _ in range(8):  # the last round reuses the memory of the others
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         held = [torch.ones(2**22) for _ in range(8)]
         del held
     Path(folder, str(index)).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator's own business")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_taken_again_without_new_pages(tmp_path: Path) -> None:
-    """Of 32,768 pages; in three processes, since without it some of them happen to keep theirs."""
+    """Page faults of 32,768 possible ones, in three processes: without the setting some keep their memory by chance."""
     spawn(_pages_taken_again, (str(tmp_path),), 3)
     assert max(int(found.read_text()) for found in tmp_path.iterdir()) < 1000
 
 
-def _end_as_told(how: str, beside: str) -> None:
+def _end(how: str, beside: str) -> None:
     Path(beside).write_text(str(os.getpid()))
     other = Path(beside).with_name("waits")
     while how in ("killed", "refused") and not (other.exists() and other.read_text()):
@@ -185,14 +185,14 @@ def _end_as_told(how: str, beside: str) -> None:
     if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "refused":
-        raise UserError("a sentence of its own.")
+        raise UserError("one sentence.")
     if how == "waits":
         time.sleep(3600)
 
 
 @pytest.mark.parametrize(("how", "said"), [("killed", "was killed by SIGKILL"), ("refused", "failed with exit code 2")])
 def test_a_worker_that_dies_ends_the_others_and_is_named(how: str, said: str, tmp_path: Path) -> None:
-    jobs = {name: (_end_as_told, name, str(tmp_path / name)) for name in ("waits", how, "never begun")}
+    jobs = {name: (_end, name, str(tmp_path / name)) for name in ("waits", how, "never begun")}
     with pytest.raises(UserError, match=f"the process of {how} {said}"):
         run_in_processes(jobs, at_once=2, threads=1)
     assert not (tmp_path / "never begun").exists()
@@ -201,5 +201,5 @@ def test_a_worker_that_dies_ends_the_others_and_is_named(how: str, said: str, tm
 
 
 def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
-    run_in_processes({name: (_end_as_told, "", str(tmp_path / name)) for name in "abc"}, at_once=2, threads=1)
+    run_in_processes({name: (_end, "", str(tmp_path / name)) for name in "abc"}, at_once=2, threads=1)
     assert len({(tmp_path / name).read_text() for name in "abc"} | {str(os.getpid())}) == 4

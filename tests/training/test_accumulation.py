@@ -1,4 +1,4 @@
-"""A large batch in parts has the gradient of the large batch, for every method; averaging small batches does not."""
+"""GradCache gives the gradient of the large batch for every method; averaging losses of small batches does not."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from tvl_align.training.checks import SPECS, eight_rows
 
 
 def built(method: Method) -> tuple[nn.Module, nn.Module]:
-    """A small model without noise of its own, which differs between batch sizes, and its loss."""
+    """A small model without noise, whose draws depend on the batch size, and its loss."""
     quiet = {"noise": 0.0} if "noise" in {f.name for f in dataclasses.fields(method.knobs)} else {}
     knobs = method.knobs(register_token_dim=32, num_heads=4, **quiet)
     torch.manual_seed(0)
@@ -28,7 +28,7 @@ def built(method: Method) -> tuple[nn.Module, nn.Module]:
 
 
 def output_of(**entries: Any) -> Output:
-    """An output of 4 rows with nothing in it but these entries."""
+    """An output of 4 rows with only these entries."""
     empty: dict[str, Any] = {key: {} for key in ("overlapping_tokens", "complementary_tokens", "stage1_features", "present")}
     return Output(**(empty | {"logit_scale": torch.ones(()), "caption_keys": torch.zeros(4, 1)} | entries))
 
@@ -38,7 +38,7 @@ def gradient(model: nn.Module) -> Tensor:
 
 
 def cut(features: Features, kept: Tensor, sizes: tuple[int, ...]) -> list[tuple[Features, Tensor]]:
-    """Parts of unequal sizes; the sentences of the second are shorter, as the store reads them."""
+    """Split a batch into parts of the given sizes."""
     parts, start = [], 0
     for size in sizes:
         rows = slice(start, start + size)
@@ -62,8 +62,8 @@ def test_gradient_of_the_parts_is_that_of_the_whole(name: str) -> None:
         short = parts[i][0].modalities["text"]
         trimmed = dataclasses.replace(short, tokens=short.tokens[:, :5], mask=short.mask[:, :5])
         parts[i] = (dataclasses.replace(parts[i][0], modalities=parts[i][0].modalities | {"text": trimmed}), parts[i][1])
-    runs = [partial(model, f, kept=k, joint=False) for f, k in parts]
-    numbers = large_batch_gradient(runs, loss, lambda scalar, part: scalar.backward())
+    forwards = [partial(model, f, kept=k, joint=False) for f, k in parts]
+    numbers = large_batch_gradient(forwards, loss, lambda scalar, part: scalar.backward())
     assert numbers["total_loss"] == pytest.approx(whole["total_loss"].item(), abs=1e-5)
     assert (gradient(model) - expected).abs().max() < 1e-5
     model.zero_grad()
@@ -91,7 +91,7 @@ def test_scores_in_pieces_are_the_scores(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_held_of_all_rows_is_small(name: str) -> None:
-    """Nothing as large as the frozen tokens is kept for all parts, and of a large batch no scores of all rows with all."""
+    """The outputs kept for all parts do not include tensors of the size of the frozen tokens."""
     model, loss = built(METHODS[name])
     features, kept = eight_rows(model.registers.shape[0])
     widths = {(m.tokens.shape[1], m.tokens.shape[2]) for m in features.modalities.values()}
@@ -109,8 +109,8 @@ def test_what_is_held_of_all_rows_is_small(name: str) -> None:
         seen.extend(shapes(output))
         return loss(output)
 
-    runs = [partial(model, f, kept=k, joint=False) for f, k in cut(features, kept, (4, 4))]
-    large_batch_gradient(runs, watched, lambda scalar, part: scalar.backward())
+    forwards = [partial(model, f, kept=k, joint=False) for f, k in cut(features, kept, (4, 4))]
+    large_batch_gradient(forwards, watched, lambda scalar, part: scalar.backward())
     assert seen
     assert not {shape[1:] for shape in seen} & widths
 
@@ -154,9 +154,9 @@ def _one_of_two(index: int, meeting: str, out: str, name: str) -> None:
     features, kept = eight_rows(model.registers.shape[0])
     rows = slice(4 * index, 4 * index + 4)
     parts = cut(features.map(lambda t: t[rows]), kept[rows], (3, 1))
-    runs = [partial(wrapped, f, kept=k, joint=False) for f, k in parts]
+    forwards = [partial(wrapped, f, kept=k, joint=False) for f, k in parts]
     large_batch_gradient(
-        runs, loss, lambda scalar, part: scalar.backward(), lambda part: nullcontext() if part else wrapped.no_sync()
+        forwards, loss, lambda scalar, part: scalar.backward(), lambda part: nullcontext() if part else wrapped.no_sync()
     )
     torch.save(gradient(model), f"{out}/{index}.pt")
     dist.destroy_process_group()
@@ -173,7 +173,7 @@ def test_parts_on_two_processes_have_the_gradient_of_one_batch(name: str, tmp_pa
 
 
 def test_a_modality_may_have_any_name() -> None:
-    """A modality called like an entry of the output takes part in the gradient as any other."""
+    """A modality with the name of an entry of the output has a gradient like any other."""
     weight = nn.Parameter(torch.ones(4, 3))
 
     def run() -> Output:

@@ -1,4 +1,4 @@
-"""The loop: resume, stopping, selection, evaluation; on real features of a tiny world."""
+"""The training loop: resuming, errors, selection and validation, on real features of a small synthetic data set."""
 
 import json
 import math
@@ -15,9 +15,9 @@ from tvl_align.methods.base import Stage2Config, Stage2Loss
 from tvl_align.methods.registry import METHODS
 from tvl_align.system.checkpoint import load_checkpoint, save_checkpoint
 from tvl_align.system.console import UserError
-from tvl_align.training.engine import evaluate, fit, selection
+from tvl_align.training.engine import evaluate, fit, selection_scores
 from tvl_align.training.optimisation import OptimConfig
-from tvl_align.training.run import Run
+from tvl_align.training.run import Run, epoch_lines
 from tvl_align.training.settings import RunConfig, Settings
 
 BASE = METHODS["base"]
@@ -25,7 +25,7 @@ BASE = METHODS["base"]
 
 @pytest.fixture
 def settings(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> Settings[Stage2Config]:
-    features = world.parent / "features"  # shared by the tests of this process
+    features = world.parent / "features"  # shared by all tests of this process
     return Settings(
         Stage1Config(stage1_checkpoint),
         Stage2Config(register_token_dim=32, num_heads=4, drop_rate=0.1),
@@ -81,7 +81,7 @@ def test_same_seed_same_numbers_another_seed_others(settings: Settings[Stage2Con
 def test_resume_ends_where_the_uninterrupted_run_ends(
     settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 16: weights, optimizer, draws, dropout and the best so far."""
+    """Weights, optimizer, random draws, dropout and best scores are those of an uninterrupted run."""
     whole = fit(settings, BASE)
     stopped = changed(settings, "run", log_name="stopped")
     record = Run.record
@@ -107,7 +107,7 @@ def test_resume_ends_where_the_uninterrupted_run_ends(
 
 
 def test_the_best_so_far_survives_resume(settings: Settings[Stage2Config]) -> None:
-    """Trap 16: a worse epoch after resume does not become the best."""
+    """A worse epoch after resuming does not replace the best checkpoint."""
     folder = fit(changed(settings, "optim", epochs=1), BASE)
     content = load_checkpoint(folder / "checkpoint.pth")
     content["progress"]["best"] = {"acc1": 99.0, "acc5": 99.0}
@@ -151,7 +151,7 @@ def test_two_modalities_and_pooled_features(settings: Settings[Stage2Config]) ->
 def test_validation_is_one_gallery_whatever_the_batch(
     settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Trap 4."""
+    """Retrieval metrics do not depend on the batch size of validation."""
     inputs = settings.open_inputs(torch.device("cpu"))
     torch.manual_seed(0)
     model, loss = BASE.model(settings.knobs, inputs.specs), Stage2Loss(preservation_weight=1.0)
@@ -171,14 +171,17 @@ def test_validation_is_one_gallery_whatever_the_batch(
 
 
 def test_the_best_checkpoint_ignores_the_pair_without_touch() -> None:
-    """Trap 5."""
+    """Acc@1 and Acc@5 are averaged over the pairs with touch; without touch, over all pairs."""
     scores = {
         f"{p}_{k}": v
         for p, v in (("tactile_vision", 2.0), ("tactile_text", 4.0), ("text_vision", 90.0))
         for k in ("acc1", "acc5")
     }
-    assert selection(scores) == {"acc1": 3.0, "acc5": 3.0}
-    assert selection({"text_vision_acc1": 7.0, "average_acc1": 7.0, "average_acc5": 8.0}) == {"acc1": 7.0, "acc5": 8.0}
+    assert selection_scores(scores) == {"acc1": 3.0, "acc5": 3.0}
+    assert selection_scores({"text_vision_acc1": 7.0, "average_acc1": 7.0, "average_acc5": 8.0}) == {
+        "acc1": 7.0,
+        "acc5": 8.0,
+    }
 
 
 def test_accumulation_and_importance_sampling_run(settings: Settings[Stage2Config]) -> None:
@@ -200,7 +203,7 @@ def test_the_engine_takes_the_large_batch(settings: Settings[Stage2Config]) -> N
 
 
 def test_compiled_training_gives_the_same_numbers(settings: Settings[Any]) -> None:
-    """With a last batch of another size, and evaluation, which is never compiled."""
+    """With an incomplete last batch, and validation, which is not compiled."""
     method = METHODS["cursor"]
     knobs = method.knobs(register_token_dim=32, num_heads=4)
     rows = []
@@ -217,3 +220,29 @@ def test_a_checkpoint_of_other_kinds_is_refused(settings: Settings[Any], part: s
     save_checkpoint(folder / "checkpoint.pth", load_checkpoint(folder / "checkpoint.pth") | {part: 3})
     with pytest.raises(UserError, match="was not written by this version"):
         fit(changed(settings, "optim", epochs=1), BASE)
+
+
+def test_the_lines_of_an_epoch_fit_120_columns() -> None:
+    """The longest tag of a method, three modalities, and the largest values."""
+    pairs = ("tactile_vision", "tactile_text", "text_vision")
+    metrics = {"epoch": 99, "train_total_loss": 3.2129, "val_total_loss": 10.1011, "val_complementary_reg": 0.524}
+    metrics |= {f"val_{pair}_{k}": 99.9 for pair in pairs for k in ("acc1", "acc5")}
+    metrics |= {f"val_{pair}_chance1": chance for pair, chance in zip(pairs, (1.04, 10.26, 10.26), strict=True)}
+    tag = f"[{METHODS['disentangled'].implementation.tag}] "
+    lines = epoch_lines(metrics, 100, 1234.56)
+    assert lines == [
+        "epoch 100/100 | loss 3.213, val loss 10.101, val complementary reg 0.52 | 1234.6 s",
+        "val Acc@1/5 %: tactile-vision 99.9/99.9, tactile-text 99.9/99.9, text-vision 99.9/99.9 (chance 1.0-10.3)",
+    ]
+    assert tag == "[DISENTANGLED] "
+    assert all(len(tag + line) <= 120 for line in lines)
+
+
+def test_the_lines_of_an_epoch_with_two_modalities() -> None:
+    """Without a complementary loss, and with one chance level."""
+    metrics = {"epoch": 0, "train_total_loss": 3.0, "val_total_loss": 2.5}
+    metrics |= {"val_bottom_top_acc1": 12.0, "val_bottom_top_acc5": 40.06, "val_bottom_top_chance1": 2.0}
+    assert epoch_lines(metrics, 1, 0.04) == [
+        "epoch 1/1 | loss 3.000, val loss 2.500 | 0.0 s",
+        "val Acc@1/5 %: bottom-top 12.0/40.1 (chance 2.0)",
+    ]

@@ -1,4 +1,4 @@
-"""Schedule, parameter groups, step."""
+"""Learning-rate schedule, parameter groups, optimizer step, gradient norm."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_accumulated_gradients_are_those_of_their_mean() -> None:
 
 
 def test_gradient_norm_is_that_of_all_numbers_together() -> None:
-    """Whatever their shapes and layouts; one bad number anywhere makes it bad."""
+    """For all shapes and memory layouts; one NaN anywhere makes it NaN."""
     shapes = [(), (7,), (5, 3), (2, 4, 3)]
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     for p in parameters:

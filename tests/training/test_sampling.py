@@ -1,4 +1,4 @@
-"""Order, views and shares of rows."""
+"""Order of rows, views, and the division of rows among processes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tvl_align.training.sampling import balanced_weights, epoch_batches, epoch_v
 
 
 def test_an_epoch_visits_rows_once_and_the_next_in_another_order() -> None:
-    """Trap 16: the order of an epoch must not depend on who remembered to call set_epoch."""
+    """The order depends on the epoch without a call of set_epoch."""
     first, again, second = (epoch_batches(20, 6, seed=0, epoch=e) for e in (0, 0, 1))
     assert first.shape == (3, 6)
     assert len(set(first.flatten().tolist())) == 18
@@ -17,15 +17,15 @@ def test_an_epoch_visits_rows_once_and_the_next_in_another_order() -> None:
 
 
 def test_two_processes_see_together_what_one_sees_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 9: ranks cut one draw; none draws for itself."""
+    """All ranks take slices of the same draw."""
     alone = epoch_batches(40, 8, 0, 5), epoch_views(5, 8, 3, 0, 5)
     parts = []
     for rank in (0, 1):
         monkeypatch.setattr("tvl_align.training.sampling.rank", lambda rank=rank: rank)
         monkeypatch.setattr("tvl_align.training.sampling.world_size", lambda: 2)
         parts.append((epoch_batches(40, 4, 0, 5), epoch_views(5, 4, 3, 0, 5)))
-    for whole, first, second in zip(alone, *parts, strict=True):
-        assert torch.equal(whole, torch.cat([first, second], dim=1))
+    for together, first, second in zip(alone, *parts, strict=True):
+        assert torch.equal(together, torch.cat([first, second], dim=1))
 
 
 def test_fewer_rows_than_a_batch() -> None:
@@ -34,7 +34,7 @@ def test_fewer_rows_than_a_batch() -> None:
 
 
 def test_importance_sampling_draws_each_data_set_equally() -> None:
-    """Trap 16: and what is drawn is what is used."""
+    """The small data set makes up half of the drawn rows."""
     weights = balanced_weights(torch.tensor([1] * 100 + [0] * 900))
     drawn = epoch_batches(1000, 10, 0, 0, weights).flatten()
     assert 400 < int((drawn < 100).sum()) < 600

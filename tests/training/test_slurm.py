@@ -1,4 +1,4 @@
-"""Training as a job, by submitit's local executor: real tasks, real processes."""
+"""Training as a job of submitit's local executor, with real processes."""
 
 import json
 import sys
@@ -8,18 +8,18 @@ import processes
 import pytest
 
 from tvl_align.system.console import UserError
-from tvl_align.training.slurm import submit, take_slurm, wait
+from tvl_align.training.slurm import split_slurm_options, submit, wait
 
 BIN = Path(sys.executable).parent
 
 
 def test_options_are_taken_out_of_the_flags() -> None:
-    options, rest = take_slurm(["--epochs", "3", "--slurm", "partition=gpu", "--slurm=nodes=2", "--lr", "1"])
+    options, rest = split_slurm_options(["--epochs", "3", "--slurm", "partition=gpu", "--slurm=nodes=2", "--lr", "1"])
     assert options == {"partition": "gpu", "nodes": "2"}
     assert rest == ["--epochs", "3", "--lr", "1"]
     for bad in (["--slurm", "gpu"], ["--slurm"], ["--slurm=partition="]):
         with pytest.raises(UserError, match="is not key=value"):
-            take_slurm(bad)
+            split_slurm_options(bad)
 
 
 def test_two_tasks_train_as_two_processes(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_task_that_fails_is_said_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_queued_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))  # no Slurm is found, on a cluster neither
+    monkeypatch.setenv("PATH", str(tmp_path))  # hides Slurm, also on a cluster
     for options in ({"partition": "gpu"}, {"cluster": "local", "colour": "red"}, {"cluster": "moon"}):
         with pytest.raises(UserError, match="was not queued"):
             submit("base", [], options, tmp_path)

@@ -1,4 +1,4 @@
-"""`tvl-align compare`: rank runs."""
+"""`tvl-align compare`: rank runs in one report."""
 
 import shlex
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """Compare runs of any methods and seeds that were made on the same data."""
+    """Compare evaluated runs of any methods and seeds, trained on the same data."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders that `evaluate` has measured."""
+    """Run folders with a results.json, written by tvl-align evaluate."""
     out: Path = Path("comparison")
-    """Where report.html and report.md are written."""
+    """Folder for report.html and report.md."""
 
 
 def run(argv: Sequence[str]) -> None:

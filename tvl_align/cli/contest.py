@@ -1,4 +1,4 @@
-"""`tvl-align contest`: every method, several seeds, one report."""
+"""`tvl-align contest`: train and evaluate every method with several seeds, and compare them in one report."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""`tvl-align demo`: the whole pipeline on synthetic data."""
+"""`tvl-align demo`: run the full pipeline on synthetic data."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""`tvl-align evaluate`: measure a run, print its main numbers, write its page."""
+"""`tvl-align evaluate`: evaluate a run, print the main metrics, write results.json and report.html."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""`tvl-align features`: feature stores of one's own arrays."""
+"""`tvl-align features`: feature stores from your own arrays."""
 
 import difflib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tvl_align.features.arrays import read_npz
 from tvl_align.features.store import FeatureStore
 from tvl_align.system.console import UserError
 
-ACTIONS = {"import": "arrays of any two or more modalities (.npz) -> a feature store to train on"}
+ACTIONS = {"import": "write a feature store from arrays of two or more modalities (.npz)"}
 EXAMPLES = (
     "tvl-align features import --npz digits.npz --out store",
     "tvl-align train --store store --register_token_dim 64 --epochs 10",
@@ -19,26 +19,26 @@ EXAMPLES = (
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """Make a feature store from arrays of any two or more modalities; tvl_align/features/arrays.py names the arrays."""
+    """Write a feature store from arrays of two or more modalities; tvl_align/features/arrays.py documents their names."""
 
     npz: Path
-    """File of numpy.savez."""
+    """File written by numpy.savez."""
     out: Path
-    """New or empty folder for the store."""
+    """Folder for the store; new or empty."""
     seed: int = 0
-    """Seed of the split, where the file has none."""
+    """Seed of the random split; used if the file has no split."""
 
 
 def run(argv: Sequence[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: tvl-align features ACTION [OPTIONS]\n")
-        print("\n".join(f"  {action:10s} {what}" for action, what in ACTIONS.items()))
-        print("\nOptions (with their defaults) of an action: tvl-align features import --help.")
+        print("\n".join(f"  {action:10s} {summary}" for action, summary in ACTIONS.items()))
+        print("\nOptions and defaults of an action: tvl-align features ACTION --help.")
         print("examples:\n" + "\n".join(f"  {line}" for line in EXAMPLES))
         return
     if argv[0] not in ACTIONS:
-        near = difflib.get_close_matches(argv[0], ACTIONS, 1) or list(ACTIONS)
-        raise UserError(f"unknown action {argv[0]!r}; did you mean tvl-align features {near[0]}?")
+        close = difflib.get_close_matches(argv[0], ACTIONS, 1) or list(ACTIONS)
+        raise UserError(f"unknown action {argv[0]!r}; did you mean tvl-align features {close[0]}?")
     config = parse(ImportConfig, argv[1:], "tvl-align features import", examples=EXAMPLES)
     store = FeatureStore.from_arrays(read_npz(config.npz, config.seed), config.out)
     rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())

@@ -1,9 +1,8 @@
-"""`tvl-align train`, and what the documented entry files call: flags -> a trained run."""
+"""`tvl-align train`, and the functions that the entry files in experiments/ call."""
 
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -13,9 +12,9 @@ from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.system.console import quiet_logs, reports_errors
 from tvl_align.training.engine import fit
 from tvl_align.training.settings import Settings
-from tvl_align.training.slurm import submit, take_slurm, wait
+from tvl_align.training.slurm import split_slurm_options, submit, wait
 
-ABOUT = "Train Stage 2: registers over frozen features. The options of the registers are those of the method."
+ABOUT = "Train a Stage-2 method: register tokens over frozen features. Options of registers and losses depend on --method."
 EXAMPLES = (
     "tvl-align train --stage1_checkpoint stage1/checkpoint.pth --datasets_dir world --log_name mine",
     "tvl-align train --method cursor --store store --slurm partition=gpu --slurm nodes=2 --slurm tasks_per_node=8",
@@ -28,8 +27,10 @@ def run(argv: Sequence[str]) -> None:
 
 @reports_errors
 def train_method(name: str, argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
-    """Parse the flags of a method (default: this process's own) and train it. methods: what `--method` may name beside those
-    that ship."""
+    """Entry point: train the method `name`, unless the flags give another `--method`.
+
+    argv: flags; default: sys.argv[1:]. methods: {name: method} for `--method`, in addition to package.module:NAME.
+    """
     quiet_logs()
     train(sys.argv[1:] if argv is None else argv, name, methods=methods)
 
@@ -37,12 +38,13 @@ def train_method(name: str, argv: Sequence[str] | None = None, methods: Mapping[
 def train(
     argv: Sequence[str], default: str = "base", prog: str | None = None, methods: Mapping[str, Method] = METHODS
 ) -> None:
-    """Train in this process, or queue a Slurm job where `--slurm` asks for one."""
-    options, flags = take_slurm(argv)
-    settings, method, flags = read_settings(flags, prog, ABOUT, EXAMPLES, default, methods)  # refused before it is queued
+    """Train in this process, or submit a Slurm job if `--slurm` is given. default: the method without `--method`."""
+    options, flags = split_slurm_options(argv)
+    # Parsed here as well, so that invalid flags fail before the job is submitted.
+    settings, method, flags = read_settings(flags, prog, ABOUT, EXAMPLES, default, methods)
     if options:
         job = submit(train, flags, options, settings.folder)
-        print(f"job {job.job_id}; its log: {job.paths.stdout}")
+        print(f"submitted job {job.job_id}; log: {job.paths.stdout}")
         if options.get("cluster") in ("local", "debug"):
             wait(job)
         return
@@ -61,17 +63,18 @@ def read_settings(
     default: str = "base",
     methods: Mapping[str, Method] = METHODS,
 ) -> tuple[Settings[Any], Method, list[str]]:
-    """The settings and the method that flags ask for, and these flags with the method among them."""
-    name, rest = take_method(argv, default)
+    """Parse flags -> settings, method, and the flags with an explicit `--method`. Without a value it is `default`."""
+    name, rest = split_method(argv, default)
     method = methods[name] if name in methods else load_method(name)
     flags = [*rest, "--method", name]
-    ignored = "; ".join(f"--{flag} ({reason})" for flag, reason in ignored_flags(Settings[method.knobs]).items())
-    note = textwrap.fill(f"Accepted, without effect: {ignored}.", 100)
-    return parse(Settings[method.knobs], flags, prog, f"{about}\n\n{note}", examples), method, flags
+    settings_type = cast(Any, Settings)[method.knobs]
+    ignored = "\n".join(f"  --{flag}: {reason}" for flag, reason in ignored_flags(settings_type).items())
+    about = f"{about}\n\nAccepted without effect:\n{ignored}"
+    return parse(settings_type, flags, prog, about, examples), method, flags
 
 
-def take_method(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
-    """Take `--method NAME` out of the flags."""
+def split_method(argv: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """Split flags into the name given by `--method NAME`, or `default`, and the rest."""
     rest = list(argv)
     for i, flag in enumerate(rest):
         if flag == "--method" and i + 1 < len(rest):

@@ -1,4 +1,4 @@
-"""`tvl-align world`: write a synthetic data set."""
+"""`tvl-align world`: write a synthetic data set in the TVL format."""
 
 import os
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ EXAMPLES = ("tvl-align world --out world", "tvl-align world --out small --train 
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """Write a synthetic data set in the TVL format, with its ground truth in factors.csv."""
+    """Write a synthetic data set in the TVL format, with the ground-truth factors in factors.csv."""
 
     out: Path
-    """New or empty folder to write to."""
+    """Folder for the data set; new or empty."""
     train: int = 5000
-    """Training samples."""
+    """Number of training samples."""
     test: int = 1000
-    """Test samples."""
+    """Number of test samples."""
     seed: int = 0
-    """The same seed gives the same bytes."""
+    """Random seed; the same seed writes identical files."""
     image_size: int = 64
-    """Side of the surface, in pixels."""
+    """Side of the rendered surface, in pixels."""
     workers: int = os.cpu_count() or 1
-    """Processes that draw and write; they do not change the bytes."""
+    """Parallel processes; the files do not depend on their number."""
 
 
 def run(argv: Sequence[str]) -> None:

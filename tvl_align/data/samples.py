@@ -1,7 +1,8 @@
-"""Rows of a split -> what encoders take: images, sentences, masks. Used to fill a store and to encode on the fly.
+"""A PyTorch data set over the rows of a split: the images and sentences that the encoders take as input.
 
-A view is a number: 0 is plain (and the only one of validation and test), 1, 2, ... are augmented, each drawn from the
-seed, the row's name and the view alone. Neither the order of files, nor workers, nor processes change a draw.
+Views are numbered. View 0 is the plain one; validation and test have no other. Views 1, 2, ... are augmented. The
+augmentation of a view depends only on the seed, the name of the row and the number of the view. The order of files, the
+number of workers and the number of processes do not change it.
 """
 
 import random
@@ -20,7 +21,7 @@ from tvl_align.data.tvl import Row, TVLData, locate
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Everything that shapes sentences."""
+    """Options of the sentences: the prompt before the adjectives, random order, {word: synonyms} for random replacement."""
 
     prompt: str = PROMPT
     shuffle: bool = False
@@ -28,21 +29,23 @@ class TextOptions:
 
 
 def find_synonyms(root: Path, keep: int | None) -> dict[str, list[str]]:
+    """Read `ssvtp/synonyms.json` of the data folder `root`: {word: its first `keep` synonyms}, {} without the file."""
     return read_synonyms(locate(root, "ssvtp") / "synonyms.json", keep)
 
 
 @dataclass(frozen=True)
 class Views:
-    """The images of one view of a row, and {modality: reason} for those that cannot be used."""
+    """One view of a row. images: {modality: (3, S, S)}. faults: {modality: reason} of every image that cannot be used."""
 
     images: dict[str, Tensor]
     faults: dict[str, str]
 
 
 class Samples(Dataset[Views]):
-    """The images and sentences of some rows. Indexing with (row, view) loads the images of a view; row -1 has none.
+    """Images and sentences of the rows of a split.
 
-    dropped: rows that the reader of the data folder left out, by reason.
+    `samples[row, view]` loads the images of one view. Row -1 has no images. `dropped` counts the rows that the reader of the
+    data folder removed, by reason.
     """
 
     def __init__(
@@ -60,32 +63,33 @@ class Samples(Dataset[Views]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, job: tuple[int, int]) -> Views:
-        row, view = job
+    def __getitem__(self, index: tuple[int, int]) -> Views:
+        row, view = index
         if row < 0:
             return Views({}, {})
-        return Views(*self.images(self.rows[row], self._draw(row, view, "picture") if view else None))
+        return Views(*self.images(self.rows[row], self._view_seed(row, view, "picture") if view else None))
 
     def sentence(self, row: int, view: int) -> str | None:
-        """The sentence of a view; None where the row has no caption."""
+        """The sentence of a view, None if the row has no caption."""
         caption = self.rows[row].caption
         if caption is None:
             return None
         if not view:
             return evaluation_text(caption, self.text.prompt)
-        rng = random.Random(self._draw(row, view, "text"))
+        rng = random.Random(self._view_seed(row, view, "text"))
         return training_text(caption, self.text.prompt, rng, self.text.shuffle, self.text.synonyms)
 
     def caption_ids(self) -> Tensor:
-        """(N,) int64: equal for rows whose captions say the same; rows without a caption are equal to none."""
-        known: dict[str, int] = {}
+        """(N,) int64. Rows with the same set of adjectives share an id; a row without a caption has an id of its own."""
+        ids: dict[str, int] = {}
         keys = [caption_key(r.caption) if r.caption else f"\0{i}" for i, r in enumerate(self.rows)]
-        return torch.tensor([known.setdefault(key, len(known)) for key in keys], dtype=torch.int64)
+        return torch.tensor([ids.setdefault(key, len(ids)) for key in keys], dtype=torch.int64)
 
-    def _draw(self, row: int, view: int, what: str) -> int:
-        return random.Random(f"{self.seed}|{what}|{self.rows[row].name}|{view}").getrandbits(62)
+    def _view_seed(self, row: int, view: int, purpose: str) -> int:
+        return random.Random(f"{self.seed}|{purpose}|{self.rows[row].name}|{view}").getrandbits(62)
 
 
 def make_samples(data: TVLData, images: ImageOptions, text: TextOptions, seed: int) -> dict[str, Samples]:
+    """The samples of the splits train, val and test. `seed` determines the augmented views."""
     splits = ("train", "val", "test")
     return {name: Samples(data.root, data.split(name), images, text, seed, data.dropped) for name in splits}

@@ -1,41 +1,42 @@
-"""Photos and touch images in each other's folders, told from how images of either kind look."""
+"""Detect groups whose photo and touch folders are swapped, from the colour statistics of their images."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-LEAST_GROUPS = 3  # of fewer one cannot say which are the odd ones
+MIN_GROUPS = 3  # with fewer groups the medians do not tell which group is the outlier
 
 
 def swapped_groups(groups: Sequence[str], vision: Tensor, tactile: Tensor) -> list[str]:
-    """Names of the groups (trajectories) whose photos look like touch images and the other way round.
+    """Names of the groups (trajectories) whose photos and touch images appear to be swapped, sorted.
 
-    vision, tactile (N, F): what rows look like; NaN where a row has no such image. The median look of either kind over
-    all groups is what it should be; a group is suspected where it is less than half as far from the other kind's as from its
-    own. Where most groups are swapped, the others are named.
+    groups: the group of each of the N rows. vision, tactile: (N, F) float32 statistics of the photo and the touch image of
+    each row; NaN where a row has no such image. The reference of a modality is the median of its group means. A group is
+    reported if its distance to the references of the other modality is less than half the distance to its own. If most
+    groups are swapped, the correct ones are reported instead.
     """
     names = sorted(set(groups))
-    if len(names) < LEAST_GROUPS:
+    if len(names) < MIN_GROUPS:
         return []
-    where = {name: i for i, name in enumerate(names)}
-    place = torch.tensor([where[g] for g in groups])
-    looks = []
-    for kind in (vision, tactile):
-        real = ~kind.isnan().any(1)
-        sums = torch.zeros(len(names), kind.shape[1]).index_add_(0, place[real], kind[real])
-        looks.append(sums / torch.bincount(place[real], minlength=len(names))[:, None])
-    whole = ~torch.cat(looks, dim=1).isnan().any(1)
-    if int(whole.sum()) < LEAST_GROUPS:
+    position = {name: i for i, name in enumerate(names)}
+    group_ids = torch.tensor([position[g] for g in groups])
+    means = []
+    for statistics in (vision, tactile):
+        valid = ~statistics.isnan().any(1)
+        sums = torch.zeros(len(names), statistics.shape[1]).index_add_(0, group_ids[valid], statistics[valid])
+        means.append(sums / torch.bincount(group_ids[valid], minlength=len(names))[:, None])
+    complete = ~torch.cat(means, dim=1).isnan().any(1)  # groups with both modalities
+    if int(complete.sum()) < MIN_GROUPS:
         return []
-    photo, touch = (look[whole] for look in looks)
-    of_photos, of_touch = photo.median(0).values, touch.median(0).values
-    spread = torch.cat([(photo - of_photos).abs(), (touch - of_touch).abs()]).median(0).values + 1e-3
-    straight = _distance(photo, of_photos, spread) + _distance(touch, of_touch, spread)
-    crossed = _distance(photo, of_touch, spread) + _distance(touch, of_photos, spread)
-    kept = [name for name, there in zip(names, whole.tolist(), strict=True) if there]
-    return [name for name, odd in zip(kept, (crossed < straight / 2).tolist(), strict=True) if odd]
+    photo, touch = (mean[complete] for mean in means)
+    photo_median, touch_median = photo.median(0).values, touch.median(0).values
+    scale = torch.cat([(photo - photo_median).abs(), (touch - touch_median).abs()]).median(0).values + 1e-3
+    own = _distance(photo, photo_median, scale) + _distance(touch, touch_median, scale)
+    other = _distance(photo, touch_median, scale) + _distance(touch, photo_median, scale)
+    kept = [name for name, both in zip(names, complete.tolist(), strict=True) if both]
+    return [name for name, swapped in zip(kept, (other < own / 2).tolist(), strict=True) if swapped]
 
 
-def _distance(looks: Tensor, centre: Tensor, spread: Tensor) -> Tensor:
-    return ((looks - centre) / spread).square().mean(1).sqrt()
+def _distance(means: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    return ((means - centre) / scale).square().mean(1).sqrt()

@@ -1,8 +1,7 @@
-"""Readers for a TVL data folder: `ssvtp/` and `hct/` -> lists of rows, split for training, validation and test.
+"""Read a TVL data folder (Fu et al. 2024, arXiv:2402.13232): `ssvtp/` and `hct/` -> rows of training, validation and test.
 
-The CSV headers decide the columns. Rows come out sorted, so that the order of files on disk never matters. A row that
-cannot be used is dropped, counted and reported with its reason; a caption or modality that is merely absent is kept as
-None and later becomes a mask.
+Columns of CSV files are found by their header. Rows are sorted, so that the order of files on disk does not matter. Rows
+that cannot be used are dropped and counted by reason. A caption or modality that a row lacks is None; it is masked later.
 """
 
 import csv
@@ -22,17 +21,22 @@ from tvl_align.data.text import adjectives
 from tvl_align.system.console import UserError
 
 DATASETS = ("ssvtp", "hct")
-CROP_FRACTION = math.sqrt(2) * 0.18  # the side of the cropped part over the longer side of the photo
+CROP_FRACTION = math.sqrt(2) * 0.18  # side of the crop / longer side of the photo
 VAL_FRACTION = 0.1
 NOT_CONTACT_CAPTION = "background"
 IN_TEST = "training row is in the official test split"
-HARMLESS = (IN_TEST, "duplicate of another row")
+DUPLICATE = "duplicate of another row"
+EXPECTED = (IN_TEST, DUPLICATE)  # reasons that do not count as bad rows
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample. Paths are relative to the data folder and in POSIX form; None means the row lacks it."""
+    """One sample.
+
+    vision, tactile, background: POSIX paths relative to the data folder, None if the row has no such image. background: the
+    touch image without contact. group: rows of a group are never split apart. contact: whether the sensor touches something.
+    """
 
     dataset: str
     vision: str | None
@@ -44,13 +48,13 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What identifies the row in stores and label files."""
+        """The identifier of the row in feature stores and label files: the path of its photo, else of its touch image."""
         return self.vision or self.tactile or ""
 
 
 @dataclass
 class TVLData:
-    """The rows of a data folder by split, and what was left out (reason -> count)."""
+    """The rows of a data folder by split. dropped: number of dropped rows by reason."""
 
     root: Path
     train: list[Row]
@@ -59,15 +63,16 @@ class TVLData:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def split(self, name: str) -> list[Row]:
+        """The rows of "train", "val" or "test"."""
         return {"train": self.train, "val": self.val, "test": self.test}[name]
 
 
 def locate(folder: Path, dataset: str) -> Path:
-    """`folder/dataset`, or `folder/dataset/dataset` where the archive was unpacked one level too deep."""
+    """The folder of a data set: `folder/dataset`, or `folder/dataset/dataset` if it was unpacked one level too deep."""
     outer, inner = folder / dataset, folder / dataset / dataset
     direct = (outer / "train.csv").is_file() or any(sub != inner for sub in _data_folders(outer))
     if _is_dataset(inner) and not direct:
-        log.warning("using %s: the data lie one level deeper than expected", inner)
+        log.warning("using %s: the data are one level deeper than expected", inner)
         return inner
     return outer
 
@@ -84,17 +89,20 @@ def _data_folders(folder: Path) -> Iterator[Path]:
 
 
 def find_root(datasets_dir: Path, datasets: Sequence[str]) -> Path:
-    """The folder that holds `ssvtp/` and `hct/`: the given one, or its only sub-folder that does."""
+    """The folder that contains `ssvtp/` and `hct/`: the given folder, its only such sub-folder, or its parent.
+
+    Raises UserError if there is none.
+    """
     if not datasets_dir.is_dir():
-        raise UserError(f"no such folder: {datasets_dir}; --datasets_dir must hold {' and '.join(datasets)}.")
+        raise UserError(f"no such folder: {datasets_dir}; --datasets_dir must contain {' and '.join(datasets)}.")
     if any((datasets_dir / name).is_dir() for name in datasets):
         return datasets_dir
     deeper = [d for d in sorted(datasets_dir.iterdir()) if any((d / name).is_dir() for name in datasets)]
     if len(deeper) == 1:
-        log.warning("using %s: the data lie one level deeper than expected", deeper[0])
+        log.warning("using %s: the data are one level deeper than expected", deeper[0])
         return deeper[0]
     if datasets_dir.name in datasets and _is_dataset(datasets_dir):
-        log.warning("using %s: --datasets_dir names the folder of a data set itself", datasets_dir.parent)
+        log.warning("using %s: --datasets_dir is the folder of a single data set", datasets_dir.parent)
         return datasets_dir.parent
     found = ", ".join(sorted(p.name for p in datasets_dir.iterdir() if p.is_dir())) or "nothing"
     wanted = " or ".join(f"{name}/" for name in datasets)
@@ -103,19 +111,19 @@ def find_root(datasets_dir: Path, datasets: Sequence[str]) -> Path:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much of the data may be bad. `strict`: nothing; else at most a share of the rows, left out and counted."""
+    """How many bad rows are accepted. strict: none. Otherwise at most the fraction `max_skipped` of the rows is skipped."""
 
     strict: bool = False
     max_skipped: float = 0.05
 
-    def check(self, bad: int, of: int, why: str) -> None:
-        """Raises UserError where `bad` of `of` rows are too many."""
+    def check(self, bad: int, total: int, reason: str) -> None:
+        """Raise UserError if `bad` of `total` rows are too many."""
         if bad and self.strict:
-            raise UserError(f"{why}, and --strict allows no bad row; mend it or leave --strict out.")
-        if bad > self.max_skipped * of:
+            raise UserError(f"{reason}, and --strict allows no bad row; fix the row or leave out --strict.")
+        if bad > self.max_skipped * total:
             raise UserError(
-                f"{bad} of {of} rows are bad, more than {self.max_skipped:.0%} (for example: {why}); mend the data, or "
-                "allow more with --max_skipped."
+                f"{bad} of {total} rows are bad, more than {self.max_skipped:.0%} (for example: {reason}); fix the data or "
+                "raise --max_skipped."
             )
 
 
@@ -127,63 +135,64 @@ def read_tvl(
     percent_not_contact: float = 0.1,
     tolerance: Tolerance | None = None,
 ) -> TVLData:
-    """Read a TVL folder.
+    """Read the rows of a TVL data folder.
 
-    Train and validation are split by group first; only then are not-in-contact rows added, to training alone, at most
-    `percent_not_contact` (a fraction, 0.1 = one in ten) of the training rows. Rows of the official test split never
-    train. Raises UserError when the folder, a data set or a needed column is missing.
+    Training and validation are split by group (10% of the rows validate). Then, with `use_not_contact`, not-in-contact rows
+    are added to training only: at most the fraction `percent_not_contact` (0.1 = 10%) of the training rows. Rows of the
+    official test split are removed from training and validation. Raises UserError if the folder, a data set or a required
+    column is missing, or if more rows are bad than `tolerance` accepts.
     """
     unknown = [name for name in datasets if name not in DATASETS]
     if unknown:
         raise UserError(f"unknown data set {unknown[0]!r}: --datasets takes {' and '.join(DATASETS)}.")
     root = find_root(Path(datasets_dir), datasets)
     data = TVLData(root, [], [], [])
-    trainable: list[Row] = []
-    idle: list[Row] = []
+    train_val: list[Row] = []
+    not_contact: list[Row] = []
     for dataset in datasets:
         if not (root / dataset).is_dir():
-            raise UserError(f"{root} has no {dataset}/; leave {dataset} out of --datasets or add the folder.")
+            raise UserError(f"{root} has no {dataset}/; add the folder or leave {dataset} out of --datasets.")
         folder = locate(root, dataset)
         if dataset == "ssvtp":
-            trainable += _checked(_read_ssvtp(root, folder, "train"), data)
-            data.test += _checked(_read_ssvtp(root, folder, "test"), data)
+            train_val += _usable(_read_ssvtp(root, folder, "train"), data)
+            data.test += _usable(_read_ssvtp(root, folder, "test"), data)
             continue
         if not any(_data_folders(folder)):
-            raise UserError(f"{folder} has no sub-folder with a contact.json or train.csv; is this HCT's folder?")
+            raise UserError(f"{folder} has no sub-folder with a contact.json or train.csv; check that it is HCT's folder.")
         for sub in _data_folders(folder):
-            trainable += _checked(_read_hct(root, sub, "train"), data)
-            data.test += _checked(_read_hct(root, sub, "test"), data)
-            idle += _checked(_read_not_contact(root, sub), data) if use_not_contact else []
-    for rows in (trainable, data.test, idle):
+            train_val += _usable(_read_hct(root, sub, "train"), data)
+            data.test += _usable(_read_hct(root, sub, "test"), data)
+            not_contact += _usable(_read_not_contact(root, sub), data) if use_not_contact else []
+    for rows in (train_val, data.test, not_contact):
         rows.sort(key=lambda row: (row.dataset, row.name, row.tactile or "", row.caption or ""))
-    tested = {row.name for row in data.test}
-    kept = [row for row in trainable if row.name not in tested]
-    data.dropped[IN_TEST] += len(trainable) - len(kept)
+    test_names = {row.name for row in data.test}
+    kept = [row for row in train_val if row.name not in test_names]
+    data.dropped[IN_TEST] += len(train_val) - len(kept)
     data.train, data.val = grouped_split(kept, VAL_FRACTION, seed)
-    idle = [row for row in idle if row.name not in tested]
-    count = min(len(idle), int(len(data.train) * percent_not_contact))
-    data.train += sorted(random.Random(seed).sample(idle, count), key=lambda row: row.name)
+    not_contact = [row for row in not_contact if row.name not in test_names]
+    count = min(len(not_contact), int(len(data.train) * percent_not_contact))
+    data.train += sorted(random.Random(seed).sample(not_contact, count), key=lambda row: row.name)
     data.dropped = Counter({reason: n for reason, n in sorted(data.dropped.items()) if n})
     for reason, n in data.dropped.items():
         log.warning("dropped %d rows: %s", n, reason)
-    bad = Counter({reason: n for reason, n in data.dropped.items() if reason not in HARMLESS})
+    bad = Counter({reason: n for reason, n in data.dropped.items() if reason not in EXPECTED})
     if bad:
         total = len(data.train) + len(data.val) + len(data.test) + bad.total()
-        most, _ = bad.most_common(1)[0]
-        (tolerance or Tolerance()).check(bad.total(), total, f"{root} has {bad.total()} such rows, {most}")
+        reason, _ = bad.most_common(1)[0]
+        (tolerance or Tolerance()).check(bad.total(), total, f"{root} has {bad.total()} bad rows, most often: {reason}")
     if not data.train:
-        raise UserError(f"{root} has no usable training row; the reasons are listed above.")
+        raise UserError(f"{root} has no usable training row; fix the reasons that are logged above.")
     return data
 
 
-def _checked(rows: Iterator[Row | str], data: TVLData) -> list[Row]:
-    """Keep rows that can be used; count the others (strings are reasons) under their reason."""
+def _usable(rows: Iterator[Row | str], data: TVLData) -> list[Row]:
+    """The rows that can be used. The others are counted in `data.dropped`; a string in `rows` is the reason of a bad row."""
     kept: list[Row] = []
     seen: set[Row] = set()
     for row in rows:
-        reason = row if isinstance(row, str) else _fault(row, data.root)
+        reason = row if isinstance(row, str) else _reject_reason(row, data.root)
         if reason is None and row in seen:
-            reason = "duplicate of another row"
+            reason = DUPLICATE
         if reason is None:
             assert isinstance(row, Row)
             seen.add(row)
@@ -193,46 +202,50 @@ def _checked(rows: Iterator[Row | str], data: TVLData) -> list[Row]:
     return kept
 
 
-def _fault(row: Row, root: Path) -> str | None:
+def _reject_reason(row: Row, root: Path) -> str | None:
     present = (row.vision is not None) + (row.tactile is not None) + (row.caption is not None)
     if present < 2:
         return "fewer than two modalities"
     for kind, path in (("vision", row.vision), ("tactile", row.tactile), ("background", row.background)):
         if path is not None and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
-            return f"{kind} path leaves the data folder"
+            return f"{kind} path is outside the data folder"
     for modality, path in (("vision", row.vision), ("tactile", row.tactile)):
         if path is None:
             continue
         if "\0" in path:
-            return f"{modality} path holds a NUL"
+            return f"{modality} path contains a NUL character"
         try:
-            there = (root / path).is_file()
-        except OSError:  # no permission, a name that is too long
-            return f"{modality} file cannot be reached"
-        if not there:
+            exists = (root / path).is_file()
+        except OSError:  # no permission, name too long
+            return f"{modality} file cannot be accessed"
+        if not exists:
             return f"{modality} file is missing"
     return None
 
 
-def _read_csv(path: Path, needed: Sequence[str]) -> list[dict[str, str] | str]:
-    """Rows of a CSV by column name, or the reason why one is of no use; an error about a missing column lists the header."""
+def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str] | str]:
+    """The rows of a CSV file as {column: cell}, or the reason why a row cannot be used.
+
+    Raises UserError if a required column is missing or the file is not UTF-8 CSV.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = [(name or "").strip() for name in reader.fieldnames or ()]
             reader.fieldnames = header
-            for column in needed:
+            for column in required:
                 if column not in header:
-                    raise UserError(f"{path} has no column {column!r} (its header: {', '.join(header) or 'empty'}).")
+                    found = ", ".join(header) or "empty"
+                    raise UserError(f"{path} has no column {column!r} (its header: {found}); add the column.")
             return [_cells(row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a UTF-8 CSV file ({error}); save it as UTF-8.") from error
 
 
 def _cells(row: dict[str | None, Any]) -> dict[str, str] | str:
-    """A CSV row by column; a reason where it has more or fewer cells than the header, so that none can be trusted."""
+    """A CSV row as {column: cell}, or the reason if it has more or fewer cells than the header has columns."""
     if None in row:
-        return "more cells than columns: a caption with commas needs quotes"
+        return "more cells than columns; a caption with commas needs quotes"
     if None in row.values():
         return "fewer cells than columns"
     return {str(k): v.strip() for k, v in row.items()}
@@ -246,7 +259,7 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
     path = folder / f"{split}.csv"
     if not path.is_file():
         if split == "train":
-            raise UserError(f"{path} is missing; SSVTP needs a train.csv with the columns url, tactile, caption.")
+            raise UserError(f"{path} is missing; add SSVTP's train.csv with the columns url, tactile, caption.")
         return
     prefix = folder.relative_to(root).as_posix()
     for cells in _read_csv(path, ["url"]):
@@ -258,7 +271,7 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
         if number is None:
             yield "SSVTP photo is not named image_<N>_rgb"
             continue
-        # Only the file's own relative name is looked at: a folder above it may well be called rgb too.
+        # Derived from the file name only: a folder of the path may contain "rgb" too.
         derived = f"images_tac/image_{number[1]}_tac{PurePosixPath(url).suffix}"
         tactile = cells.get("tactile", derived)
         caption = cells.get("caption") or _first_line(folder / "text" / f"labels_{number[1]}.txt")
@@ -281,7 +294,7 @@ def _join(prefix: str, relative: str) -> str | None:
     if not relative:
         return None
     if PurePosixPath(relative).is_absolute():
-        return relative  # refused by _fault, which names the reason
+        return relative  # _reject_reason drops the row
     return f"{prefix}/{PurePosixPath(relative)}"
 
 
@@ -324,7 +337,10 @@ def _hct_row(
 
 
 def _read_pairs(path: Path) -> list[tuple[str, str, str]]:
-    """`contact.json`: parallel lists -> (vision, tactile, background) triples."""
+    """Read `contact.json` or `not_contact.json`, parallel lists of paths -> (vision, tactile, background) triples.
+
+    Raises UserError if the lists are missing or differ in length.
+    """
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
         vision, tactile = lists["vision"], lists["tactile"]
@@ -332,15 +348,18 @@ def _read_pairs(path: Path) -> list[tuple[str, str, str]]:
         if not all(isinstance(x, list) for x in (vision, tactile, background)):
             raise TypeError("not lists")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} must hold the lists vision and tactile ({error!r}).") from error
+        raise UserError(f"{path} must contain the lists vision and tactile ({error!r}).") from error
     if not len(vision) == len(tactile) == len(background):
         sizes = f"{len(vision)} vision, {len(tactile)} tactile, {len(background)} background"
-        raise UserError(f"{path} holds lists of different lengths ({sizes}); they must be parallel.")
+        raise UserError(f"{path} has lists of different lengths ({sizes}); they must be parallel.")
     return list(zip(map(str, vision), map(str, tactile), map(str, background), strict=True))
 
 
 def background_file(root: Path, row: Row) -> Path | None:
-    """The idle touch image of a row: its own, or the nearest `digit_background.png` above it; None if there is none."""
+    """The touch image without contact that is subtracted from the row's touch image.
+
+    The row's own background, else the nearest `digit_background.png` in a parent folder, else None.
+    """
     if row.background and (root / row.background).is_file():
         return root / row.background
     if row.tactile:

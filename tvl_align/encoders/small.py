@@ -1,8 +1,8 @@
-"""The small encoders of the synthetic world: vision transformers on a convolutional stem.
+"""Small encoders for the synthetic data: vision transformers with a convolutional stem (Xiao et al. 2021, arXiv:2106.14881).
 
-Early convolutions let small transformers see textures after minutes of training instead of hours (Xiao et al. 2021,
-arXiv:2106.14881). Two forms: a timm model named `conv_stem_vit_64` for OpenCLIP's vision tower (config `TVL-small`), and
-overrides of a timm ViT, stored in the checkpoint, for touch.
+With early convolutions a small ViT learns textures in minutes instead of hours. For vision this is the timm model
+`conv_stem_vit_64`, used by the OpenCLIP config `TVL-small`. For touch it is a timm ViT with overrides that are saved in the
+checkpoint.
 """
 
 from functools import partial
@@ -21,10 +21,10 @@ SMALL_TOUCH: dict[str, Any] = {"img_size": 64, "embed_dim": 192, "depth": 4, "co
 
 
 def touch_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
-    """Plain numbers from a checkpoint -> arguments of `timm.create_model`.
+    """The `tactile_overrides` of a checkpoint -> keyword arguments of `timm.create_model`.
 
-    `conv_stem`: channels of a stem of stride-2 3x3 convolutions in place of the patch embedding; all other entries are
-    timm's own (img_size, embed_dim, depth, num_heads, patch_size).
+    `conv_stem` lists the channels of 3x3 convolutions with stride 2 that replace the patch embedding. All other entries are
+    arguments of timm (img_size, embed_dim, depth, num_heads, patch_size).
     """
     arguments = dict(overrides)
     channels = arguments.pop("conv_stem", None)
@@ -36,13 +36,13 @@ def touch_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
 
 @register_model
 def conv_stem_vit_64(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A 64-pixel ViT of the size of `SMALL_TOUCH`, under a name that OpenCLIP configs can use. It has no weights."""
+    """The ViT of `SMALL_TOUCH` for images of 64 pixels, registered in timm for OpenCLIP configs. No pretrained weights."""
     assert not pretrained
     return timm.create_model("vit_tiny_patch16_224", **(touch_overrides(SMALL_TOUCH) | kwargs))
 
 
 def register_small_clip() -> None:
-    """Make `TVL-small` known to OpenCLIP; calling it again changes nothing."""
+    """Register the model config `TVL-small` in OpenCLIP. Repeated calls have no effect."""
     import open_clip
 
     open_clip.add_model_config(CLIP_CONFIGS)

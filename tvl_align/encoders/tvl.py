@@ -1,10 +1,10 @@
 """The frozen Stage-1 encoders: OpenCLIP for vision and text, a timm model for touch, loaded from a TVL checkpoint.
 
-Nothing here is ever random by accident: every missing or unexpected key is an error that names the key.
+Checkpoints are loaded strictly: a missing or unexpected key is an error that names the key, so no weight stays random.
 
-Both outputs are read through the libraries' own `forward_intermediates`: pooled L2-normalised features (B, E), and token
-sequences (B, T, W): the pooled token first, then the patch grid averaged to at most 4 x 4, row by row; for text, the
-tokens up to the end token.
+Each encoder gives L2-normalised pooled features (B, E) and a token sequence (B, T, W), both from `forward_intermediates` of
+its library. For images the sequence is the pooled token, then the patch grid average-pooled to at most 4 x 4 in row-major
+order. For text it is the tokens up to and including the end token.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TOUCH_MODELS = {
     "vit_base": "vit_base_patch16_224",
     "resnet18": "resnet18",
 }
-GRID = 4
+GRID = 4  # side of the average-pooled patch grid
 FeatureKind = Literal["tokens", "pooled"]
 
 
@@ -47,22 +47,22 @@ class Stage1Config:
     """The frozen encoders."""
 
     stage1_checkpoint: Path | None = None
-    """TVL checkpoint (.pth) with the touch encoder; needed unless --store is given."""
+    """TVL checkpoint (.pth) with the touch encoder; required unless --store is given."""
     tactile_model: str = "vit_tiny_patch16_224"
     """Touch encoder of the checkpoint: vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224 or resnet18."""
     common_latent_dim: int | None = None
-    """Width of the common latent space where Stage 1 was trained with one; default: what the checkpoint says."""
+    """Width of Stage 1's common latent space, if it has one; default: the value in the checkpoint."""
     clip_vision_model: str | None = None
-    """OpenCLIP model; default: what the checkpoint names, else ViT-L-14."""
+    """OpenCLIP model; default: the model named in the checkpoint, else ViT-L-14."""
     clip_pretrain_data: str | None = None
-    """OpenCLIP weights, a tag or a local file; default: what the checkpoint names, else datacomp_xl_s13b_b90k."""
+    """OpenCLIP weights, a tag or a local file; default: those named in the checkpoint, else datacomp_xl_s13b_b90k."""
     features: FeatureKind = "tokens"
-    """What registers attend to: token sequences, or the one pooled vector of each modality."""
+    """Input of the registers: the token sequence or the one pooled vector of each modality."""
     enable_flash_attention2: tyro.conf.Suppress[Annotated[bool, Ignored("PyTorch's fused attention is always used")]] = False
 
 
 def touch_model_name(name: str) -> str:
-    """The timm name of a touch model, short or long; anything else is an error."""
+    """The timm name of a touch model, given in its short or long form. Raises UserError for any other name."""
     full = TOUCH_MODELS.get(name, name)
     if full not in TOUCH_MODELS.values():
         raise UserError(f"unknown touch model {name!r}: --tactile_model takes {', '.join(TOUCH_MODELS.values())}.")
@@ -70,7 +70,15 @@ def touch_model_name(name: str) -> str:
 
 
 class Stage1(nn.Module):
-    """Vision, touch and text encoders behind one interface. `freeze()` makes it the frozen Stage 1 for good."""
+    """The vision, touch and text encoders of Stage 1.
+
+    clip: an OpenCLIP model. tokenizer: its tokenizer. tactile_encoder: a timm model. common_latent_dim: width of a linear
+    head per modality on top of the pooled features, None for no heads. features: "tokens", or "pooled" for sequences that
+    consist of the pooled vector only. modalities: those that `encode` computes.
+    """
+
+    clip: Any  # torch types the attributes of a submodule as Tensor | Module
+    tactile_encoder: Any
 
     def __init__(
         self,
@@ -84,35 +92,38 @@ class Stage1(nn.Module):
         super().__init__()
         self.clip, self.tokenizer, self.tactile_encoder = clip, tokenizer, tactile_encoder
         self.features, self.modalities = features, tuple(modalities)
-        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), as CLIP starts
-        clip_width = clip.text_projection.shape[-1]
-        widths = {"vision": clip_width, "text": clip_width, "tactile": tactile_encoder.num_features}
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), the initial value of CLIP
+        clip_width = self.clip.text_projection.shape[-1]
+        widths = {"vision": clip_width, "text": clip_width, "tactile": self.tactile_encoder.num_features}
         heads = {m: nn.Linear(w, common_latent_dim, bias=False) for m, w in widths.items()} if common_latent_dim else {}
         self.modality_heads = nn.ModuleDict(heads)
         self.frozen = False
-        self.to(memory_format=torch.channels_last)  # convolutions of small encoders are a tenth faster so
+        self.to(memory_format=torch.channels_last)  # 10% faster convolutions in the small encoders
 
     def freeze(self) -> "Stage1":
-        """Evaluation mode and no gradients, for good: a later `train()` changes nothing."""
+        """Set evaluation mode and disable gradients. A later `train()` has no effect."""
         self.frozen = True
         return self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "Stage1":
+        """Set training mode, unless the encoders are frozen."""
         return super().train(mode and not self.frozen)
 
     @property
     def photo_size(self) -> int:
+        """Side of the vision encoder's input in pixels."""
         size = self.clip.visual.image_size
         return int(size if isinstance(size, int) else size[0])
 
     @property
     def touch_size(self) -> int:
+        """Side of the touch encoder's input in pixels."""
         embed = getattr(self.tactile_encoder, "patch_embed", None)
         return int(embed.img_size[0]) if embed is not None else 224
 
     @cached_property
     def specs(self) -> dict[str, FeatureSpec]:
-        """The shapes of what `encode` returns, found by encoding one blank row; text may have up to its context length."""
+        """{modality: shapes of its features}, found by encoding one blank row. For text `tokens` is the context length."""
         device = self.logit_scale.device
         ids = self.tokenize(["blank"]).to(device)
         blank: Batch = {
@@ -121,23 +132,26 @@ class Stage1(nn.Module):
             "text": ids,
         }
         specs = {}
-        for name, read in self.encode({name: blank[name] for name in self.modalities}).modalities.items():
-            longest = ids.shape[1] if name == "text" and self.features == "tokens" else read.tokens.shape[1]
-            specs[name] = FeatureSpec(read.tokens.shape[2], longest, read.pooled.shape[1])
+        for name, encoded in self.encode({name: blank[name] for name in self.modalities}).modalities.items():
+            length = ids.shape[1] if name == "text" and self.features == "tokens" else encoded.tokens.shape[1]
+            specs[name] = FeatureSpec(encoded.tokens.shape[2], length, encoded.pooled.shape[1])
         return specs
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        """Sentences -> (B, L) int64 token ids, cut after the context length of the text encoder."""
+        """Sentences -> (B, L) int64 token ids, truncated to the context length L of the text encoder."""
         return self.tokenizer(list(sentences))
 
     def encode(self, batch: Batch) -> Features:
-        """Raw inputs -> Features. Modalities missing from the batch are missing from the result."""
+        """Encode a batch of raw inputs. Modalities that the batch lacks are absent from the result.
+
+        Raises UserError if the batch has none of the modalities.
+        """
         names = [name for name in self.modalities if name in batch]
         if not names:
-            raise UserError(f"the batch holds none of {', '.join(self.modalities)}; it holds {', '.join(batch)}.")
-        readers = {"vision": self.read_vision, "tactile": self.read_touch, "text": self.read_text}
+            raise UserError(f"the batch has none of {', '.join(self.modalities)}; it has {', '.join(batch)}.")
+        encoders = {"vision": self.encode_vision, "tactile": self.encode_touch, "text": self.encode_text}
         with torch.no_grad() if self.frozen else nullcontext():
-            tokens = {name: self._pack(*readers[name](batch[name])) for name in names}
+            tokens = {name: self._tokens(*encoders[name](batch[name])) for name in names}
         rows = torch.arange(len(batch[names[0]]), device=self.logit_scale.device)
         if "present" in batch:
             tokens = {m: Tokens(t.tokens, t.mask, t.pooled, batch["present"][m]) for m, t in tokens.items()}
@@ -147,40 +161,43 @@ class Stage1(nn.Module):
             keys = (rows if equal is None else equal.int().argmax(1))[:, None]
         return Features(tokens, keys, rows)
 
-    def _pack(self, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tokens:
+    def _tokens(self, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tokens:
         if self.features == "pooled":
             tokens, mask = pooled[:, None], mask.new_ones(len(mask), 1)
         return Tokens(tokens, mask, pooled, mask.new_ones(len(mask)))
 
-    def read_vision(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) -> tokens (B, 1 + <=16, W), mask, pooled (B, E)."""
-        read = self.clip.visual.forward_intermediates(
+    def encode_vision(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, S, S) -> tokens (B, 1 + <=16, W), mask (B, 1 + <=16) bool, pooled features (B, E)."""
+        outputs = self.clip.visual.forward_intermediates(
             images, indices=1, normalize_intermediates=True, output_fmt="NCHW", output_extra_tokens=True
         )
-        prefix = read.get("image_intermediates_prefix")
-        tokens = _sequence(read["image_intermediates"][-1], prefix[-1][:, :1] if prefix else None)
-        pooled = self._head("vision", F.normalize(read["image_features"], dim=-1))
+        prefix = outputs.get("image_intermediates_prefix")
+        tokens = _pooled_sequence(outputs["image_intermediates"][-1], prefix[-1][:, :1] if prefix else None)
+        pooled = self._head("vision", F.normalize(outputs["image_features"], dim=-1))
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool), pooled
 
-    def read_touch(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, 3, S, S) -> tokens (B, 1 + <=16, W), mask, pooled (B, E)."""
-        encoder: Any = self.tactile_encoder
+    def encode_touch(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, S, S) -> tokens (B, 1 + <=16, W), mask (B, 1 + <=16) bool, pooled features (B, E)."""
+        encoder = self.tactile_encoder
         final, grids = encoder.forward_intermediates(images, indices=1, norm=False, output_fmt="NCHW")
         pooled_token = encoder.forward_head(final, pre_logits=True)
-        # With global_pool="avg" timm normalises after pooling (fc_norm); the grid gets the same norm, token by token.
+        # With global_pool="avg" timm normalises after pooling (fc_norm); apply the same norm to every token of the grid.
         norm = getattr(encoder, "fc_norm", nn.Identity())
-        grid = norm(_sequence(grids[-1], None)[:, 1:])
+        grid = norm(_pooled_sequence(grids[-1], None)[:, 1:])
         tokens = torch.cat([pooled_token[:, None], grid], dim=1)
         pooled = self._head("tactile", F.normalize(encoder.forward_head(final), dim=-1))
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool), pooled
 
-    def read_text(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L) ids -> tokens (B, L', W), mask, pooled (B, E). L' ends at the longest sentence of the batch."""
-        read = self.clip.forward_intermediates(text=ids, text_indices=1, normalize_intermediates=True)
+    def encode_text(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids (B, L) -> tokens (B, L', W), mask (B, L') bool, pooled features (B, E).
+
+        L' is the length of the longest sentence of the batch, including its end token.
+        """
+        outputs = self.clip.forward_intermediates(text=ids, text_indices=1, normalize_intermediates=True)
         end = ids.argmax(-1)  # CLIP's end token has the largest id
         length = int(end.max()) + 1
         mask = torch.arange(length, device=ids.device) <= end[:, None]
-        return read["text_intermediates"][-1][:, :length], mask, self._head("text", read["text_features"])
+        return outputs["text_intermediates"][-1][:, :length], mask, self._head("text", outputs["text_features"])
 
     def _head(self, modality: str, pooled: Tensor) -> Tensor:
         if modality not in self.modality_heads:
@@ -188,7 +205,7 @@ class Stage1(nn.Module):
         return F.normalize(self.modality_heads[modality](pooled), dim=-1)
 
     def fingerprint(self) -> str:
-        """A hash of every weight and of the kind of features: two equal fingerprints encode alike."""
+        """SHA-256 of all weights, `features` and `modalities`. Encoders with equal fingerprints give equal features."""
         digest = hashlib.sha256(f"{self.features} {self.modalities} {GRID}".encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
@@ -196,11 +213,14 @@ class Stage1(nn.Module):
         return digest.hexdigest()
 
 
-def _sequence(grid: Tensor, pooled_token: Tensor | None) -> Tensor:
-    """(B, W, h, w) patch grid -> (B, 1 + <=16, W): the pooled token (the grid's mean if there is none), then the grid."""
+def _pooled_sequence(grid: Tensor, pooled_token: Tensor | None) -> Tensor:
+    """Patch grid (B, W, h, w) -> (B, 1 + <=16, W): the pooled token, then the average-pooled grid.
+
+    Without `pooled_token` (B, 1, W) the mean of the grid takes its place.
+    """
     height, width = grid.shape[-2:]
-    small = F.adaptive_avg_pool2d(grid, (min(GRID, height), min(GRID, width)))
-    tokens = rearrange(small, "b w y x -> b (y x) w")
+    pooled_grid = F.adaptive_avg_pool2d(grid, (min(GRID, height), min(GRID, width)))
+    tokens = rearrange(pooled_grid, "b w y x -> b (y x) w")
     first = grid.mean((-2, -1))[:, None] if pooled_token is None else pooled_token
     return torch.cat([first, tokens], dim=1)
 
@@ -216,23 +236,24 @@ def load_stage1(
 ) -> Stage1:
     """Load the frozen Stage 1 from a TVL checkpoint and an OpenCLIP model.
 
-    What the checkpoint names (`clip_vision_model`, and `clip_pretrain_data`, perhaps a weight file beside it) is the
-    default of the two CLIP arguments; TVL's ViT-L-14 is the default of that. Raises UserError for every mismatch.
+    `clip_vision_model` and `clip_pretrain_data` default to the values in the checkpoint, then to TVL's ViT-L-14.
+    `clip_pretrain_data` is a tag or a weight file; a relative path is resolved beside the checkpoint first. Raises UserError
+    if the checkpoint or the CLIP weights do not match the models.
     """
     path = Path(checkpoint)
     state, args = read_checkpoint(path)
-    named = touch_model_name(tactile_model)
+    requested = touch_model_name(tactile_model)
     saved = getattr(args, "tactile_model", None)
-    if saved is not None and TOUCH_MODELS.get(saved, saved) != named:
-        raise UserError(f"{path} holds the touch model {saved}, not {named}; give --tactile_model {saved}.")
+    if saved is not None and TOUCH_MODELS.get(saved, saved) != requested:
+        raise UserError(f"{path} has the touch model {saved}, not {requested}; give --tactile_model {saved}.")
     latent = common_latent_dim or getattr(args, "common_latent_dim", None)
     clip_name = clip_vision_model or getattr(args, "clip_vision_model", None) or CLIP_VISION_MODEL
     weights = clip_pretrain_data or getattr(args, "clip_pretrain_data", None) or CLIP_PRETRAIN_DATA
     if (path.parent / weights).is_file():
         weights = str(path.parent / weights)
-    clip = load_clip(clip_name, weights)
-    head = 0 if latent else clip.text_projection.shape[-1]
-    tactile = create_touch_encoder(named, head, getattr(args, "tactile_overrides", None) or {})
+    clip: Any = load_clip(clip_name, weights)
+    num_classes = 0 if latent else clip.text_projection.shape[-1]
+    tactile = create_touch_encoder(requested, num_classes, getattr(args, "tactile_overrides", None) or {})
     import open_clip
 
     stage1 = Stage1(clip, open_clip.get_tokenizer(clip_name), tactile, latent, features, modalities)
@@ -241,7 +262,10 @@ def load_stage1(
 
 
 def create_touch_encoder(name: str, num_classes: int, overrides: Mapping[str, Any]) -> nn.Module:
-    """A timm touch encoder as TVL makes it (`global_pool="avg"`), with random weights."""
+    """The timm touch encoder of TVL (`global_pool="avg"`) with random weights.
+
+    num_classes: width of its linear head, 0 for none. overrides: see `touch_overrides`. Raises UserError if they do not fit.
+    """
     try:
         return timm.create_model(name, num_classes=num_classes, global_pool="avg", **touch_overrides(dict(overrides)))
     except (TypeError, AssertionError, ValueError) as error:
@@ -249,26 +273,27 @@ def create_touch_encoder(name: str, num_classes: int, overrides: Mapping[str, An
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    """The `model` weights and `args` of a TVL checkpoint; nothing in the file is executed.
+    """The `model` weights and the `args` of a TVL checkpoint.
 
-    Only tensors, plain containers and `argparse.Namespace` are allowed (torch's `weights_only`).
+    No code in the file is executed: only tensors, plain containers and `argparse.Namespace` are loaded (`weights_only`).
+    Raises UserError for any other file.
     """
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; give --stage1_checkpoint a TVL checkpoint (.pth).")
     content = load_safely(path, [argparse.Namespace])
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{path} is not a TVL checkpoint: it has no 'model' entry with weights.")
+        raise UserError(f"{path} is not a TVL checkpoint: it has no entry 'model' with weights.")
     args = content.get("args")
     return content["model"], args if isinstance(args, argparse.Namespace) else argparse.Namespace()
 
 
 def load_clip(name: str, weights: str) -> nn.Module:
-    """An OpenCLIP model with the weights of a tag or a local file; anything but a full match is an error."""
-    import open_clip  # here, since reading stored features needs none of it, and it takes seconds to import
+    """An OpenCLIP model with pretrained weights, a tag or a local file. Raises UserError unless every weight matches."""
+    import open_clip  # takes seconds to import, and training on stored features does not need it
 
     register_small_clip()
     if open_clip.get_model_config(name) is None:
-        raise UserError(f"unknown OpenCLIP model {name!r}; --clip_vision_model takes a name of open_clip.list_models().")
+        raise UserError(f"unknown OpenCLIP model {name!r}; give --clip_vision_model a name of open_clip.list_models().")
     local = Path(weights).is_file()
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not local and weights not in tags:
@@ -277,41 +302,41 @@ def load_clip(name: str, weights: str) -> nn.Module:
     try:
         if not local:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # open_clip warns where it goes on with random weights
+                warnings.simplefilter("error")  # open_clip only warns when it falls back to random weights
                 return open_clip.create_model(name, pretrained=weights, require_pretrained=True)
         clip = open_clip.create_model(name, load_weights=False)
         open_clip.load_checkpoint(clip, weights, strict=True, weights_only=True)
         return clip
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        what = f"{weights} does not fit {name}" if local else f"the CLIP weights {weights!r} of {name} cannot be fetched"
+        what = f"{weights} does not fit {name}" if local else f"the CLIP weights {weights!r} of {name} cannot be downloaded"
         raise UserError(f"{what} ({reason}); give --clip_pretrain_data the path of a local weight file.") from error
 
 
 def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> None:
     own = {k: v for k, v in stage1.state_dict().items() if not k.startswith("clip.")}
-    state = {k: v for k, v in state.items() if k != "logit_bias"}  # read by no feature
+    state = {k: v for k, v in state.items() if k != "logit_bias"}  # no feature depends on it
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
         f"{k} {tuple(getattr(state[k], 'shape', ()))}, needs {tuple(own[k].shape)}"
         for k in sorted(own.keys() & state.keys())
         if not isinstance(state[k], Tensor) or state[k].shape != own[k].shape
     ]
-    kinds = [
+    dtypes = [
         f"{k} {state[k].dtype}, needs {own[k].dtype}"
         for k in sorted(own.keys() & state.keys())
         if isinstance(state[k], Tensor) and state[k].is_floating_point() != own[k].is_floating_point()
     ]
-    named = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes, "wrong kinds": kinds}
-    faults = [f"{kind}: {_few(keys)}" for kind, keys in named.items() if keys]
-    if faults:
+    mismatches = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes, "wrong dtypes": dtypes}
+    errors = [f"{kind}: {_first(keys)}" for kind, keys in mismatches.items() if keys]
+    if errors:
         raise UserError(
-            f"{path} does not fit these encoders, {'; '.join(faults)}; check --tactile_model and --common_latent_dim."
+            f"{path} does not fit these encoders, {'; '.join(errors)}; check --tactile_model and --common_latent_dim."
         )
     check_weights(dict(state), path)
-    stage1.load_state_dict(dict(state), strict=False)  # strict for all but the CLIP weights, just checked
+    stage1.load_state_dict(dict(state), strict=False)  # the keys above are complete; only those of CLIP are absent
 
 
-def _few(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _first(names: Sequence[str], count: int = 8) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -1,16 +1,16 @@
-"""Features from other encoders, sensors and modalities: arrays -> checked arrays, ready for a store.
+"""Write a feature store from arrays: features of any encoders, sensors and modalities.
 
-An .npz file holds, for N rows and any two or more modalities of any name:
+An .npz file has these arrays for N rows and two or more modalities of any name:
 
-    <modality>            (N, T, W) or (N, W) float: tokens, or one vector a row
-    <modality>.pooled     (N, E) float, optional: what Stage 1 would retrieve by; default: the mean of the tokens
-    <modality>.mask       (N, T) bool, optional: which tokens are real
-    <modality>.present    (N,) bool, optional: which rows have the modality
-    label.<name>          (N,) whole numbers or strings, optional: a factor to probe
-    owners.<name>         names of the modalities that carry that factor, optional: without it no retention or leak
-    split                 (N,) of "train", "val", "test", optional; default: 80, 10, 10% drawn by groups
-    groups                (N,) strings, optional: rows of a group are never split apart
-    names                 (N,) strings, optional
+    <modality>            (N, T, W) or (N, W) float: token sequences, or one vector per row
+    <modality>.pooled     (N, E) float, optional: pooled features of Stage-1 retrieval; default: the mean of the tokens
+    <modality>.mask       (N, T) bool, optional: True = a real token, False = padding
+    <modality>.present    (N,) bool, optional: True = the row has the modality
+    label.<name>          (N,) integers or strings, optional: a factor to probe
+    owners.<name>         names of the modalities that carry this factor, optional: required to report retention and leakage
+    split                 (N,) of "train", "val", "test", optional; default: a random split of the groups, 80%, 10%, 10%
+    groups                (N,) strings, optional: rows of a group are never split apart; default: every row is a group
+    names                 (N,) strings, optional: unique names of the rows
 """
 
 import csv
@@ -35,9 +35,9 @@ from tvl_align.system.console import UserError
 from tvl_align.system.provenance import provenance
 
 SPLITS = ("train", "val", "test")
-SHARES = (0.8, 0.1, 0.1)
-MOST_UNPACKED, MOST_RATIO = 2**26, 200  # above both a compressed file is taken for a bomb
-TAKEN = ("index", "caption_keys")  # beside the tables of a store
+SPLIT_FRACTIONS = (0.8, 0.1, 0.1)
+MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 2**26, 200  # a file above both is refused as a zip bomb
+RESERVED_NAMES = ("index", "caption_keys")  # names inside a store
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,13 @@ class ModalityArrays:
 
 @dataclass(frozen=True)
 class Arrays:
-    """Checked features of N rows: views by modality, split (N,) of train, val, test, names, labels {factor: (N,) str}."""
+    """Checked features of N rows.
 
-    views: dict[str, ModalityArrays]
+    modalities: {modality: its arrays}. split: (N,) of "train", "val", "test". names: unique names of the rows. labels:
+    {factor: (N,) str}. owners: {factor: modalities that carry it}.
+    """
+
+    modalities: dict[str, ModalityArrays]
     split: np.ndarray
     names: list[str]
     labels: dict[str, np.ndarray] = field(default_factory=dict)
@@ -62,38 +66,41 @@ class Arrays:
 
 
 def read_npz(path: Path, seed: int = 0) -> Arrays:
-    """The arrays of an .npz file. Raises UserError for anything that is not as the module's docstring says."""
+    """Read and check the arrays of an .npz file; the module's docstring lists them. `seed` determines the default split.
+
+    Raises UserError for a file that is not an .npz file of plain arrays, and for invalid arrays.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked, packed = (sum(getattr(part, k) for part in archive.infolist()) for k in ("file_size", "compress_size"))
-        if unpacked > MOST_UNPACKED and unpacked > MOST_RATIO * packed:
-            raise ValueError(f"it would unpack to {unpacked} bytes, more than {MOST_RATIO} times what it is")
+        if unpacked > MAX_UNPACKED_BYTES and unpacked > MAX_COMPRESSION_RATIO * packed:
+            raise ValueError(f"it unpacks to {unpacked} bytes, more than {MAX_COMPRESSION_RATIO} times its size")
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            given = {name: file[name] for name in file.files}
+            content = {name: file[name] for name in file.files}
     except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, EOFError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} cannot be read as an .npz file of plain arrays ({reason}); write it with numpy.savez."
         ) from error
-    extras = {k: v for k, v in given.items() if "." in k}
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in extras.items():
-        first, _, second = key.partition(".")
-        group, name = (first, second) if first in ("label", "owners") else (second, first)
-        parts.setdefault(group, {})[name] = value
-    unknown = sorted(parts.keys() - {"label", "owners", "pooled", "mask", "present"})
+    dotted: dict[str, dict[str, Any]] = {}  # {"mask": {modality: array}, "label": {factor: array}, ...}
+    for key, value in content.items():
+        if "." in key:
+            first, _, second = key.partition(".")
+            kind, name = (first, second) if first in ("label", "owners") else (second, first)
+            dotted.setdefault(kind, {})[name] = value
+    unknown = sorted(dotted.keys() - {"label", "owners", "pooled", "mask", "present"})
     if unknown:
-        raise UserError(f"{path} has arrays .{unknown[0]}, which mean nothing here; use .pooled, .mask or .present.")
-    plain = {k: v for k, v in given.items() if "." not in k}
+        raise UserError(f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask or .present.")
+    plain = {k: v for k, v in content.items() if "." not in k}
     options = {k: plain.pop(k) for k in ("split", "groups", "names") if k in plain}
-    owners = {k: [str(m) for m in np.atleast_1d(v)] for k, v in parts.get("owners", {}).items()}
+    owners = {k: [str(m) for m in np.atleast_1d(v)] for k, v in dotted.get("owners", {}).items()}
     return check_arrays(
         plain,
-        labels=parts.get("label"),
+        labels=dotted.get("label"),
         owners=owners,
-        pooled=parts.get("pooled"),
-        mask=parts.get("mask"),
-        present=parts.get("present"),
+        pooled=dotted.get("pooled"),
+        mask=dotted.get("mask"),
+        present=dotted.get("present"),
         seed=seed,
         **options,
     )
@@ -112,51 +119,54 @@ def check_arrays(
     names: Any = None,
     seed: int = 0,
 ) -> Arrays:
-    """Check and complete arrays of N rows; the arguments are those of the module's docstring.
+    """Check the arrays of N rows and fill in defaults. The module's docstring describes the arguments.
 
-    Raises UserError for fewer than two modalities, unequal numbers of rows, wrong shapes, NaN or inf in a present row.
+    labels, owners, pooled, mask and present are dicts by factor or modality name. Raises UserError for fewer than two
+    modalities, different numbers of rows, wrong shapes, and NaN or inf in a present row.
     """
     if len(arrays) < 2:
         raise UserError(
-            f"registers align modalities: give arrays of at least two (there is: {', '.join(arrays) or 'none'})."
+            f"registers align two or more modalities, got {', '.join(arrays) or 'none'}; give arrays of at least two."
         )
     _check_names(list(arrays))
-    for what, group in (("pooled", pooled), ("mask", mask), ("present", present)):
-        for name in group or {}:
+    for what, by_modality in (("pooled", pooled), ("mask", mask), ("present", present)):
+        for name in by_modality or {}:
             if name not in arrays:
-                raise UserError(f"{name}.{what} belongs to no modality; there are {', '.join(arrays)}.")
+                raise UserError(f"{name}.{what} belongs to no modality; the modalities are {', '.join(arrays)}.")
     count = len(np.asarray(next(iter(arrays.values()))))
-    views = {
-        name: _view(name, x, (mask or {}).get(name), (pooled or {}).get(name), (present or {}).get(name), count)
+    modalities = {
+        name: _check_modality(name, x, (mask or {}).get(name), (pooled or {}).get(name), (present or {}).get(name), count)
         for name, x in arrays.items()
     }
-    found = {name: _column(f"label.{name}", x, count).astype(str) for name, x in (labels or {}).items()}
-    for name, who in (owners or {}).items():
-        strange = [m for m in who if m not in arrays]
-        if name not in found or strange:
-            what = f"names {strange[0]}, which is no modality" if strange else "belongs to no label"
-            raise UserError(f"owners.{name} {what}.")
+    factors = {name: _column(f"label.{name}", x, count).astype(str) for name, x in (labels or {}).items()}
+    for name, carriers in (owners or {}).items():
+        unknown = [m for m in carriers if m not in arrays]
+        if unknown:
+            raise UserError(f"owners.{name} has {unknown[0]}, which is not a modality; choose from {', '.join(arrays)}.")
+        if name not in factors:
+            raise UserError(f"owners.{name} belongs to no label; add label.{name} or remove it.")
     ids = [f"row{i}" for i in range(count)] if names is None else _column("names", names, count).astype(str).tolist()
     if len(set(ids)) < count:
-        raise UserError("names must differ from row to row, since labels are found by them.")
-    return Arrays(views, _split(split, groups, count, seed), ids, found, {k: tuple(v) for k, v in (owners or {}).items()})
+        raise UserError("names must be unique, since labels are matched by name.")
+    splits = _split(split, groups, count, seed)
+    return Arrays(modalities, splits, ids, factors, {k: tuple(v) for k, v in (owners or {}).items()})
 
 
 def _check_names(names: Sequence[str]) -> None:
-    """Names become keys of modules, of tables and, joined by an underscore, of pairs."""
+    """Names of modalities become names of modules and of tables, and pairs are named by joining two with an underscore."""
     for name in names:
         if not name.isidentifier():
-            raise UserError(f"modality {name!r} needs a name of letters, digits and underscores.")
-        if name in TAKEN or hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
-            raise UserError(f"modality {name!r} cannot be called that, the word is taken; give it another name.")
+            raise UserError(f"modality {name!r} is not a valid name; use letters, digits and underscores.")
+        if name in RESERVED_NAMES or hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+            raise UserError(f"modality {name!r} has a reserved name; give it another name.")
     pairs: dict[str, tuple[str, str]] = {}
     for pair in combinations(sorted(names), 2):
         other = pairs.setdefault("_".join(pair), pair)
         if other != pair:
-            raise UserError(f"the pairs {other} and {pair} would both be called {'_'.join(pair)}; rename a modality.")
+            raise UserError(f"the pairs {other} and {pair} would both be named {'_'.join(pair)}; rename a modality.")
 
 
-def _view(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -> ModalityArrays:
+def _check_modality(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -> ModalityArrays:
     tokens = np.asarray(x)
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
     if tokens.ndim != 3 or not np.issubdtype(tokens.dtype, np.number) or np.iscomplexobj(tokens) or 0 in tokens.shape:
@@ -165,59 +175,60 @@ def _view(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -
         )
     if len(tokens) != count:
         raise UserError(f"{name} has {len(tokens)} rows and the first modality {count}; all arrays need the same rows.")
-    there = np.ones(count, bool) if present is None else _column(f"{name}.present", present, count).astype(bool)
+    has = np.ones(count, bool) if present is None else _column(f"{name}.present", present, count).astype(bool)
     real = np.ones(tokens.shape[:2], bool) if mask is None else np.asarray(mask).astype(bool)
     if real.shape != tokens.shape[:2]:
-        raise UserError(f"{name}.mask has shape {real.shape}, but the tokens are {tokens.shape[:2]}.")
-    there = there & real.any(1)
-    real = real & there[:, None]
+        raise UserError(f"{name}.mask has shape {real.shape}; it must be {tokens.shape[:2]}, as the tokens.")
+    has = has & real.any(1)
+    real = real & has[:, None]
     tokens = np.where(real[..., None], tokens, 0).astype(np.float32)
     bad = np.flatnonzero(~np.isfinite(tokens).all((1, 2)))
     if len(bad):
         raise UserError(
-            f"{name} has NaN or inf in row {bad[0]} ({len(bad)} rows in all); mend them or mark them in {name}.present."
+            f"{name} has NaN or inf in row {bad[0]} ({len(bad)} rows in total); fix them or mark them in {name}.present."
         )
     if np.abs(tokens).max(initial=0) > 60_000:
         raise UserError(
-            f"{name} has values up to {np.abs(tokens).max():.3g}, which half precision cannot hold; scale it down."
+            f"{name} has values up to {np.abs(tokens).max():.3g}, beyond the range of half precision; scale it down."
         )
     if pooled is None:
-        mean = tokens.sum(1) / np.maximum(real.sum(1, keepdims=True), 1)
+        vectors = tokens.sum(1) / np.maximum(real.sum(1, keepdims=True), 1)
     else:
-        mean = np.where(there[:, None], np.asarray(pooled, np.float32), 0) if np.ndim(pooled) == 2 else np.zeros(0)
-        if len(mean) != count or not np.isfinite(mean).all():
+        vectors = np.where(has[:, None], np.asarray(pooled, np.float32), 0) if np.ndim(pooled) == 2 else np.zeros(0)
+        if len(vectors) != count or not np.isfinite(vectors).all():
             raise UserError(f"{name}.pooled must be finite numbers of shape ({count}, width), not {np.shape(pooled)}.")
-    unit = mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)
-    return ModalityArrays(tokens, real, unit.astype(np.float32), there)
+    normalised = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return ModalityArrays(tokens, real, normalised.astype(np.float32), has)
 
 
 def _column(name: str, x: Any, count: int) -> np.ndarray:
     column = np.asarray(x)
     if column.shape != (count,):
-        raise UserError(f"{name} must have one entry for each of the {count} rows, not shape {column.shape}.")
+        raise UserError(f"{name} must have one entry per row, shape ({count},), not {column.shape}.")
     return column
 
 
 def _split(split: Any, groups: Any, count: int, seed: int) -> np.ndarray:
     if split is not None:
         column = _column("split", split, count).astype(str)
-        strange = sorted(set(column.tolist()) - set(SPLITS))
-        if strange:
-            raise UserError(f"split has {strange[0]!r}; it takes train, val and test.")
+        unknown = sorted(set(column.tolist()) - set(SPLITS))
+        if unknown:
+            raise UserError(f"split has {unknown[0]!r}; use train, val and test.")
         return column
-    owner = np.arange(count).astype(str) if groups is None else _column("groups", groups, count).astype(str)
-    distinct = sorted(set(owner.tolist()))
+    group = np.arange(count).astype(str) if groups is None else _column("groups", groups, count).astype(str)
+    distinct = sorted(set(group.tolist()))
     random.Random(seed).shuffle(distinct)
-    edges = np.cumsum(SHARES[:2]) * len(distinct)
-    place = {name: SPLITS[int(np.searchsorted(edges, i, side="right"))] for i, name in enumerate(distinct)}
-    return np.array([place[name] for name in owner.tolist()])
+    edges = np.cumsum(SPLIT_FRACTIONS[:2]) * len(distinct)
+    split_of = {name: SPLITS[int(np.searchsorted(edges, i, side="right"))] for i, name in enumerate(distinct)}
+    return np.array([split_of[name] for name in group.tolist()])
 
 
 def arrays_key(arrays: Arrays) -> str:
+    """The key of the store of these arrays: the first 16 hex digits of a SHA-256 of their content."""
     digest = hashlib.sha256(repr((FORMAT, arrays.names, arrays.split.tolist(), arrays.owners)).encode())
-    for name, view in arrays.views.items():
+    for name, modality in arrays.modalities.items():
         digest.update(name.encode())
-        for x in vars(view).values():
+        for x in vars(modality).values():
             digest.update(repr(x.shape).encode() + np.ascontiguousarray(x).tobytes())
     for name, column in arrays.labels.items():
         digest.update(repr((name, column.tolist())).encode())
@@ -225,43 +236,43 @@ def arrays_key(arrays: Arrays) -> str:
 
 
 def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
-    """Checked arrays -> the store `out`, a new or empty folder. Raises UserError for any other folder."""
+    """Write checked arrays as a feature store to `out`, a new or empty folder. Raises UserError for any other folder."""
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder for the store.")
     out.mkdir(parents=True, exist_ok=True)
-    shapes = {
-        name: FeatureSpec(view.tokens.shape[2], view.tokens.shape[1], view.pooled.shape[1])
-        for name, view in arrays.views.items()
+    specs = {
+        name: FeatureSpec(modality.tokens.shape[2], modality.tokens.shape[1], modality.pooled.shape[1])
+        for name, modality in arrays.modalities.items()
     }
     splits: dict[str, Any] = {}
     for split in SPLITS:
         rows = np.flatnonzero(arrays.split == split)
         if len(rows):
-            written = write_rows(out / split, [arrays.names[i] for i in rows], ["arrays"] * len(rows))
-            splits[split] = {"views": 0, **written}
-            _write_split(out / split, arrays.views, rows, shapes)
+            entries = write_rows(out / split, [arrays.names[i] for i in rows], ["arrays"] * len(rows))
+            splits[split] = {"views": 0, **entries}
+            _write_split(out / split, arrays.modalities, rows, specs)
     if arrays.labels:
         _write_labels(out, arrays)
     manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits, "ingredients": {}}
-    manifest |= {"modalities": {m: asdict(spec) for m, spec in shapes.items()}, "made_by": provenance()}
+    manifest |= {"modalities": {m: asdict(spec) for m, spec in specs.items()}, "made_by": provenance()}
     (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _write_split(
-    folder: Path, views: Mapping[str, ModalityArrays], rows: np.ndarray, shapes: Mapping[str, FeatureSpec]
+    folder: Path, modalities: Mapping[str, ModalityArrays], rows: np.ndarray, specs: Mapping[str, FeatureSpec]
 ) -> None:
     index = {}
-    for name, view in views.items():
-        here = rows[view.present[rows]]
-        place = torch.full((len(rows), 1), -1, dtype=torch.int64)
-        place[torch.from_numpy(view.present[rows])] = torch.arange(len(here))[:, None]
-        index[name] = place
-        if len(here):
-            table = empty_table(len(here), shapes[name]).memmap_like(folder / name)
-            table["tokens"].copy_(torch.from_numpy(view.tokens[here]).half())
-            table["mask"].copy_(torch.from_numpy(view.mask[here]))
-            table["pooled"].copy_(torch.from_numpy(view.pooled[here]))
-    keys = torch.arange(len(rows))[:, None, None].expand(-1, 1, 2).contiguous()  # no row says what another says
+    for name, modality in modalities.items():
+        present_rows = rows[modality.present[rows]]
+        table_rows = torch.full((len(rows), 1), -1, dtype=torch.int64)
+        table_rows[torch.from_numpy(modality.present[rows])] = torch.arange(len(present_rows))[:, None]
+        index[name] = table_rows
+        if len(present_rows):
+            table = empty_table(len(present_rows), specs[name]).memmap_like(folder / name)
+            table["tokens"].copy_(torch.from_numpy(modality.tokens[present_rows]).half())
+            table["mask"].copy_(torch.from_numpy(modality.mask[present_rows]))
+            table["pooled"].copy_(torch.from_numpy(modality.pooled[present_rows]))
+    keys = torch.arange(len(rows))[:, None, None].expand(-1, 1, 2).contiguous()  # rows have no captions: all keys differ
     TensorDict({**index, "caption_keys": keys}, batch_size=[len(rows)]).memmap(folder / "index")
 
 

@@ -1,4 +1,4 @@
-"""Data options -> what a run trains on: the feature sources of every split."""
+"""Options of the data -> the inputs of a training run: a feature source for every split."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,51 +22,51 @@ from tvl_align.system.console import UserError
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The data and how they are augmented."""
+    """Data sets and augmentation."""
 
     datasets_dir: Path = Path(".datasets")
-    """Folder that holds ssvtp/ and hct/."""
+    """Folder that contains ssvtp/ and hct/."""
     datasets: tuple[str, ...] = ("ssvtp", "hct")
     """Data sets to use."""
     active_modality_names: tuple[str, ...] = MODALITIES
-    """Modalities to use: two or three of vision, tactile, text; of a --store: any of its own, by default all."""
+    """Modalities to use: two or three of vision, tactile, text; with --store: two or more of the store's, default: all."""
     views: int = 4
-    """Augmented views of every training row in the feature store; 0: no store, encode on the fly in every step."""
+    """Augmented views per training row in the feature store; 0: no store, encode every batch on the fly."""
     store: Path | None = None
-    """Train on this feature store as it is (`tvl-align features import`); encoders and data sets are not read."""
+    """Train on an existing feature store (`tvl-align features import`), without encoders and data sets."""
     feature_dir: Path | None = None
     """Folder of feature stores; default: <output_dir>/features."""
     importance_sampling: bool = False
-    """Draw every data set equally often (with replacement), however few rows it has."""
+    """Sample all data sets equally often (with replacement), whatever their size."""
     use_not_contact: bool = False
-    """Add rows in which the sensor touches nothing (caption "background") to training."""
+    """Add training rows in which the sensor touches nothing (caption "background")."""
     percent_not_contact: float = 0.1
-    """At most this fraction (0.1 = one in ten) of the training rows is added by --use_not_contact."""
+    """--use_not_contact adds at most this fraction of the training rows (0.1 = 10%)."""
     color_jitter: bool = False
-    """Jitter the colour of background-subtracted touch images too (others are always jittered in augmented views)."""
+    """Also jitter the colours of background-subtracted touch images; other touch images are always jittered."""
     randomize_crop: bool = False
-    """Move the photo's crop by up to 5% of its side in augmented views."""
+    """Shift the photo's crop by up to 5% of its side in augmented views."""
     subtract_background: Literal["background"] | None = None
-    """Subtract the idle touch image of each trajectory."""
+    """Subtract the trajectory's touch image without contact from every touch image."""
     shared_geometry: bool = True
-    """Draw flips and quarter turns once for photo and touch; --no_shared_geometry draws them apart, as TVL does."""
+    """Same flips and rotation for photo and touch image; --no_shared_geometry samples them independently, as TVL does."""
     augment_pictures: bool = True
-    """Flip, turn and jitter the images of training views; --no_augment_pictures encodes them once, and only the
-    sentences of views vary."""
+    """Flip, rotate and jitter the images of augmented views; with --no_augment_pictures views differ in their sentences
+    only, and images are encoded once."""
     shuffle_text: bool = False
     """Shuffle the adjectives of training captions."""
     no_text_prompt: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave out "This image gives tactile feelings of" before the adjectives."""
+    """Omit the prompt "This image gives tactile feelings of" before the adjectives."""
     replace_synonyms: bool = False
-    """Swap adjectives of training captions for synonyms (ssvtp/synonyms.json)."""
+    """Randomly replace adjectives of training captions by synonyms (ssvtp/synonyms.json)."""
     keep_k_synonyms: int | None = None
     """Use only the first K synonyms of a word; default: all."""
     strict: bool = False
-    """Stop at the first row or image that cannot be used, instead of leaving it out and counting it."""
+    """Stop at the first row or image that cannot be used, instead of skipping it."""
     max_skipped: float = 0.05
-    """Stop where more than this share of the rows cannot be used."""
+    """Stop if more than this fraction of the rows cannot be used (0.05 = 5%)."""
     num_workers: int = 10
-    """Processes that decode images; never more than there are cores."""
+    """Processes that decode images, at most one per CPU core."""
     pin_mem: tyro.conf.Suppress[Annotated[bool, Ignored("batches are pinned whenever the device is a GPU")]] = True
     multi_epochs_dataloader: tyro.conf.Suppress[Annotated[bool, Ignored("stored features need no workers")]] = False
 
@@ -82,7 +82,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run trains on: feature sources by split, their shapes, the key of the store (None: on the fly), the rows."""
+    """The inputs of a training run.
+
+    splits: {split: feature source}. specs: {modality: shapes of its features}. key: key of the feature store, None without a
+    store. samples: {split: images and sentences}, empty for a store that is given by --store.
+    """
 
     splits: dict[str, FeatureSource]
     specs: dict[str, FeatureSpec]
@@ -98,13 +102,14 @@ def load_inputs(
     device: torch.device,
     expected: str | None = None,
 ) -> Inputs:
-    """Read the data, load the encoders, open the feature store under `feature_dir` (encoded first where it is missing).
+    """Open the feature store of these options under `feature_dir`, and encode it first if it does not exist.
 
-    seed: of the split and of augmented views. expected: the key the store must have. Raises UserError where data or
-    Stage-1 checkpoint now give another one.
+    With `data.store` that store is opened. With `data.views` 0 there is no store and features are computed on the fly. seed:
+    seed of the split and of the augmented views. expected: the key that the store must have. Raises UserError if the data or
+    the Stage-1 checkpoint give another key.
     """
     if data.store is not None:
-        return _imported(data, data.store, expected)
+        return _open_given_store(data, data.store, expected)
     stage1, samples = load_samples(frozen, data, seed, device)
     tolerance = Tolerance(data.strict, data.max_skipped)
     if data.views == 0:
@@ -114,11 +119,12 @@ def load_inputs(
     return Inputs(dict(store.splits), store.specs, store.key, samples)
 
 
-def _imported(data: DataConfig, folder: Path, expected: str | None) -> Inputs:
-    """A store of the user's own features."""
+def _open_given_store(data: DataConfig, folder: Path, expected: str | None) -> Inputs:
     store, names = FeatureStore(folder), data.active_modality_names
     if expected is not None and store.key != expected:
-        raise UserError(f"{store.folder} now holds the store {store.key}, not the {expected} of this run; put that back.")
+        raise UserError(
+            f"{store.folder} now contains the store {store.key}, not {expected} that this run was trained on; restore it."
+        )
     store = store if names == MODALITIES else store.only(names)
     return Inputs(dict(store.splits), store.specs, store.key, {})
 
@@ -126,12 +132,12 @@ def _imported(data: DataConfig, folder: Path, expected: str | None) -> Inputs:
 def load_samples(
     frozen: Stage1Config, data: DataConfig, seed: int, device: torch.device
 ) -> tuple[Stage1, dict[str, Samples]]:
-    """The frozen encoders on the device, and the rows of every split with the transforms these encoders need."""
+    """The frozen encoders on `device`, and the samples of every split at the input sizes of these encoders."""
     if frozen.stage1_checkpoint is None:
-        raise UserError("encoding needs --stage1_checkpoint FILE.")
+        raise UserError("encoding needs the Stage-1 encoders; give --stage1_checkpoint FILE.")
     tolerance = Tolerance(data.strict, data.max_skipped)
-    idle = data.use_not_contact, data.percent_not_contact
-    rows = read_tvl(data.datasets_dir, data.datasets, seed, *idle, tolerance)
+    not_contact = data.use_not_contact, data.percent_not_contact
+    rows = read_tvl(data.datasets_dir, data.datasets, seed, *not_contact, tolerance)
     stage1 = load_stage1(
         frozen.stage1_checkpoint,
         frozen.tactile_model,

@@ -1,4 +1,18 @@
-"""The files of a feature store: tables of numbers, opened as memory maps of a stated size and shape."""
+"""The files of a feature store: memory-mapped tensors of a known dtype and shape.
+
+A store is a folder `<feature_dir>/<key>`. The key hashes everything that determines the features: encoder weights,
+transforms, text options, rows, sizes and modification times of the image files, package versions. Other settings get
+another folder.
+
+    manifest.json         key, settings, shapes, skipped rows with their reasons; written last, so it marks a complete store
+    <split>/rows/         dataset (N,) int64; names (bytes,) uint8, the concatenated names of the rows; name_ends (N,) int64,
+                          the end of each name
+    <split>/index/        {modality: (N, V+1) int64}, the table row of every view, -1 = absent; caption_keys (N, V+1, 2)
+                          int64, the ids of caption and sentence
+    <split>/<modality>/   the table, R rows: tokens (R, T, W) fp16, mask (R, T) bool, pooled (R, E) fp32
+
+The text table has every distinct sentence once. Only training rows have augmented views (V > 0).
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,72 +29,80 @@ from tvl_align.system.console import UserError
 from tvl_align.system.runtime import release_pages
 
 FORMAT = 2
-READ_AT_ONCE = 128  # rows
+ROWS_PER_READ = 128
 
 
 class RowNames(Sequence[str]):
-    """The names of the rows of a split, read from a memory map one at a time."""
+    """The names of the rows of a split, decoded from a memory map on access."""
 
     def __init__(self, folder: Path, rows: int) -> None:
-        self.ends = open_mapped(folder / "name_ends.memmap", torch.int64, (rows,))
-        self.text = open_mapped(folder / "names.memmap", torch.uint8, (int(self.ends[-1]) if rows else 0,))
+        self.ends = open_memmap(folder / "name_ends.memmap", torch.int64, (rows,))
+        self.text = open_memmap(folder / "names.memmap", torch.uint8, (int(self.ends[-1]) if rows else 0,))
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, slice):
-            return [self[i] for i in range(len(self))[at]]
-        at = range(len(self))[at]
-        start, end = int(self.ends[at - 1]) if at else 0, int(self.ends[at])
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        index = range(len(self))[index]
+        start, end = int(self.ends[index - 1]) if index else 0, int(self.ends[index])
         return bytes(self.text[start:end].numpy()).decode(errors="replace")
 
 
 def write_rows(folder: Path, names: Sequence[str], datasets: Sequence[str]) -> dict[str, Any]:
-    """The rows of a split -> `folder`/rows, and what the manifest says of them."""
+    """Write the names and data sets of a split's rows to `folder`/rows. Returns the split's entries for the manifest."""
     encoded = [name.encode(errors="backslashreplace") for name in names]
-    known = sorted(set(datasets))
+    distinct = sorted(set(datasets))
     columns = {
         "names": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
         "name_ends": torch.tensor([len(name) for name in encoded]).cumsum(0),
-        "dataset": torch.tensor([known.index(name) for name in datasets]),
+        "dataset": torch.tensor([distinct.index(name) for name in datasets]),
     }
     TensorDict(columns).memmap(folder / "rows")
-    return {"rows": len(names), "datasets": known}
+    return {"rows": len(names), "datasets": distinct}
 
 
-def read_rows(mapped: Tensor, at: Tensor, length: int | None = None) -> Tensor:
-    """mapped[at, :length], read in pieces. Pages stay in the system's cache, but not in this process, whose memory would
-    otherwise grow with the store: a row that is read maps the 64 KB around it."""
-    read = torch.empty(len(at), *mapped[0, :length].shape, dtype=mapped.dtype)
-    for piece, out in zip(at.split(READ_AT_ONCE), read.split(READ_AT_ONCE), strict=True):
-        torch.index_select(mapped[:, :length] if mapped.ndim > 2 else mapped, 0, piece, out=out)
+def read_rows(mapped: Tensor, rows: Tensor, length: int | None = None) -> Tensor:
+    """A copy of `mapped[rows, :length]`.
+
+    The pages that were read are unmapped from this process afterwards, so that its memory does not grow with the store: a
+    read maps the 64 KB around a row. They stay in the page cache of the operating system.
+    """
+    result = torch.empty(len(rows), *mapped[0, :length].shape, dtype=mapped.dtype)
+    for chunk, out in zip(rows.split(ROWS_PER_READ), result.split(ROWS_PER_READ), strict=True):
+        torch.index_select(mapped[:, :length] if mapped.ndim > 2 else mapped, 0, chunk, out=out)
         release_pages(mapped)
-    return read
+    return result
 
 
 def open_table(folder: Path, spec: FeatureSpec) -> dict[str, Tensor]:
+    """Open the table of a modality: tokens, mask and pooled. A missing table has no rows."""
     file = folder / "mask.memmap"
     rows = file.stat().st_size // max(1, spec.tokens) if file.is_file() else 0
     return {
-        "tokens": open_mapped(folder / "tokens.memmap", torch.float16, (rows, spec.tokens, spec.width)),
-        "mask": open_mapped(file, torch.bool, (rows, spec.tokens)),
-        "pooled": open_mapped(folder / "pooled.memmap", torch.float32, (rows, spec.pooled_width)),
+        "tokens": open_memmap(folder / "tokens.memmap", torch.float16, (rows, spec.tokens, spec.width)),
+        "mask": open_memmap(file, torch.bool, (rows, spec.tokens)),
+        "pooled": open_memmap(folder / "pooled.memmap", torch.float32, (rows, spec.pooled_width)),
     }
 
 
-def open_mapped(file: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """A file of plain numbers as a tensor, memory-mapped. Nothing but its size decides how it is read."""
-    size, needed = file.stat().st_size if file.is_file() else -1, dtype.itemsize * math.prod(shape)
-    if size != needed or not needed:
-        if not needed:
+def open_memmap(file: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """Open a raw binary file as a memory-mapped tensor. Raises UserError unless its size matches dtype and shape.
+
+    Metadata files beside it are ignored, since tensordict could unpickle them.
+    """
+    size, expected = file.stat().st_size if file.is_file() else -1, dtype.itemsize * math.prod(shape)
+    if size != expected or not expected:
+        if not expected:
             return torch.empty(shape, dtype=dtype)
-        found = "is missing" if size < 0 else f"holds {size} bytes"
-        raise UserError(f"{file} {found}, and the manifest says {needed}; the store is damaged, make it again.")
+        found = "is missing" if size < 0 else f"has {size} bytes"
+        raise UserError(f"{file} {found}, expected {expected} bytes; the store is damaged, make it again.")
     return MemoryMappedTensor.from_filename(file, dtype, torch.Size(shape))
 
 
 def empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
+    """A table of zeros that takes no memory, the template of `TensorDict.memmap_like`."""
     return TensorDict(
         {
             "tokens": torch.zeros((), dtype=torch.float16).expand(rows, spec.tokens, spec.width),

@@ -1,4 +1,4 @@
-"""Alignment: InfoNCE between every pair of modalities, over the rows of all processes."""
+"""Alignment: InfoNCE between every pair of modalities, with negatives from all processes."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -13,19 +13,19 @@ from tvl_align.losses.contrastive import hits_at_k, info_nce, positive_mask
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import gather_with_grad, rank, world_size
 
-PIECE = 512  # rows whose scores with all rows are held at a time
-_again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+PIECE = 512  # queries per chunk: larger batches compute their scores chunk by chunk
+_recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def pair_name(first: str, second: str) -> str:
-    """tactile_vision, tactile_text, text_vision: a pair's name in metrics, whatever the order given."""
+    """The name of a pair in metrics: `tactile_vision`, `tactile_text` or `text_vision`, independent of the order."""
     return "_".join(sorted((first, second)))
 
 
 def active_pairs(
     modalities: Sequence[str], disable_vision_text: bool = False, disable_tactile_text: bool = False
 ) -> list[tuple[str, str]]:
-    """The pairs to align. Raises UserError for fewer than two modalities, and where the switches leave none."""
+    """The pairs to align. Raises UserError if none is left."""
     disabled = {
         pair_name("vision", "text"): disable_vision_text,
         pair_name("tactile", "text"): disable_tactile_text,
@@ -38,60 +38,60 @@ def active_pairs(
 
 
 def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
-    """InfoNCE and in-batch accuracy of every pair, over the rows of all processes.
+    """InfoNCE and in-batch accuracy of every pair, with negatives from all processes.
 
-    pooled: {modality: (B, D)}, normalised. Returns `<pair>_loss`, `<pair>_acc1`, `<pair>_acc5` (percent, inside the
-    batch: for watching only), `overlapping_loss`, `average_acc1`, `average_acc5`. A pair without a row is left out of
-    the averages. Each process scores its own rows; the mean over processes is the loss of the joined batch. Scores of a
-    large batch are held for PIECE rows at a time and computed again for the gradient.
+    pooled: {modality: (B, D)}, L2-normalised. Returns scalars: `<pair>_loss`, `<pair>_acc1` and `<pair>_acc5` (percent,
+    within the batch, for monitoring), and `overlapping_loss`, `average_acc1` and `average_acc5`, averaged over the pairs
+    that have rows. Each process uses its own rows as queries; the mean over processes is the loss of the joined batch. A
+    batch larger than PIECE is scored in chunks of PIECE rows, which are recomputed in the backward pass.
     """
     names, keys = list(pooled), output.caption_keys
     batch, device = len(keys), keys.device
-    everyone, present, all_keys = _joined(pooled, output)
-    gathered = dict(zip(names, everyone.unbind(1), strict=True))
-    there = dict(zip(names, present.unbind(1), strict=True))
+    all_pooled, all_present, all_keys = _joined(pooled, output)
+    gathered = dict(zip(names, all_pooled.unbind(1), strict=True))
+    present = dict(zip(names, all_present.unbind(1), strict=True))
     pairs = [(first, second) for first, second in pairs if first in pooled and second in pooled]
-    valid = {pair: there[pair[0]] & there[pair[1]] for pair in pairs}
-    sums = {pair: [everyone.new_zeros(()) for _ in ("loss", "acc1", "acc5")] for pair in pairs}
+    valid = {pair: present[pair[0]] & present[pair[1]] for pair in pairs}
+    sums = {pair: [all_pooled.new_zeros(()) for _ in ("loss", "acc1", "acc5")] for pair in pairs}
     for start in range(0, batch, PIECE):
-        piece = slice(start, min(start + PIECE, batch))
-        place = torch.arange(piece.start, piece.stop, device=device) + rank() * batch
-        own_row = torch.arange(len(everyone), device=device) == place[:, None]
-        same_words = own_row | positive_mask(keys[piece], all_keys)
-        for (first, second), both in valid.items():
-            positives = same_words if "text" in (first, second) else own_row
-            so_far = sums[first, second]
+        chunk = slice(start, min(start + PIECE, batch))
+        index = torch.arange(chunk.start, chunk.stop, device=device) + rank() * batch  # in the joined batch
+        same_row = torch.arange(len(all_pooled), device=device) == index[:, None]
+        same_caption = same_row | positive_mask(keys[chunk], all_keys)
+        for (first, second), gallery_valid in valid.items():
+            positives = same_caption if "text" in (first, second) else same_row
+            pair_sums = sums[first, second]
             for a, b in ((first, second), (second, first)):
-                own, mine = pooled[a][piece], both[place]
-                given = own, gathered[b], output.logit_scale, positives, mine, both
-                so_far[0] = so_far[0] + (_again(info_nce, *given) if batch > PIECE else info_nce(*given)) / 2
+                queries, queries_valid = pooled[a][chunk], gallery_valid[index]
+                args = queries, gathered[b], output.logit_scale, positives, queries_valid, gallery_valid
+                pair_sums[0] = pair_sums[0] + (_recomputed(info_nce, *args) if batch > PIECE else info_nce(*args)) / 2
                 for i, k in ((1, 1), (2, 5)):
-                    hit = hits_at_k(own.detach(), gathered[b].detach(), positives, both, k) & mine
-                    so_far[i] = so_far[i] + hit.sum() / 2
+                    hits = hits_at_k(queries.detach(), gathered[b].detach(), positives, gallery_valid, k) & queries_valid
+                    pair_sums[i] = pair_sums[i] + hits.sum() / 2
     numbers: dict[str, Tensor] = {}
-    ran: dict[str, Tensor] = {}
+    has_rows: dict[str, Tensor] = {}
     for pair, (loss, hits1, hits5) in sums.items():
         name, rows = pair_name(*pair), valid[pair].sum().clamp(min=1)
         numbers[f"{name}_loss"] = loss * world_size() / rows
         numbers |= {f"{name}_acc{k}": 100.0 * hits * world_size() / rows for k, hits in ((1, hits1), (5, hits5))}
-        ran[name] = valid[pair].any().to(loss.dtype)
-    share = torch.stack(list(ran.values()))
-    share = share / share.sum().clamp(min=1)
+        has_rows[name] = valid[pair].any().to(loss.dtype)
+    weight = torch.stack(list(has_rows.values()))
+    weight = weight / weight.sum().clamp(min=1)
     for total, part in (("overlapping_loss", "loss"), ("average_acc1", "acc1"), ("average_acc5", "acc5")):
-        numbers[total] = (torch.stack([numbers[f"{name}_{part}"] for name in ran]) * share).sum()
+        numbers[total] = (torch.stack([numbers[f"{name}_{part}"] for name in has_rows]) * weight).sum()
     return numbers
 
 
 def _joined(pooled: dict[str, Tensor], output: Output) -> tuple[Tensor, Tensor, Tensor]:
-    """Everything that alignment needs of all processes, in one call: pooled (G, M, D), present (G, M), keys (G, K).
+    """Gather from all processes in one call: pooled (G, M, D) float32, present (G, M) bool, caption keys (G, K) int64.
 
-    Flags and keys travel as the bits of float32 numbers beside the pooled ones; no gradient reaches them.
+    Flags and keys are packed into float32 columns next to the pooled vectors. Only the pooled vectors get gradients.
     """
     own = torch.stack([x.float() for x in pooled.values()], dim=1)
     present = torch.stack([output.present[m] for m in pooled], dim=1)
     keys = output.caption_keys.contiguous()
     parts = [own.flatten(1), present.float(), keys.view(torch.int32).view(torch.float32)]
-    everyone = gather_with_grad(torch.cat(parts, dim=1))
-    numbers, flags, bits = everyone.split([part.shape[1] for part in parts], dim=1)
+    gathered = gather_with_grad(torch.cat(parts, dim=1))
+    vectors, flags, bits = gathered.split([part.shape[1] for part in parts], dim=1)
     all_keys = bits.detach().clone(memory_format=torch.contiguous_format).view(torch.int32).view(torch.int64)
-    return numbers.unflatten(1, own.shape[1:]), flags.detach() > 0.5, all_keys
+    return vectors.unflatten(1, own.shape[1:]), flags.detach() > 0.5, all_keys

@@ -1,4 +1,4 @@
-"""Norm and diversity of complementary tokens, as pure functions."""
+"""Norm and diversity penalties on complementary tokens, as pure functions."""
 
 import torch
 import torch.nn.functional as F
@@ -8,21 +8,21 @@ from tvl_align.system.distributed import mean_count
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values whose mask is True, over all processes; zero, with gradients, when there are none."""
+    """Mean of the values where mask is True, over all processes -> (). If the mask is empty: zero, with zero gradients."""
     count = mean_count(mask.sum(dtype=values.dtype))
     return torch.where(mask, values, 0.0).sum() / torch.where(count > 0, count, 1.0)
 
 
 def token_norm(tokens: Tensor, kept: Tensor) -> Tensor:
-    """Mean L2 norm of the kept tokens: (B, n, D), (B, n) -> ()."""
-    squared = torch.where(kept[..., None], tokens, 1.0).square().sum(-1)  # sqrt has no gradient at 0
+    """Mean L2 norm of the kept tokens: (B, n, D), (B, n) bool -> ()."""
+    squared = torch.where(kept[..., None], tokens, 1.0).square().sum(-1)  # the gradient of sqrt at 0 is infinite
     return masked_mean(squared.sqrt(), kept)
 
 
 def diversity(tokens: Tensor, kept: Tensor) -> Tensor:
-    """Mean squared cosine between different kept tokens of a row: (B, n, D), (B, n) -> (). Zero for a single token.
+    """Mean squared cosine similarity between different kept tokens of a row: (B, n, D), (B, n) bool -> ().
 
-    The mean over an empty set of pairs is where a naive version turns NaN.
+    With a single token there are no pairs, and the result is zero instead of NaN.
     """
     count = tokens.shape[1]
     if count < 2:

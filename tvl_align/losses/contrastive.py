@@ -1,4 +1,4 @@
-"""Losses as pure functions of tensors. Each has a slow, obvious twin in tests/reference.py.
+"""Contrastive losses as pure functions of tensors. Slow reference implementations are in tests/reference.py.
 
 Shapes: B local rows, G rows of all processes, D width.
 """
@@ -8,21 +8,21 @@ from torch import Tensor
 
 
 def positive_mask(keys: Tensor, all_keys: Tensor) -> Tensor:
-    """(B, K), (G, K) caption keys -> (B, G) bool: True where two rows agree in any column, that is, say the same."""
-    found = keys[:, 0, None] == all_keys[None, :, 0]
+    """(B, K), (G, K) int64 caption keys -> (B, G) bool: True where two rows have the same key in any column."""
+    positives = keys[:, 0, None] == all_keys[None, :, 0]
     for column in range(1, keys.shape[1]):
-        found |= keys[:, column, None] == all_keys[None, :, column]
-    return found
+        positives |= keys[:, column, None] == all_keys[None, :, column]
+    return positives
 
 
 def info_nce(
     queries: Tensor, gallery: Tensor, scale: Tensor, positives: Tensor, valid: Tensor, gallery_valid: Tensor
 ) -> Tensor:
-    """Sum over the valid queries of the InfoNCE loss with one or more positives each.
+    """InfoNCE loss with one or more positives per query, summed over the valid queries -> ().
 
     queries (B, D) and gallery (G, D), L2-normalised; scale (): inverse temperature; positives (B, G) bool;
-    valid (B,) and gallery_valid (G,) bool: rows that have this modality pair. For one positive this is the
-    cross-entropy of CLIP; for several, the mean of their log-probabilities (Khosla et al. 2020, arXiv:2004.11362, eq. 2).
+    valid (B,) and gallery_valid (G,) bool: rows that have both modalities of the pair. With one positive this is the
+    cross-entropy of CLIP. With several it averages their log-probabilities (Khosla et al. 2020, arXiv:2004.11362, eq. 2).
     """
     logits = (scale * queries @ gallery.T).masked_fill(~gallery_valid, -torch.inf)
     positives = positives & gallery_valid
@@ -32,7 +32,10 @@ def info_nce(
 
 
 def hits_at_k(queries: Tensor, gallery: Tensor, positives: Tensor, gallery_valid: Tensor, k: int) -> Tensor:
-    """(B,) bool: a positive is among the k nearest rows of the gallery (fewer than k candidates: among all)."""
+    """(B,) bool: True if a positive is among the k most similar gallery rows. k is capped at the size of the gallery.
+
+    Arguments as in `info_nce`.
+    """
     logits = (queries @ gallery.T).masked_fill(~gallery_valid, -torch.inf)
     nearest = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (positives & gallery_valid).gather(1, nearest).any(1)

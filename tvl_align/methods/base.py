@@ -1,9 +1,8 @@
-"""stage2_base v2.1. TVLStage2, the base model: a few registers on top of the frozen Stage 1, shared and unique kept apart.
+"""stage2_base v2.1. TVLStage2, the base model: register tokens that separate shared from unique information.
 
-Each modality is read separately: its own key reader over its token sequence, and by default its own blocks
-(`share_weights` ties them). The registers are shared: the same learnable queries ask every modality. The first
-`num_overlapping_tokens` are aligned across modalities by the loss, the rest are complementary; how the two are kept apart
-is told in tvl_align.separated_model.
+The same learnable registers attend to the frozen tokens of each modality separately. Every modality has its own key
+projection and, unless `share_weights` is set, its own blocks. The loss aligns the first `num_overlapping_tokens` registers
+across modalities; the rest are complementary. tvl_align.methods.separated describes how the two groups are separated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,18 +26,19 @@ class Stage2Config(SeparatedConfig):
 
 
 class TVLStage2(SeparatedModel):
-    """Registers over frozen features; `forward` takes raw inputs or stored features (see RegisterModel).
+    """Registers over frozen features. `forward` takes raw inputs or stored features (see RegisterModel).
 
     Args:
-        stage1_model: the frozen encoders, or the shapes of their features where only stored features are read.
-        num_register_tokens: N; num_overlapping_tokens: No < N, the rest is complementary.
+        stage1_model: the frozen encoders, or the shapes of their features if the model is used on stored features only.
+        num_register_tokens: N.
+        num_overlapping_tokens: No < N; the other registers are complementary.
         register_token_dim: D, divisible by num_heads.
-        nested_dropout_rate: drop probability of the last register (see tvl_align.nested).
+        nested_dropout_rate: drop probability of the last register (see tvl_align.registers.nested).
         preservation: build the decoders that the preservation term of the loss needs.
-        share_weights: tie the blocks of all modalities.
-        bottleneck, noise, canonical: see tvl_align.separated_model.SeparatedConfig.
+        share_weights: use the same blocks for every modality.
+        bottleneck, noise, canonical: see tvl_align.methods.separated.SeparatedConfig.
     Raises:
-        UserError: N <= No, or D not divisible by the heads.
+        UserError: N <= No, or D not divisible by the number of heads.
     """
 
     def __init__(
@@ -82,16 +82,16 @@ class TVLStage2(SeparatedModel):
 
     @classmethod
     def of(cls, knobs: Stage2Config, specs: Mapping[str, FeatureSpec]) -> "TVLStage2":
-        """The model of a run: the knobs whose names are in the signature above, and decoders where they are needed."""
+        """Build the model from the options of a run, with decoders if `preservation_weight` > 0."""
         shape = {name: value for name, value in vars(knobs).items() if name in signature(cls).parameters}
         return cls(specs, preservation=knobs.preservation_weight > 0, **shape)
 
 
 class Stage2Loss(RegisterLoss):
-    """Called with a model's Output; returns named scalars, `total_loss` among them. It has no parameters.
+    """The loss of the base: takes a model's Output and returns named scalars, among them `total_loss`. It has no parameters.
 
-    `num_overlapping_tokens` is part of the documented signature; the output itself says how many there are.
-    Raises UserError for fewer than two modalities, and when both switches together leave no pair.
+    `num_overlapping_tokens` is part of the documented signature and has no effect, because the Output holds its own number.
+    Raises UserError if no pair of modalities is left to align.
     """
 
     def __init__(

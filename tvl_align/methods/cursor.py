@@ -19,7 +19,7 @@ class CursorConfig(RegisterConfig):
     """The registers and their loss, as documented."""
 
     nested_dropout_mode: NestedMode = "independent"
-    """independent: every register is drawn alone, as documented; nested: what is kept is always a prefix."""
+    """independent: each register is dropped independently, as documented; nested: the kept registers are always a prefix."""
     preservation_weight: tyro.conf.Suppress[Annotated[float, Ignored("the design has no preservation term")]] = 0.0
     share_weights: tyro.conf.Suppress[Annotated[bool, Ignored("all modalities share their blocks")]] = True
 
@@ -27,8 +27,8 @@ class CursorConfig(RegisterConfig):
 class RegisterTokenModule(RegisterModel):
     """Registers that attend to the pooled feature of each modality.
 
-    The softmax over one key is 1: the registers cannot choose what to read, and the query weights get no gradient. This is
-    the design as it was documented, kept as the yardstick.
+    The softmax over a single key is 1, so the attention cannot select anything and the query weights get no gradient. This
+    is the documented design, kept as the baseline.
     """
 
     def __init__(self, stage1_model: Stage1 | Mapping[str, FeatureSpec], knobs: CursorConfig) -> None:
@@ -36,7 +36,7 @@ class RegisterTokenModule(RegisterModel):
 
 
 class RegisterTokenLoss(RegisterLoss):
-    """total = overlapping + complementary_reg_weight * complementary_reg; called with a model's Output."""
+    """total = overlapping + complementary_reg_weight * complementary_reg, computed from a model's Output."""
 
     def __init__(self, knobs: CursorConfig, active_modalities: Sequence[str] = MODALITIES) -> None:
         super().__init__(replace(knobs, preservation_weight=0.0), active_modalities)

@@ -1,6 +1,6 @@
-"""stage2_disentangled v2. The base without its canonical read-outs, and with three complementary registers.
+"""stage2_disentangled v2. The base without canonical projections (CCA) and with three complementary registers.
 
-It shows what registers alone, kept apart by stacks, bottleneck, noise and regressions (tvl_align.separated_model), reach.
+An ablation: registers alone, separated by block stacks, bottleneck, noise and regressions (tvl_align.methods.separated).
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,15 @@ class DisentangledConfig(SeparatedConfig):
     """The registers and their loss."""
 
     num_register_tokens: int = 6
-    """Registers in all."""
+    """Number of registers."""
     complementary_reg_weight: float = 0.0
-    """Weight of the L2 norm and diversity penalty on complementary tokens."""
+    """Weight of the L2-norm and diversity penalties on complementary tokens."""
     canonical: int = 0
-    """Canonical variates of an overlapping token; 0: registers alone."""
+    """Canonical variates per overlapping token; 0: no canonical projections."""
 
 
 class Disentangled(SeparatedModel):
-    """Registers alone, kept apart."""
+    """SeparatedModel with `canonical=0` by default."""
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: DisentangledConfig) -> None:
         super().__init__(specs, knobs)

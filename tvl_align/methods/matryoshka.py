@@ -1,7 +1,7 @@
-"""stage2_matryoshka v1. No dropout: the alignment loss at every prefix of the overlapping registers, in every step.
+"""stage2_matryoshka v1. No dropout: every step averages the alignment loss over all prefixes of the overlapping registers.
 
-Averaging over all prefixes beats sampling one (Matryoshka representations, Kusupati et al. 2022, arXiv:2205.13147).
-Registers are causal, so a prefix is the same whether or not later registers exist.
+After Matryoshka representation learning (Kusupati et al. 2022, arXiv:2205.13147), which averages over all prefixes instead
+of sampling one. Registers are causal, so a prefix does not depend on later registers.
 """
 
 from collections.abc import Mapping
@@ -22,20 +22,20 @@ class MatryoshkaConfig(RegisterConfig):
     """The registers and their loss."""
 
     nested_dropout_rate: float = 0.0
-    """Drop probability of the last register; none are dropped here by default."""
+    """Drop probability of the last register; by default no register is dropped."""
     preservation_weight: float = 1.0
-    """Weight of rebuilding the frozen tokens from all registers."""
+    """Weight of the error of reconstructing the frozen tokens from all registers."""
 
 
 class Matryoshka(RegisterModel):
-    """Causal registers over the token sequences, own blocks per modality."""
+    """Causal registers over the token sequences, with separate blocks per modality."""
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: MatryoshkaConfig) -> None:
         super().__init__(specs, knobs, causal=True, preservation=knobs.preservation_weight > 0)
 
 
 class MatryoshkaLoss(RegisterLoss):
-    """The pairs' own numbers are those of the longest prefix; `overlapping_loss` is the mean over all prefixes."""
+    """`overlapping_loss` is the mean over all prefixes; the metrics of each pair are those of the longest prefix."""
 
     def align(self, output: Output) -> dict[str, Tensor]:
         tokens = output.overlapping_tokens

@@ -1,4 +1,4 @@
-"""METHODS: every approach to Stage 2 that ships, the only list. `package.module:NAME` takes one from outside."""
+"""METHODS lists the methods that ship with the package. `package.module:NAME` names any other method."""
 
 import importlib
 import importlib.util
@@ -24,11 +24,11 @@ METHODS: dict[str, Method] = {
 
 
 def load_method(name: str, never_from: Path | None = None) -> Method:
-    """The method of a name: a key of METHODS, or `package.module:NAME`, where NAME is a Method in that module or a key of
-    its own METHODS. The module is an installed one, or lies in the current folder.
+    """Return a method by name: a key of METHODS, or `package.module:NAME`.
 
-    never_from: a folder whose files are not imported (a run folder, which may come from a stranger). Raises UserError for
-    unknown names, for modules that cannot be imported, and for what is not a Method.
+    NAME is a Method in that module, or a key of its METHODS. The module must be installed or in the current folder.
+    never_from: a folder that nothing is imported from, such as a run folder, which may be untrusted. Raises UserError for
+    unknown names, for modules that cannot be imported and for objects that are not a Method.
     """
     if name in METHODS:
         return METHODS[name]
@@ -40,16 +40,16 @@ def load_method(name: str, never_from: Path | None = None) -> Method:
     try:
         importlib.invalidate_caches()
         top = importlib.util.find_spec(module.partition(".")[0])
-        places = [top.origin or "", *(top.submodule_search_locations or ())] if top is not None else []
-        if never_from is not None and any(Path(p).resolve().is_relative_to(never_from.resolve()) for p in places if p):
+        locations = [top.origin or "", *(top.submodule_search_locations or ())] if top is not None else []
+        if never_from is not None and any(Path(p).resolve().is_relative_to(never_from.resolve()) for p in locations if p):
             raise UserError(
-                f"{name} lies in {never_from}, and nothing of a run folder is imported; move the module out of it."
+                f"{name} is in {never_from}, and nothing in a run folder is imported; move the module out of it."
             )
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        where = f"there is no module {error.name!r} in {Path.cwd()} or among the installed ones"
+        reason = f"there is no module {error.name!r} in {Path.cwd()} or among the installed ones"
         raise UserError(
-            f"--method {name} cannot be imported: {where}; give the command in the folder that holds it."
+            f"--method {name} cannot be imported: {reason}; run the command in the folder that contains it."
         ) from error
     except (UserError, KeyboardInterrupt):
         raise
@@ -57,9 +57,9 @@ def load_method(name: str, never_from: Path | None = None) -> Method:
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"--method {name} cannot be imported: {reason} ({last.filename}, line {last.lineno}).") from error
-    listed = getattr(found, "METHODS", {})
-    method = listed[attribute] if isinstance(listed, dict) and attribute in listed else getattr(found, attribute, None)
+    listed = getattr(imported, "METHODS", {})
+    method = listed[attribute] if isinstance(listed, dict) and attribute in listed else getattr(imported, attribute, None)
     if not isinstance(method, Method):
-        what = "nothing" if method is None else f"a {type(method).__name__}"
-        raise UserError(f"--method {name} names {what}; it must name a tvl_align.contract.Method.")
+        what = "not defined" if method is None else f"a {type(method).__name__}"
+        raise UserError(f"--method {name} is {what}; it must name a tvl_align.contract.Method.")
     return method

@@ -1,18 +1,23 @@
-"""A register model that keeps shared and unique information apart: what wins the comparison of methods.
+"""SeparatedModel: registers with separated shared and unique information. The base method and an ablation of it use it.
 
-1. Overlapping and complementary registers are read by block stacks of their own and never see each other.
-2. Overlapping tokens pass a narrow, noisy bottleneck, so that what the contrastive loss does not need finds no room.
-3. Beside what registers learnt, each overlapping token carries linear read-outs of all frozen tokens that the other
-   modalities answer (tvl_align.canonical), the strongest in the first token.
-4. What slips through is taken out by regressions (tvl_align.separation).
+1. Overlapping and complementary registers have separate block stacks and do not attend to each other.
+2. Overlapping tokens pass a narrow bottleneck with noise, so they hold little that the contrastive loss does not need.
+3. Besides the learnt units, each overlapping token contains canonical variates: linear projections of all frozen tokens
+   found by canonical correlation analysis (tvl_align.methods.canonical). The first token has those with the highest
+   correlation.
+4. Two regressions remove unique information from overlapping tokens and shared information from complementary ones
+   (tvl_align.methods.separation).
 
-3 and 4 are closed forms, fitted without labels on training rows: 3 once, 4 after every epoch. They act in evaluation only.
-Complementary registers are read even where they are dropped: overlapping tokens are cleaned with their help.
+Steps 3 and 4 are closed forms, fitted on training rows without labels: step 3 once, step 4 after every epoch. They are used
+in evaluation only. The complementary tokens are computed even where nested dropout drops them, because step 4 needs them to
+clean the overlapping tokens.
 """
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,20 +39,24 @@ class SeparatedConfig(RegisterConfig):
     """The registers and their loss."""
 
     complementary_reg_weight: float = 0.01
-    """Weight of the L2 norm and diversity penalty on complementary tokens."""
+    """Weight of the L2-norm and diversity penalties on complementary tokens."""
     preservation_weight: float = 1.0
-    """Weight of rebuilding the frozen tokens from all registers; 0: the documented formula exactly."""
+    """Weight of the error of reconstructing the frozen tokens from all registers; 0: exactly the documented loss."""
     bottleneck: int = 24
-    """Learnt units of an overlapping token: its rank, as far as registers go."""
+    """Learnt units per overlapping token, i.e. the rank of its learnt part."""
     noise: float = 0.6
-    """Standard deviation of the noise on learnt units (of unit variance) in training."""
+    """Standard deviation of the Gaussian noise added to the learnt units (of unit variance) in training."""
     canonical: int = 60
-    """Canonical variates of an overlapping token; 0: registers alone."""
+    """Canonical variates per overlapping token; 0: no canonical projections."""
 
 
 class SeparatedModel(RegisterModel):
-    """See the module's docstring. Overlapping tokens have width D and rank `bottleneck` + `canonical`, or as much of it as
-    D over their number allows."""
+    """RegisterModel with the four steps above.
+
+    Overlapping tokens have width D and rank `bottleneck` + `canonical`, reduced if necessary to D // No.
+    """
+
+    basis: Tensor
 
     def __init__(
         self, stage1: Stage1 | Mapping[str, FeatureSpec], knobs: SeparatedConfig, *, share_weights: bool = False
@@ -61,13 +70,13 @@ class SeparatedModel(RegisterModel):
             preservation=knobs.preservation_weight > 0,
         )
         dim, count = knobs.register_token_dim, knobs.num_overlapping_tokens
-        room = max(1, dim // count)
-        self.learnt = min(knobs.bottleneck, room if not knobs.canonical else -(-room // 2))
-        self.canonical_units = min(knobs.canonical, room - self.learnt)
+        max_rank = max(1, dim // count)
+        self.learnt = min(knobs.bottleneck, max_rank if not knobs.canonical else -(-max_rank // 2))
+        self.canonical_units = min(knobs.canonical, max_rank - self.learnt)
         self.noise, self.names = knobs.noise, list(self.specs)
         narrow = {m: nn.ModuleList(nn.Linear(dim, self.learnt) for _ in range(count)) for m in self.specs}
         self.narrow = nn.ModuleDict(narrow)
-        # Every overlapping token lives in directions of its own, so that the mean of a prefix gains with each of them.
+        # The overlapping tokens span orthogonal subspaces, so every further token adds information to the pooled mean.
         rank = self.learnt + self.canonical_units
         basis = torch.linalg.qr(torch.randn(dim, count * rank))[0].T
         self.register_buffer("basis", basis.reshape(count, rank, dim).contiguous())
@@ -81,7 +90,11 @@ class SeparatedModel(RegisterModel):
     def postprocess(
         self, over: dict[str, Tensor], comp: dict[str, Tensor], features: Features
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """In training noisy units and complementary tokens as they were read; in evaluation all units, both cleaned."""
+        """Map overlapping tokens through the bottleneck; shapes do not change.
+
+        Training: noise on the learnt units, complementary tokens unchanged. Evaluation: learnt and canonical units, with
+        both groups cleaned by the regressions.
+        """
         shared, unique = {}, {}
         for m in over:
             units, unique[m] = self._units(m, over[m]), comp[m]
@@ -96,11 +109,13 @@ class SeparatedModel(RegisterModel):
         return shared, unique
 
     def _units(self, modality: str, over: Tensor) -> Tensor:
-        parts = [layer(over[:, i]) for i, layer in enumerate(self.narrow[modality])]
+        """Overlapping tokens (B, No, D) -> learnt units (B, No, r), normalised to zero mean and unit variance."""
+        layers = cast(nn.ModuleList, self.narrow[modality])
+        parts = [layer(over[:, i]) for i, layer in enumerate(layers)]
         return F.layer_norm(torch.stack(parts, dim=1), (self.learnt,))
 
     def _all_units(self, modality: str, units: Tensor, frozen: Tokens) -> Tensor:
-        """(B, No, r) learnt units -> (B, No r + No c): with the canonical ones, as strong in the mean over rows."""
+        """Learnt units (B, No, r) -> (B, No r + No c): learnt and canonical units, of equal mean squared norm."""
         flat = units.flatten(1)
         if self.projection is None:
             return flat
@@ -108,46 +123,61 @@ class SeparatedModel(RegisterModel):
         return torch.cat([flat, self.projection(modality, tokens, mask) * flat.shape[1] ** 0.5], dim=1)
 
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
-        """Fit the closed forms on the given rows, of which those with every modality count. Fewer than two: none is fitted,
-        and a warning says so."""
+        """Fit the closed forms on the rows that have every modality.
+
+        With fewer than two such rows nothing is fitted and a warning is logged.
+        """
         if self.projection is not None and not self.projection.fitted:
-            self.projection.fit(f.modalities for f in self._whole(batches()))
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {m: [] for m in self.names}
-        for features in self._whole(batches()):
-            everyone = torch.ones(len(features), len(self.registers), dtype=torch.bool, device=self.registers.device)
+            self.projection.fit(f.modalities for f in self._complete_rows(batches()))
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {m: [] for m in self.names}
+        for features in self._complete_rows(batches()):
+            kept = torch.ones(len(features), len(self.registers), dtype=torch.bool, device=self.registers.device)
             for m in self.names:
                 tokens, mask = self._keys(features.modalities[m])
-                z = self.attend([m], [self.readers[m](tokens)], [mask], everyone)
-                units, comp = self._units(m, z[:, : self.num_overlapping]), z[:, self.num_overlapping :]
-                found[m].append((self._all_units(m, units, features.modalities[m]), comp.flatten(1)))
-        if sum(len(units) for units, _ in found[self.names[0]]) < 2:
-            log.warning("no training rows have all of %s, so shared and unique are not taken apart", ", ".join(self.names))
+                z = self.attend([m], [self.readers[m](tokens)], [mask], kept)
+                learnt, complementary = self._units(m, z[:, : self.num_overlapping]), z[:, self.num_overlapping :]
+                parts[m].append((self._all_units(m, learnt, features.modalities[m]), complementary.flatten(1)))
+        if sum(len(units) for units, _ in parts[self.names[0]]) < 2:
+            names = ", ".join(self.names)
+            log.warning("fewer than 2 training rows have all of %s, so shared and unique are not separated", names)
             return
-        units, comp = ({m: torch.cat([part[i] for part in parts]) for m, parts in found.items()} for i in (0, 1))
-        fit_separations(dict(self.separations.items()), units, comp)
+        units = {m: torch.cat([units for units, _ in batch]) for m, batch in parts.items()}
+        comp = {m: torch.cat([comp for _, comp in batch]) for m, batch in parts.items()}
+        fit_separations({m: self._separation(m) for m in self.names}, units, comp)
 
-    def _whole(self, batches: Iterable[Features]) -> Iterator[Features]:
-        """The rows that have every modality, of the batches that have such rows."""
+    def _separation(self, modality: str) -> Separation:
+        return cast(Separation, self.separations[modality])
+
+    def _complete_rows(self, batches: Iterable[Features]) -> Iterator[Features]:
+        """The rows that have every modality; batches without such rows are skipped."""
         for features in map(Features.float, batches):
             if all(m in features.modalities for m in self.names):
-                whole = torch.stack([features.modalities[m].present for m in self.names]).all(0)
-                if whole.any():
-                    yield features.map(lambda t, whole=whole: t[whole])
+                complete = torch.stack([features.modalities[m].present for m in self.names]).all(0)
+                if complete.any():
+                    yield features.map(itemgetter(complete))
 
     def reconstruct(
         self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor
     ) -> Reconstruction:
-        """In evaluation, what overlapping tokens tell of complementary ones is put back: the decoder learnt from both."""
+        """Reconstruct the frozen tokens of a modality from the learnt units and the complementary tokens.
+
+        In evaluation the shared part that was subtracted from the complementary tokens is added again, because the decoder
+        was trained with it.
+        """
         units = torch.einsum("bnd,nrd->bnr", over.detach(), self.basis[:, : self.learnt]).flatten(1)
         if not self.training:
-            told = self.separations[name].predicted(-1, units).view_as(comp)
-            comp = comp + told * kept[:, self.num_overlapping :, None]
+            shared = self._separation(name).predicted(-1, units).view_as(comp)
+            comp = comp + shared * kept[:, self.num_overlapping :, None]
         memory = torch.cat([units, comp.flatten(1)], dim=1)
         return reconstruction_error(self.decoders[name](memory, tokens.shape[1]), tokens, mask)
 
 
 class LinearDecoder(nn.Module):
-    """All registers of a row (B, F) -> tokens (B, T, W), through one narrow linear layer: what it needs must be plain."""
+    """Reconstructs tokens (B, T, W) from all registers of a row, flattened to (B, F), with two linear layers.
+
+    The decoder is linear and its hidden width is at most `width`, so the registers must hold the information in a linearly
+    decodable form.
+    """
 
     def __init__(self, spec: FeatureSpec, size: int, width: int = 512) -> None:
         super().__init__()
@@ -155,6 +185,7 @@ class LinearDecoder(nn.Module):
         self.map = nn.Sequential(nn.Linear(size, min(size, width)), nn.Linear(min(size, width), spec.tokens * spec.width))
 
     def forward(self, memory: Tensor, length: int) -> Tensor:
-        narrow, wide = self.map
-        size = length * self.spec.width  # sentences are short: tokens that no row has are not computed
+        """(B, F) -> the first `length` tokens (B, length, W)."""
+        narrow, wide = cast(list[nn.Linear], self.map)
+        size = length * self.spec.width  # only the first `length` tokens are computed
         return F.linear(narrow(memory), wide.weight[:size], wide.bias[:size]).unflatten(1, (length, self.spec.width))

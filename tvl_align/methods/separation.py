@@ -1,15 +1,16 @@
-"""Shared and unique information taken apart by two least-squares regressions in turn, without labels.
+"""Separation of shared and unique information by two alternating least-squares regressions, without labels.
 
-From complementary tokens is subtracted what the OTHER modalities can tell of them; from overlapping units what the
-complementary tokens of the same modality, thus cleaned, can tell of them.
+1. Complementary tokens lose the part that the OTHER modalities predict.
+2. Overlapping units lose the part that the complementary tokens of the same modality predict, after step 1.
 
-The first regression uses the other modalities as instruments (two-stage least squares, Theil 1953). A plain regression of
-complementary tokens on overlapping units errs twice: where units leak what only this modality knows, that is subtracted
-too, and where they are noisy the coefficients shrink and something shared stays. The other modalities know nothing unique,
-and their noise is independent. The second regression removes leaks and noise alike, since nothing shared is left in what it
-regresses on; so the first can be fitted anew on cleaner units. ROUNDS such turns are taken.
+Step 1 is two-stage least squares with the other modalities as instruments (Theil 1953). An ordinary regression of
+complementary tokens on overlapping units has two errors. If the units leak unique information, that information is
+subtracted too. If the units are noisy, the coefficients shrink and shared information remains. The other modalities contain
+nothing unique to this one, and their noise is independent, so neither error occurs. Step 2 removes leaks and noise but
+nothing shared, because its regressors contain nothing shared. Step 1 can then be fitted again on cleaner units; this
+alternates ROUNDS times.
 
-Shapes: B rows, O units that enter regressions, E further units that are only cleaned, C numbers of complementary tokens.
+Shapes: B rows, O units used as regressors, E further units that are only cleaned, F random features, C complementary values.
 """
 
 from collections.abc import Mapping
@@ -18,16 +19,24 @@ import torch
 from torch import Tensor, nn
 
 ROUNDS = 3
-FEATURES = 128
-RIDGE = 1e-3  # relative: added to a covariance before it is inverted
+FEATURES = 128  # random tanh features
+RIDGE = 1e-3  # added to a covariance before inversion, as a fraction of its mean diagonal
 
 
 class Separation(nn.Module):
-    """The regressions of one modality: units (B, O + E) and complementary (B, C) -> both, cleaned.
+    """The regressions of one modality: units (B, O + E) and complementary tokens (B, C) -> both, cleaned.
 
-    The first O units enter by themselves and through random tanh features (Rahimi & Recht 2007): a class is seldom a linear
-    function of the units, and what is uncorrelated with a class no linear probe can read. Before the first fit: identity.
+    The first O units are regressors, together with F random tanh features of them (Rahimi & Recht 2007): a class is rarely a
+    linear function of the units, and a linear probe cannot find a class in features uncorrelated with it. Before the first
+    fit both are returned unchanged.
     """
+
+    weight: Tensor
+    bias: Tensor
+    centre: Tensor
+    to_comp: Tensor
+    comp_centre: Tensor
+    to_units: Tensor
 
     def __init__(self, units: int, further: int, comp: int, features: int = FEATURES, rounds: int = ROUNDS) -> None:
         super().__init__()
@@ -40,6 +49,7 @@ class Separation(nn.Module):
         self.register_buffer("to_units", torch.zeros(rounds, comp, units + further))
 
     def forward(self, units: Tensor, comp: Tensor) -> tuple[Tensor, Tensor]:
+        """Units (B, O + E), comp (B, C) -> cleaned units, cleaned comp."""
         cleaned, rest = units, comp
         for turn in range(len(self.centre)):
             rest = comp - self.predicted(turn, cleaned)
@@ -47,39 +57,40 @@ class Separation(nn.Module):
         return cleaned, rest
 
     def predicted(self, turn: int, units: Tensor) -> Tensor:
-        """What units tell of complementary tokens, as far as other modalities can tell it too: (B, C)."""
+        """The shared part of the complementary tokens, predicted from units (B, O + E) -> (B, C)."""
         return (self.features(units) - self.centre[turn]) @ self.to_comp[turn]
 
     def without_unique(self, turn: int, units: Tensor, rest: Tensor) -> Tensor:
+        """Units (B, O + E) minus the part that cleaned complementary tokens (B, C) predict."""
         return units - (rest - self.comp_centre) @ self.to_units[turn]
 
     def features(self, units: Tensor) -> Tensor:
-        """(B, O + F): the units that enter and their random features."""
+        """Units (B, O + E) -> regressors (B, O + F): the first O units and their random features."""
         inner = units[:, : self.units]
         return torch.cat([inner, torch.tanh(inner @ self.weight.T + self.bias)], dim=1)
 
 
 @torch.no_grad()
 def fit_separations(separations: Mapping[str, Separation], units: Mapping[str, Tensor], comp: Mapping[str, Tensor]) -> None:
-    """Fit the Separation of every modality on paired rows: units {m: (B, O + E)}, comp {m: (B, C)}."""
+    """Fit the Separation of every modality on paired rows: units {modality: (B, O + E)}, comp {modality: (B, C)}."""
     cleaned = dict(units)
     rounds = len(next(iter(separations.values())).centre)
     for turn in range(rounds):
-        seen = {m: s.features(cleaned[m]) for m, s in separations.items()}
+        regressors = {m: s.features(cleaned[m]) for m, s in separations.items()}
         for m, s in separations.items():
-            s.centre[turn], s.comp_centre[:] = seen[m].mean(0), comp[m].mean(0)
-            instruments = torch.cat([seen[other] for other in seen if other != m], dim=1)
-            told = centred(instruments) @ least_squares(instruments, seen[m])
-            s.to_comp[turn] = least_squares(told, comp[m])
+            s.centre[turn], s.comp_centre[:] = regressors[m].mean(0), comp[m].mean(0)
+            instruments = torch.cat([regressors[other] for other in regressors if other != m], dim=1)
+            first_stage = centred(instruments) @ least_squares(instruments, regressors[m])
+            s.to_comp[turn] = least_squares(first_stage, comp[m])
             rest = comp[m] - s.predicted(turn, cleaned[m])
             s.to_units[turn] = least_squares(rest, units[m])
             cleaned[m] = s.without_unique(turn, units[m], rest)
 
 
 def least_squares(x: Tensor, y: Tensor) -> Tensor:
-    """(B, F), (B, G) -> (F, G): ridge regression of y on x, both centred, in double precision.
+    """Ridge regression of y (B, G) on x (B, F), both centred -> (F, G) float32, computed in float64.
 
-    The ridge grows as rows become scarcer than numbers, which holds back what would be fitted to noise and rounding.
+    The ridge is RIDGE + (F / B)^2, relative to the mean variance of x: with few rows it limits overfitting.
     """
     x, y = centred(x.double()), centred(y.double())
     inner, ridge = x.T @ x, RIDGE + (x.shape[1] / len(x)) ** 2
@@ -88,4 +99,5 @@ def least_squares(x: Tensor, y: Tensor) -> Tensor:
 
 
 def centred(x: Tensor) -> Tensor:
+    """x minus its mean over rows."""
     return x - x.mean(0)

@@ -1,11 +1,11 @@
-"""Register tokens: learnable queries that read a modality's frozen tokens by cross-attention.
+"""Register blocks: learnable register tokens cross-attend to the frozen tokens of a modality.
 
-Blocks are pre-norm: cross-attention (queries: registers; keys and values: the modality's tokens), self-attention among
-the registers from the second layer on, MLP. Sources: Perceiver (Jaegle et al. 2021, arXiv:2103.03206), registers
-(Darcet et al. 2023, arXiv:2309.16588).
+A block is pre-norm and has three parts: cross-attention (queries: registers; keys and values: the modality's tokens),
+self-attention among the registers (from the second layer on) and an MLP. Sources: Perceiver (Jaegle et al. 2021,
+arXiv:2103.03206), registers (Darcet et al. 2023, arXiv:2309.16588).
 
-A dropped register contributes nothing anywhere: it is no key of the self-attention and its output is zero. Masking the
-query alone would not do, since cross-attention adds information to it.
+A dropped register has no effect: it is masked as a key of the self-attention, and its output is zero. Masking only its
+query would not be enough, because cross-attention still adds information to it.
 
 Shapes: z (B, N, D) registers, keys (B, T, D), mask (B, T) bool, kept (B, N) bool.
 """
@@ -25,7 +25,7 @@ from tvl_align.system.console import UserError
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """The shape of a register block; rates are probabilities."""
+    """Size and dropout probabilities of a register block. Raises UserError if `num_heads` does not divide `dim`."""
 
     dim: int = 768
     num_heads: int = 8
@@ -40,12 +40,12 @@ class BlockOptions:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) or (B, N, M) bool, False = not there.
+    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) or (B, N, M) bool, False = ignored.
 
-    A few registers that read many tokens take a shorter way to the same numbers: q (W k) = (q W) k, so the projections of
-    keys and values move from the M tokens to the N heads * registers, which then attend to the tokens as they are (known
-    from multi-head latent attention, DeepSeek-AI 2024, arXiv:2405.04434). The bias of keys adds the same to every score of a
-    query and has no effect; that of values is added once, since attention weights sum to 1.
+    With few queries and many keys, the key and value projections are absorbed into the queries, since q (W k) = (q W) k.
+    The projections then run on heads * N queries instead of M tokens, and the result is the same (multi-head latent
+    attention, DeepSeek-AI 2024, arXiv:2405.04434). The key bias adds the same value to every score of a query, so it has no
+    effect. The value bias is added once, because attention weights sum to 1.
     """
 
     def __init__(self, options: BlockOptions) -> None:
@@ -56,31 +56,36 @@ class Attention(nn.Module):
         self.out = nn.Sequential(nn.Linear(options.dim, options.dim), nn.Dropout(options.drop_rate))
 
     def forward(self, z: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """(B, N, D), (B, M, D) -> (B, N, D)."""
         q = rearrange(self.query(z), "b n (h d) -> b h n d", h=self.heads)
         drop = self.attn_drop if self.training else 0.0
         if mask.ndim == 2 and not drop and self._absorbing_is_cheaper(z.shape[1], keys.shape[1]):
             return self.out(self._absorbed(q, keys, mask))
         k, v = rearrange(self.key_value(keys), "b m (two h d) -> two b h m d", two=2, h=self.heads)
         mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-        return self.out(rearrange(read, "b h n d -> b n (h d)"))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
 
     def _absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
-        """Multiplications of a row, over 2 D: projections of the queries + wide attention < projections of the tokens."""
+        """Compare multiplications per row, divided by 2 D: query projections + wide attention < token projections."""
         dim = self.query.in_features
         return queries * (dim + keys * self.heads) < keys * dim
 
     def _absorbed(self, q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
+        """q (B, H, N, d), keys (B, M, D), mask (B, M) -> (B, N, D), before the output projection."""
         to_key, to_value = rearrange(self.key_value.weight, "(two h d) w -> two h d w", two=2, h=self.heads)
-        asked = torch.einsum("bhnd,hdw->bhnw", q, to_key).flatten(1, 2)[:, None]
+        wide_queries = torch.einsum("bhnd,hdw->bhnw", q, to_key).flatten(1, 2)[:, None]
         tokens, scale = keys[:, None], q.shape[-1] ** -0.5
-        read = F.scaled_dot_product_attention(asked, tokens, tokens, attn_mask=mask[:, None, None], scale=scale)
-        values = torch.einsum("bhnw,hdw->bhnd", read.squeeze(1).unflatten(1, (self.heads, -1)), to_value)
+        attended = F.scaled_dot_product_attention(wide_queries, tokens, tokens, attn_mask=mask[:, None, None], scale=scale)
+        values = torch.einsum("bhnw,hdw->bhnd", attended.squeeze(1).unflatten(1, (self.heads, -1)), to_value)
         return rearrange(values, "b h n d -> b n (h d)") + self.key_value.bias.chunk(2)[1]
 
 
 class RegisterBlock(nn.Module):
-    """Cross-attention, self-attention (not in the first layer: all registers are still the same there), MLP."""
+    """Cross-attention, optional self-attention, MLP, each with a residual connection.
+
+    The first layer needs no self-attention: its registers do not depend on the input yet.
+    """
 
     def __init__(self, options: BlockOptions, self_attention: bool) -> None:
         super().__init__()
@@ -92,6 +97,7 @@ class RegisterBlock(nn.Module):
         self.drop_path = DropPath(options.drop_path_rate)
 
     def forward(self, z: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D); `mask` applies to the keys, `kept` (B, N) or (B, N, N) to the registers."""
         z = z + self.drop_path(self.cross(self.cross_norm(z), keys, mask))
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(z)
@@ -99,8 +105,8 @@ class RegisterBlock(nn.Module):
         return z + self.drop_path(self.mlp(self.mlp_norm(z)))
 
 
-class KeyReader(nn.Module):
-    """Frozen tokens (B, T, W) -> keys (B, T, D): norm, a projection where widths differ, learned positions."""
+class KeyProjection(nn.Module):
+    """Frozen tokens (B, T, W) -> keys (B, T, D): LayerNorm, a linear projection if W != D, learned position embeddings."""
 
     def __init__(self, spec: FeatureSpec, dim: int) -> None:
         super().__init__()
@@ -113,9 +119,9 @@ class KeyReader(nn.Module):
 
 
 class RegisterStack(nn.Module):
-    """A modality's blocks with their final norm, for a group of `registers` registers.
+    """A stack of `layers` register blocks with a final LayerNorm, for a group of `registers` registers.
 
-    causal: a register sees itself and those before it, no later one. A group of one register has no self-attention: the
+    causal: a register attends only to itself and to earlier registers. A group of one register has no self-attention: the
     softmax over its single key is 1, so the query and key weights would never get a gradient.
     """
 
@@ -126,7 +132,7 @@ class RegisterStack(nn.Module):
         self.norm = nn.LayerNorm(options.dim)
 
     def forward(self, registers: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-        """registers (N, D) -> (B, N, D), dropped ones zero."""
+        """registers (N, D) -> (B, N, D); dropped registers are zero."""
         return attend_jointly([self], registers, [keys], [mask], kept, [mask.any(1)])
 
 
@@ -138,23 +144,25 @@ def attend_jointly(
     kept: Tensor,
     present: Sequence[Tensor],
 ) -> Tensor:
-    """Registers (N, D) that attend to several modalities at once -> (B, N, D).
+    """Let registers (N, D) attend to several modalities at once -> (B, N, D); dropped registers are zero.
 
-    In every layer each present modality proposes an update through its own block and the mean is taken; with one
-    modality this is that modality's stack. `present`: (B,) bool per modality.
+    Each layer applies the block of every present modality and averages the results. With one modality this equals that
+    modality's stack. stacks, keys (B, T, D), masks (B, T) and present (B,) bool: one per modality.
     """
     batch = len(keys[0])
     z = registers.expand(batch, *registers.shape)
     weights = torch.stack([p.to(z.dtype) for p in present])
     weights = (weights / weights.sum(0).clamp(min=1))[..., None, None]
-    safe = [mask | ~mask.any(1, keepdim=True) for mask in masks]  # an absent row attends to noise, with weight 0
-    among = kept | ~kept.any(1, keepdim=True)  # where a whole group is dropped, its output is zero all the same
+    # A row without any key would give NaN. It attends to all keys instead, and its result has weight 0.
+    safe_masks = [mask | ~mask.any(1, keepdim=True) for mask in masks]
+    self_mask = kept | ~kept.any(1, keepdim=True)  # the same for a row without any kept register
     if stacks[0].causal:
-        among = among[:, None, :] & torch.ones(kept.shape[1], kept.shape[1], dtype=torch.bool, device=kept.device).tril()
+        causal = torch.ones(kept.shape[1], kept.shape[1], dtype=torch.bool, device=kept.device).tril()
+        self_mask = self_mask[:, None, :] & causal
     for layer in range(len(stacks[0].blocks)):
         updates = [
-            weight * stack.blocks[layer](z, key, mask, among)
-            for stack, key, mask, weight in zip(stacks, keys, safe, weights, strict=True)
+            weight * stack.blocks[layer](z, key, mask, self_mask)
+            for stack, key, mask, weight in zip(stacks, keys, safe_masks, weights, strict=True)
         ]
         z = torch.stack(updates).sum(0) if len(updates) > 1 else updates[0]
     normed = [weight * stack.norm(z) for stack, weight in zip(stacks, weights, strict=True)]

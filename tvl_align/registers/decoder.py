@@ -1,4 +1,4 @@
-"""Registers -> the frozen tokens they were read from: a decoder and its error."""
+"""Reconstruction of the frozen tokens from the registers: a decoder and its error."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,10 @@ from tvl_align.registers.blocks import BlockOptions, RegisterBlock
 
 
 class TokenDecoder(nn.Module):
-    """Rebuilds a modality's frozen tokens (B, T, W) from its registers (B, N, D): position queries that cross-attend.
+    """Reconstructs a modality's frozen tokens (B, T, W) from its registers (B, N, D).
 
-    Kept narrow on purpose: what it cannot express must be written into the registers plainly.
+    One learned query per position cross-attends to the registers. The decoder is narrow, so the registers themselves must
+    hold the information in an easily decoded form.
     """
 
     def __init__(self, spec: FeatureSpec, dim: int, width: int = 256) -> None:
@@ -24,11 +25,15 @@ class TokenDecoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, spec.width))
 
     def forward(self, z: Tensor, kept: Tensor, length: int) -> Tensor:
+        """Registers (B, N, D), kept (B, N) bool -> the first `length` tokens (B, length, W)."""
         keys = self.read(z)
         queries = self.queries[:length].expand(len(z), -1, -1)
         return self.out(self.block(queries, keys, kept, kept))
 
 
-def reconstruction_error(rebuilt: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
-    """Rebuilt (B, T, W) beside what should have been rebuilt: the frozen tokens (B, T, W), standardised over their width."""
-    return Reconstruction((rebuilt - F.layer_norm(tokens, tokens.shape[-1:])).square().mean(-1), mask)
+def reconstruction_error(reconstructed: Tensor, tokens: Tensor, mask: Tensor) -> Reconstruction:
+    """Mean squared error per token, (B, T).
+
+    The target is the frozen tokens (B, T, W), standardised over their width. mask (B, T) bool, True = a real token.
+    """
+    return Reconstruction((reconstructed - F.layer_norm(tokens, tokens.shape[-1:])).square().mean(-1), mask)

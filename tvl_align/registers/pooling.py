@@ -1,4 +1,4 @@
-"""Register tokens -> the one vector of a modality that is aligned and retrieved."""
+"""Pooling: overlapping tokens -> one vector per modality, used for alignment and retrieval."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +7,7 @@ from tvl_align.contract import Output
 
 
 def pool_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
-    """Mean over the kept registers: (B, n, D), (B, n) -> (B, D)."""
+    """Mean over the kept registers: (B, n, D), (B, n) bool -> (B, D). kept=None: all are kept."""
     if kept is None:
         return tokens.mean(1)
     weight = kept[..., None].to(tokens.dtype)
@@ -15,7 +15,7 @@ def pool_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def pooled_overlapping(output: Output) -> dict[str, Tensor]:
-    """What is aligned and retrieved: {modality: (B, D)}, the normalised mean of the kept overlapping tokens."""
+    """{modality: (B, D)}: the L2-normalised mean of the kept overlapping tokens."""
     kept = output.nested_dropout_mask
     tokens = output.overlapping_tokens
     return {

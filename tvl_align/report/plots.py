@@ -1,4 +1,4 @@
-"""Results -> figures, as PNG bytes. Nothing is computed here."""
+"""Figures of results, as PNG bytes."""
 
 import io
 import textwrap
@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
@@ -15,11 +16,11 @@ from tvl_align.evaluation.probes import normalised_score
 
 matplotlib.use("Agg")
 
-
 COLOURS = {"tactile_vision": "#c44e52", "tactile_text": "#4c72b0", "text_vision": "#55a868"}
 
 
 def png(figure: Figure) -> bytes:
+    """Render and close a figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
@@ -27,11 +28,11 @@ def png(figure: Figure) -> bytes:
 
 
 def curves(metrics: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> bytes:
-    """Loss and whole-gallery Acc@1 of the validation split over the epochs, chance dotted."""
+    """Loss and Acc@1 on the full validation split per epoch; the chance level is dotted."""
     epochs = [m["epoch"] + 1 for m in metrics]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
-    left.plot(epochs, [m["train_total_loss"] for m in metrics], label="train (inside batches)", color="#888888")
-    left.plot(epochs, [m["val_total_loss"] for m in metrics], label="validation (whole gallery)", color="black")
+    left.plot(epochs, [m["train_total_loss"] for m in metrics], label="train (within batches)", color="#888888")
+    left.plot(epochs, [m["val_total_loss"] for m in metrics], label="validation (full split)", color="black")
     left.set(xlabel="epoch", ylabel="total loss")
     left.legend(frameon=False)
     for pair in pairs:
@@ -46,7 +47,7 @@ def curves(metrics: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> bytes:
 
 
 def against_k(prefixes: Sequence[Mapping[str, Any]]) -> bytes:
-    """Acc@1, shared retention and reconstruction error for every number of kept registers."""
+    """Acc@1, shared retention and reconstruction error against the number of kept registers."""
     ks = [p["k"] for p in prefixes]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2))
     for pair in prefixes[0]["pairs"]:
@@ -56,10 +57,10 @@ def against_k(prefixes: Sequence[Mapping[str, Any]]) -> bytes:
     left.legend(frameon=False)
     if prefixes[0]["shared_retention"] is not None:
         middle.plot(ks, [p["shared_retention"] for p in prefixes], marker="o", color="black")
-    middle.set(xlabel="registers kept", ylabel="shared retention (%)", xticks=ks, ylim=(0, 110))
+    middle.set(xlabel="registers kept", ylabel="shared retention (normalised)", xticks=ks, ylim=(0, 110))
     for modality in prefixes[0]["reconstructions"]:
         right.plot(ks, [p["reconstructions"][modality] for p in prefixes], marker="o", label=modality)
-    right.set(xlabel="registers kept", ylabel="variance of frozen tokens left (%)", xticks=ks, ylim=(0, 105))
+    right.set(xlabel="registers kept", ylabel="reconstruction error (% of variance)", xticks=ks, ylim=(0, 105))
     if prefixes[0]["reconstructions"]:
         right.legend(frameon=False)
     return png(figure)
@@ -69,24 +70,34 @@ GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_co
 
 
 def heat_map(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
-    """Percent of the way from chance to the Stage-1 ceiling: factor x token group."""
+    """Normalised scores (0 = chance, 100 = Stage-1 ceiling) of every factor and group of tokens.
+
+    A cell is grey if the ceiling is not above chance.
+    """
     rows = [(m, f, e) for m, table in factors.items() for f, e in table.items()]
     values = np.array([[normalised_score(e[g], e["chance"], e["stage1"]) for g in GROUPS] for _, _, e in rows])
     figure, axes = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1))
-    axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    _show_scores(axes, values)
     owners = ["shared" if len(e["ownership"]) > 1 else "unique" if e["ownership"] else "" for _, _, e in rows]
     axes.set_yticks(
         range(len(rows)), [f"{m}: {f} ({o})" if o else f"{m}: {f}" for (m, f, _), o in zip(rows, owners, strict=True)]
     )
     axes.set_xticks(range(len(GROUPS)), [g.replace("_", "\n") for g in GROUPS])
     axes.xaxis.tick_top()
-    for (y, x), value in np.ndenumerate(values):
-        axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black", fontsize=9)
     return png(figure)
 
 
+def _show_scores(axes: Axes, values: np.ndarray) -> None:
+    """Draw normalised scores as coloured cells with numbers; NaN cells stay grey and empty."""
+    axes.set_facecolor("lightgrey")
+    axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for (y, x), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black", fontsize=9)
+
+
 def samples(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
-    """A strip of samples: photo above, touch image below, caption between."""
+    """Samples in columns: photo (top) with its caption as title, touch image (bottom)."""
     figure, axes = plt.subplots(2, len(rows), figsize=(1.6 * len(rows), 3.4), squeeze=False)
     for column, (photo, touch, caption) in enumerate(rows):
         axes[0, column].imshow(photo)
@@ -98,7 +109,7 @@ def samples(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
 
 
 def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> bytes:
-    """`heat_map` of several methods side by side: overlapping and complementary columns of each."""
+    """`heat_map` of several methods: overlapping and complementary tokens of each method side by side."""
     some = next(iter(methods.values()))
     rows = [(m, f) for m, table in some.items() for f in table]
     columns = [(name, group) for name in methods for group in GROUPS[:2]]
@@ -109,37 +120,37 @@ def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str
 
     values = np.array([[value(name, group, m, f) for name, group in columns] for m, f in rows])
     figure, axes = plt.subplots(figsize=(1.5 * len(columns) + 3, 0.36 * len(rows) + 1.2))
-    axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    _show_scores(axes, values)
     owners = ["shared" if len(some[m][f]["ownership"]) > 1 else "unique" for m, f in rows]
     axes.set_yticks(range(len(rows)), [f"{m}: {f} ({o})" for (m, f), o in zip(rows, owners, strict=True)])
     axes.set_xticks(range(len(columns)), [f"{_wrapped(name)}\n{group}" for name, group in columns], fontsize=7)
     axes.xaxis.tick_top()
-    for (y, x), number in np.ndenumerate(values):
-        axes.text(x, y, f"{number:.0f}", ha="center", va="center", color="white" if number < 60 else "black", fontsize=9)
     return png(figure)
 
 
 def _wrapped(name: str) -> str:
-    """A method's name on lines short enough for a column."""
+    """The name of a method, wrapped to the width of a column."""
     return textwrap.fill(name.replace("_", " "), 18)
 
 
 def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
-    """Mean Acc@1, shared retention and reconstruction error against the number of registers kept, one line a method (mean
-    over seeds)."""
+    """Mean Acc@1, shared retention and reconstruction error against the number of kept registers.
+
+    One line per method, averaged over seeds.
+    """
     panels = {
         "acc1": "test Acc@1, mean over pairs (%)",
-        "shared_retention": "shared retention (%)",
-        "reconstruction": "variance of frozen tokens left (%)",
+        "shared_retention": "shared retention (normalised)",
+        "reconstruction": "reconstruction error (% of variance)",
     }
     figure, row = plt.subplots(1, len(panels), figsize=(14, 3.4))
-    for axes, (what, label) in zip(row, panels.items(), strict=True):
+    for axes, (key, label) in zip(row, panels.items(), strict=True):
         for i, (name, runs) in enumerate(methods.items()):
-            if all(p[what] is not None for run in runs for p in run):
+            if all(p[key] is not None for run in runs for p in run):
                 ks = [p["k"] for p in runs[0]]
-                scores = np.mean([[p[what] for p in run] for run in runs], axis=0)
+                scores = np.mean([[p[key] for p in run] for run in runs], axis=0)
                 axes.plot(ks, scores, marker="o", label=name, color=f"C{i}")
-        axes.set_xscale("log", base=2)  # from 4 registers to 32
+        axes.set_xscale("log", base=2)  # methods have 4 to 32 registers
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set(xlabel="registers kept", ylabel=label, ylim=(0, None))
     row[0].legend(frameon=False, fontsize=7)
@@ -147,7 +158,7 @@ def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
 
 
 def methods_curves(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], pair: str) -> bytes:
-    """Validation Acc@1 of one pair over the epochs, one line a method (mean over seeds)."""
+    """Validation Acc@1 of one pair per epoch, one line per method, averaged over seeds."""
     figure, axes = plt.subplots(figsize=(7, 3.4))
     for name, runs in methods.items():
         scores = [[m.get(f"val_{pair}_acc1", np.nan) for m in run] for run in runs]
@@ -159,20 +170,22 @@ def methods_curves(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
 
 
 def confusion(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
-    """Columns of three pictures: the touch image, its own photo, the photo retrieved."""
+    """Retrieval errors in columns: touch image (top), its photo (middle), retrieved photo (bottom)."""
     figure, axes = plt.subplots(3, len(rows), figsize=(1.3 * len(rows), 4), squeeze=False)
-    for column, pictures in enumerate(rows):
-        for axis, picture in zip(axes[:, column], pictures, strict=True):
-            axis.imshow(picture)
+    for column, images in enumerate(rows):
+        for axis, image in zip(axes[:, column], images, strict=True):
+            axis.imshow(image)
             axis.axis("off")
     return png(figure)
 
 
-def growth_curves(found: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
-    """Seconds (left axis) and peak memory (right axis) against what grows, all axes logarithmic; a straight line of slope 1
-    is proportional growth."""
-    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.0))
-    for axis, (what, points) in zip(axes, found.items(), strict=True):
+def growth_curves(measurements: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+    """Seconds (left axis) and peak memory in MB (right axis) against problem size, on logarithmic axes.
+
+    measurements: {name of the size: [{"at": size, "seconds": ..., "megabytes": ...}]}. Slope 1 is linear growth.
+    """
+    figure, axes = plt.subplots(1, len(measurements), figsize=(3.4 * len(measurements), 3.0))
+    for axis, (name, points) in zip(axes, measurements.items(), strict=True):
         at = [p["at"] for p in points]
         axis.loglog(at, [p["seconds"] for p in points], marker="o", color="#c44e52")
         _few_labels(axis)
@@ -180,16 +193,16 @@ def growth_curves(found: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
         memory.loglog(at, [p["megabytes"] for p in points], marker="s", linestyle="--", color="#4c72b0")
         memory.set_ylabel("MB (dashed)", color="#4c72b0")
         _few_labels(memory)
-        axis.xaxis.set_minor_locator(NullLocator())  # after the twin, which sets the axis they share anew
+        axis.xaxis.set_minor_locator(NullLocator())  # after twinx, which resets the shared axis
         axis.set_xticks(at, [f"{x:g}" for x in at], rotation=40)
-        axis.set(xlabel=what)
+        axis.set(xlabel=name)
     axes[0].set_ylabel("seconds", color="#c44e52")
     figure.tight_layout()
     return png(figure)
 
 
 def _few_labels(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 on a logarithmic axis of values."""
+    """Label a logarithmic y axis at 1, 2 and 5 times powers of ten, in plain numbers."""
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_locator(NullLocator())

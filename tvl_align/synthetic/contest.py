@@ -1,6 +1,7 @@
-"""Every method, several seeds, the same world, Stage 1, features, epochs and samples: what `make compare` runs.
+"""The benchmark of methods on synthetic data (`make compare`): every method with several seeds.
 
-Parts that are already in the folder are not made again, so an interrupted contest goes on where it stopped.
+All runs share the data, Stage 1, the stored features, the split and the number of epochs. Parts that are complete in the
+output folder are reused, so an interrupted benchmark resumes.
 """
 
 import json
@@ -23,30 +24,30 @@ from tvl_align.training.settings import Settings
 
 @dataclass(frozen=True)
 class ContestConfig(DemoConfig):
-    """Train and measure every method with several seeds on one synthetic world, then compare them."""
+    """Train and evaluate every method with several seeds on synthetic data, and compare them in a report."""
 
     out: Path = Path("contest")
-    """Folder for the world, Stage 1, features, runs and the report."""
+    """Folder for the data, Stage 1, features, runs and the report."""
     train: int = 20_000
-    """Training samples of the world (one in ten of their groups validates)."""
+    """Number of training samples, 10% of them for validation."""
     pretrain_epochs: int = 3
     """Epochs of the small Stage 1."""
     epochs: int = 2
     """Epochs of Stage 2, the same for every method."""
     seed: int = 0
-    """Seed of the world, Stage 1, the split and the stored views, which all runs share."""
+    """Seed of the data, Stage 1, the split and the stored views, which all runs share."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods to train, your own as package.module:NAME."""
+    """Methods to train; a method of your own as package.module:NAME."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds of the runs: order, views, dropout, initial weights."""
+    """Seeds of the runs: order of rows, views, dropout, initial weights."""
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Runs at a time; the cores are shared among them."""
+    """Runs in parallel; they share the CPU cores."""
 
 
 def contest(config: ContestConfig) -> Path:
-    """Returns the path of the report."""
+    """Run the benchmark. Prints the number of runs as JSON and returns the path of the report."""
     for name in config.methods:
-        load_method(name)  # refused before anything is made
+        load_method(name)  # an unknown method is an error before anything is written
     world, checkpoint = prepare(config)
     settings: dict[tuple[str, int], Settings[Any]] = {}
     for seed, name in product(config.seeds, config.methods):
@@ -66,9 +67,9 @@ def contest(config: ContestConfig) -> Path:
 def _run(settings: Settings[Any], name: str, probe_rows: int) -> None:
     label = settings.folder.name
     timed(f"{label}: {settings.optim.epochs} epochs", lambda: fit(settings, load_method(name)))
-    timed(f"{label}: test split", lambda: _measured(settings.folder, probe_rows))
+    timed(f"{label}: test split", lambda: _evaluate(settings.folder, probe_rows))
 
 
-def _measured(run: Path, probe_rows: int) -> None:
+def _evaluate(run: Path, probe_rows: int) -> None:
     measure(EvaluateConfig(run, probe_rows=probe_rows))
     write_page(run)

@@ -1,4 +1,4 @@
-"""The whole job on a synthetic world: world -> small Stage 1 -> features -> Stage 2 -> test split -> one page."""
+"""The complete pipeline on synthetic data: data -> small Stage 1 -> features -> Stage 2 -> evaluation -> report page."""
 
 import time
 from collections.abc import Callable
@@ -22,33 +22,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Run the whole job on a synthetic world. Parts that are already in the folder are not made again."""
+    """Run the complete pipeline on synthetic data. Parts that are complete in the output folder are reused."""
 
     out: Path = Path("demo")
-    """Folder for the world, Stage 1, features and the run."""
+    """Folder for the data, Stage 1, features and the run."""
     train: int = 10_000
-    """Training samples of the world (one in ten of their groups validates)."""
+    """Number of training samples, 10% of them for validation."""
     test: int = 1000
-    """Test samples of the world."""
+    """Number of test samples."""
     pretrain_epochs: int = 6
     """Epochs of the small Stage 1."""
     epochs: int = 3
     """Epochs of Stage 2."""
     views: int = 4
-    """Views of every training row beside the plain one; only their sentences differ."""
+    """Additional views per training row; only their sentences differ."""
     seed: int = 0
-    """Seed of everything."""
+    """Seed of the data, Stage 1 and Stage 2."""
     probe_rows: int = 3000
-    """Training rows that probes are fitted on, at most."""
+    """Maximum number of training rows for fitting the probes."""
 
 
 def demo(config: DemoConfig) -> Path:
-    """Returns the path of the page it wrote."""
+    """Run the pipeline. Prints the results and returns the path of the report page."""
     world, checkpoint = prepare(config)
     settings = small_settings(config, world, checkpoint, "base", "base")
-    timed(f"Stage 2: features once, then {config.epochs} epochs", lambda: fit(settings, METHODS["base"]))
-    of_run = EvaluateConfig(settings.folder, probe_rows=config.probe_rows)
-    timed("test split: retrieval and probes", lambda: measure(of_run))
+    timed(f"Stage 2: features, then {config.epochs} epochs", lambda: fit(settings, METHODS["base"]))
+    evaluation = EvaluateConfig(settings.folder, probe_rows=config.probe_rows)
+    timed("test split: retrieval and probes", lambda: measure(evaluation))
     page = write_page(settings.folder)
     print_table(settings.folder / "results.json")
     print(f"page: {page.resolve()}")
@@ -56,26 +56,26 @@ def demo(config: DemoConfig) -> Path:
 
 
 def prepare(config: DemoConfig) -> tuple[Path, Path]:
-    """The world's folder and the checkpoint of its small Stage 1, made where they are missing."""
-    world, small = config.out / "world", config.out / "stage1"
+    """Write the synthetic data and train the small Stage 1, unless they exist. Returns (data folder, checkpoint)."""
+    world, stage1 = config.out / "world", config.out / "stage1"
     if not (world / "factors.json").is_file():
-        what = f"world: {config.train} + {config.test} synthetic samples"
-        timed(what, lambda: write_world(world, config.train, config.test, config.seed))
-    if not (small / "checkpoint.pth").is_file():
-        settings = PretrainConfig(world, small, epochs=config.pretrain_epochs, seed=config.seed)
+        title = f"data: {config.train} + {config.test} synthetic samples"
+        timed(title, lambda: write_world(world, config.train, config.test, config.seed))
+    if not (stage1 / "checkpoint.pth").is_file():
+        settings = PretrainConfig(world, stage1, epochs=config.pretrain_epochs, seed=config.seed)
         timed(f"Stage 1: small encoders, {config.pretrain_epochs} epochs", lambda: pretrain(settings))
-    return world, small / "checkpoint.pth"
+    return world, stage1 / "checkpoint.pth"
 
 
 def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: str, name: str) -> Settings[Any]:
-    """The documented run with narrower registers and fewer epochs."""
+    """The settings of a Stage-2 run on the synthetic data: narrower registers and fewer epochs than the defaults."""
     return Settings(
         Stage1Config(checkpoint),
         load_method(method).knobs(register_token_dim=256),
         DataConfig(
             world,
             views=config.views,
-            augment_pictures=False,  # the small Stage 1 never saw a turned image
+            augment_pictures=False,  # the small Stage 1 is trained without image augmentation
             no_text_prompt=True,
             shuffle_text=True,
             replace_synonyms=True,
@@ -86,10 +86,10 @@ def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: st
     )
 
 
-def timed(what: str, job: Callable[[], T]) -> T:
-    """Say what is done and how long it took."""
-    print(f"== {what}", flush=True)
-    began = time.perf_counter()
-    result = job()
-    print(f"   {time.perf_counter() - began:.0f} s", flush=True)
+def timed(title: str, function: Callable[[], T]) -> T:
+    """Print the title, call the function, print its duration in seconds and return its result."""
+    print(f"== {title}", flush=True)
+    start = time.perf_counter()
+    result = function()
+    print(f"   {time.perf_counter() - start:.0f} s", flush=True)
     return result

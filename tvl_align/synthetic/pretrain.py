@@ -1,14 +1,14 @@
-"""A small Stage 1, trained in minutes on any folder in the TVL format, saved in the two formats users have.
+"""Train a small Stage 1 on a folder in the TVL format, in minutes, and save it as a TVL checkpoint and OpenCLIP weights.
 
-What the frozen tokens do not hold, no register can read. A contrastive loss alone keeps what the modalities share and
-throws the rest away, so two more targets are read off every token of the 4 x 4 grid by linear maps:
+Registers can only read what the frozen tokens encode. A contrastive loss alone discards what the modalities do not share.
+Therefore a linear head predicts two more targets from every token of the 4 x 4 grid, with a mean squared error:
 
-    pixels     the token's own part of the image: hue, light, contact position and depth survive
-    spectrum   log power of a window twice that size, in 6 bands x 8 orientations and per colour for touch: texture,
-               coarseness and orientation survive. It is to pixels what HOG is in MaskFeat (Wei et al. 2022,
-               arXiv:2112.09133): a description that does not change when the texture shifts, and so is learnt fast.
+    pixels     the patch of the token; preserves hue, light, contact position and depth
+    spectrum   the log power spectrum of a window of twice the patch size, in 6 frequency bands x 8 orientations (per colour
+               channel for touch); preserves texture, coarseness and orientation. Like HOG in MaskFeat (Wei et al. 2022,
+               arXiv:2112.09133) it is invariant to small shifts of the texture, so it is learned quickly.
 
-Images are not augmented: a flip would forbid the shared features to know orientation.
+Images are not augmented: with flips the shared features could not encode orientation.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,19 +48,19 @@ class PretrainConfig:
     """Train a small Stage 1 on a folder in the TVL format."""
 
     datasets_dir: Path
-    """Folder that holds ssvtp/ and hct/."""
+    """Folder that contains ssvtp/ and hct/."""
     output_dir: Path
-    """Where checkpoint.pth (touch) and clip.pt (vision and text) are written."""
+    """Folder for checkpoint.pth (touch) and clip.pt (vision and text)."""
     datasets: tuple[str, ...] = DATASETS
-    """Data sets to read."""
+    """Data sets to use."""
     epochs: int = 12
-    """Passes over the training rows."""
+    """Number of epochs."""
     batch_size: int = 64
-    """Rows per step. Small on purpose: in minutes of training, steps matter more than negatives."""
+    """Rows per step. In a short training more steps help more than more negatives."""
     lr: float = 1.5e-3
-    """Peak learning rate of AdamW (linear warm-up over the first 5% of steps, then half a cosine to 0)."""
+    """Peak learning rate of AdamW: linear warm-up over the first 5% of steps, then cosine decay to 0."""
     weight_decay: float = 0.05
-    """Decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     pixel_weight: float = 1.0
     """Weight of the pixel target."""
     spectrum_weight: float = 2.0
@@ -67,18 +68,24 @@ class PretrainConfig:
     num_workers: int = 2
     """Processes that decode images."""
     seed: int = 0
-    """Seed of everything."""
+    """Seed of the split, the initial weights, the order of rows and the sentences."""
     device: str | None = None
-    """Default: cuda where there is one, else cpu."""
+    """PyTorch device; default: cuda if available, else cpu."""
 
 
 class SpectrumTarget(nn.Module):
-    """Images (B, C, S, S) -> log power (B, 16, C * 48) of 4 x 4 Hann windows, each of half the image's side."""
+    """Images (B, C, S, S) -> standardised log power (B, 16, C * 48) of 4 x 4 overlapping Hann windows of S/2 pixels.
+
+    size: S. The 48 values per channel are 6 frequency bands x 8 orientations.
+    """
+
+    hann: Tensor
+    bank: Tensor
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.window = size // 2
-        edge = torch.hann_window(self.window, periodic=False)
+        hann = torch.hann_window(self.window, periodic=False)
         fy = torch.fft.fftfreq(self.window, 1 / self.window)[:, None]
         fx = torch.fft.rfftfreq(self.window, 1 / self.window)[None]
         radius, angle = torch.hypot(fx, fy), torch.remainder(torch.atan2(fy, fx), math.pi)
@@ -90,7 +97,7 @@ class SpectrumTarget(nn.Module):
         y, x = torch.nonzero(inside, as_tuple=True)
         bank[(band * ORIENTATIONS + direction)[inside], y, x] = 1
         bank = bank.flatten(1) / bank.flatten(1).sum(1, keepdim=True).clamp(min=1)
-        self.register_buffer("hann", edge[:, None] * edge[None], persistent=False)
+        self.register_buffer("hann", hann[:, None] * hann[None], persistent=False)
         self.register_buffer("bank", bank, persistent=False)
 
     @torch.no_grad()
@@ -105,7 +112,7 @@ class SpectrumTarget(nn.Module):
 
 
 class TokenTargets(nn.Module):
-    """Linear read-outs that hold the tokens of one modality to their targets; thrown away after training."""
+    """Linear heads that predict the pixel and spectrum targets from the tokens of one modality; not saved."""
 
     def __init__(self, width: int, size: int, colour_spectrum: bool) -> None:
         super().__init__()
@@ -115,15 +122,18 @@ class TokenTargets(nn.Module):
         self.spectrum = SpectrumTarget(size)
 
     def forward(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, 1 + 16, W), images (B, 3, S, S) -> mean squared errors of pixels and of spectrum."""
+        """Tokens (B, 1 + 16, W), images (B, 3, S, S) -> mean squared errors (), () of the pixels and of the spectrum."""
         grid = tokens[:, 1:]
         patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=self.patch, q=self.patch)
-        seen = images if self.colour_spectrum else images.mean(1, keepdim=True)
-        return F.mse_loss(self.pixels(grid), patches), F.mse_loss(self.bands(grid), self.spectrum(seen))
+        channels = images if self.colour_spectrum else images.mean(1, keepdim=True)
+        return F.mse_loss(self.pixels(grid), patches), F.mse_loss(self.bands(grid), self.spectrum(channels))
 
 
 def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
-    """Train the small Stage 1; returns the path of its checkpoint. The same config gives the same weights."""
+    """Train the small Stage 1 and return the path of its checkpoint. The same config gives the same weights.
+
+    Raises UserError if there are fewer training rows than `batch_size`.
+    """
     seed_everything(config.seed)
     device = pick_device(config.device)
     data = read_tvl(config.datasets_dir, config.datasets, config.seed)
@@ -132,11 +142,11 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
     import open_clip
 
     register_small_clip()
-    clip = open_clip.create_model(SMALL_CLIP, load_weights=False)
+    clip: Any = open_clip.create_model(SMALL_CLIP, load_weights=False)
     touch = create_touch_encoder(TOUCH_MODEL, clip.text_projection.shape[-1], SMALL_TOUCH)
     stage1 = Stage1(clip, open_clip.get_tokenizer(SMALL_CLIP), touch).to(device)
-    images = ImageOptions(stage1.photo_size, stage1.touch_size)
-    samples = Samples(data.root, data.train, images, TextOptions(), config.seed)
+    options = ImageOptions(stage1.photo_size, stage1.touch_size)
+    samples = Samples(data.root, data.train, options, TextOptions(), config.seed)
     images = _load(samples, config.num_workers, quiet)
     targets = nn.ModuleDict(
         {
@@ -149,23 +159,23 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
 
 
 def _load(samples: Samples, workers: int, quiet: bool) -> dict[str, Tensor]:
-    """All plain images of rows that have both, fp16: small images fit in memory, and are decoded once."""
-    jobs = [(i, 0) for i, row in enumerate(samples.rows) if row.vision and row.tactile]
-    parts: dict[str, list[Tensor]] = {"vision": [], "tactile": []}
+    """The plain images of all rows that have both: {"vision", "tactile": (n, 3, S, S) fp16, "rows": (n,) int64}."""
+    pairs = [(i, 0) for i, row in enumerate(samples.rows) if row.vision and row.tactile]
+    chunks: dict[str, list[Tensor]] = {"vision": [], "tactile": []}
     rows: list[int] = []
-    with progress(len(jobs), "decode", "image", quiet) as bar:
-        batches = [jobs[i : i + 128] for i in range(0, len(jobs), 128)]
-        for part, batch in zip(batches, load_images(samples, batches, workers, ("vision", "tactile")), strict=True):
-            both = sorted(set(range(len(part))) - {position for position, _, _ in batch.faults})
-            for modality, (positions, images) in batch.images.items():
-                parts[modality].append(images[[positions.index(i) for i in both]].half())
-            rows += [part[i][0] for i in both]
-            bar.update(len(part))
-    if len(rows) < len(jobs):
-        why = f"{len(jobs) - len(rows)} rows have an image that cannot be used"
-        log.warning("left out: %s", why)
-        Tolerance().check(len(jobs) - len(rows), len(jobs), why)
-    return {modality: torch.cat(images) for modality, images in parts.items()} | {"rows": torch.tensor(rows)}
+    with progress(len(pairs), "decode", "image", quiet) as bar:
+        batches = [pairs[i : i + 128] for i in range(0, len(pairs), 128)]
+        for batch, loaded in zip(batches, load_images(samples, batches, workers, ("vision", "tactile")), strict=True):
+            usable = sorted(set(range(len(batch))) - {position for position, _, _ in loaded.faults})
+            for modality, (positions, images) in loaded.images.items():
+                chunks[modality].append(images[[positions.index(i) for i in usable]].half())
+            rows += [batch[i][0] for i in usable]
+            bar.update(len(batch))
+    if len(rows) < len(pairs):
+        reason = f"{len(pairs) - len(rows)} rows have an image that cannot be used"
+        log.warning("skipped rows: %s", reason)
+        Tolerance().check(len(pairs) - len(rows), len(pairs), reason)
+    return {modality: torch.cat(images) for modality, images in chunks.items()} | {"rows": torch.tensor(rows)}
 
 
 def _fit(
@@ -177,26 +187,26 @@ def _fit(
     device: torch.device,
     quiet: bool,
 ) -> None:
-    both = nn.ModuleDict({"stage1": stage1, "targets": targets})
-    optimizer = make_adamw(both.named_parameters(), config.weight_decay, betas=(0.9, 0.98))
+    modules = nn.ModuleDict({"stage1": stage1, "targets": targets})
+    optimizer = make_adamw(modules.named_parameters(), config.weight_decay, betas=(0.9, 0.98))
     rows, captions = images["rows"], samples.caption_ids()
     per_epoch = len(rows) // config.batch_size
     total = per_epoch * config.epochs
     schedule = Schedule(config.lr, total, warmup=max(1, total // 20))
-    words = random.Random(config.seed)
+    text_rng = random.Random(config.seed)
     stage1.train()
     with progress(total, "pretrain", "step", quiet) as bar:
         for step in range(total):
-            epoch, at = divmod(step, per_epoch)
-            if at == 0:
+            epoch, i = divmod(step, per_epoch)
+            if i == 0:
                 order = torch.randperm(len(rows), generator=generator(config.seed, epoch))
-            part = order[at * config.batch_size : (at + 1) * config.batch_size]
-            photo, touch = (images[m][part].float().to(device) for m in ("vision", "tactile"))
-            contrast, pixels, spectrum = _losses(stage1, targets, samples, rows[part], captions, photo, touch, words)
-            loss = contrast + config.pixel_weight * pixels + config.spectrum_weight * spectrum
+            batch = order[i * config.batch_size : (i + 1) * config.batch_size]
+            photo, touch = (images[m][batch].float().to(device) for m in ("vision", "tactile"))
+            contrastive, pixels, spectrum = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng)
+            loss = contrastive + config.pixel_weight * pixels + config.spectrum_weight * spectrum
             backward_and_step(loss, optimizer, schedule(step))
             if step % 20 == 0:
-                bar.set_postfix(contrast=f"{contrast:.2f}", pixels=f"{pixels:.2f}", spectrum=f"{spectrum:.2f}")
+                bar.set_postfix(contrastive=f"{contrastive:.2f}", pixels=f"{pixels:.2f}", spectrum=f"{spectrum:.2f}")
             bar.update()
 
 
@@ -208,41 +218,42 @@ def _losses(
     captions: Tensor,
     photo: Tensor,
     touch: Tensor,
-    words: random.Random,
+    text_rng: random.Random,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sentences = [_sentence(samples.rows[row].caption, words) for row in rows.tolist()]
-    known = {s: i for i, s in enumerate(dict.fromkeys(sentences))}
-    seen = torch.tensor([known[s] for s in sentences])
-    keys = torch.stack([captions[rows], seen], dim=-1).to(photo.device)
+    """The InfoNCE loss, mean over the three pairs of modalities and both directions, and the pixel and spectrum errors."""
+    sentences = [_sentence(samples.rows[row].caption, text_rng) for row in rows.tolist()]
+    ids = {s: i for i, s in enumerate(dict.fromkeys(sentences))}  # every distinct sentence is encoded once
+    sentence_ids = torch.tensor([ids[s] for s in sentences])
+    keys = torch.stack([captions[rows], sentence_ids], dim=-1).to(photo.device)
     has_text = torch.tensor([samples.rows[row].caption is not None for row in rows.tolist()], device=photo.device)
-    vision_tokens, _, vision = stage1.read_vision(photo)
-    touch_tokens, _, tactile = stage1.read_touch(touch)
-    text = stage1.read_text(stage1.tokenize(list(known)).to(photo.device))[2][seen.to(photo.device)]
+    vision_tokens, _, vision = stage1.encode_vision(photo)
+    touch_tokens, _, tactile = stage1.encode_touch(touch)
+    text = stage1.encode_text(stage1.tokenize(list(ids)).to(photo.device))[2][sentence_ids.to(photo.device)]
     scale = stage1.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-    everyone, own = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
-    same = own | positive_mask(keys, keys)
-    contrast = photo.new_zeros(())
+    all_rows, diagonal = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
+    same_text = diagonal | positive_mask(keys, keys)
+    contrastive = photo.new_zeros(())
     for a, b, positives, valid in (
-        (vision, tactile, own, everyone),
-        (vision, text, same, has_text),
-        (tactile, text, same, has_text),
+        (vision, tactile, diagonal, all_rows),
+        (vision, text, same_text, has_text),
+        (tactile, text, same_text, has_text),
     ):
         both = info_nce(a, b, scale, positives, valid, valid) + info_nce(b, a, scale, positives, valid, valid)
-        contrast = contrast + both / 6 / valid.sum().clamp(min=1)
+        contrastive = contrastive + both / 6 / valid.sum().clamp(min=1)
     errors = [targets["vision"](vision_tokens, photo), targets["tactile"](touch_tokens, touch)]
-    return contrast, errors[0][0] + errors[1][0], errors[0][1] + errors[1][1]
+    return contrastive, errors[0][0] + errors[1][0], errors[0][1] + errors[1][1]
 
 
-def _sentence(caption: str | None, words: random.Random) -> str:
-    """With and without the prompt, whole or a subset: whatever Stage 2 will ask for, the text encoder has read."""
-    prompt = PROMPT if words.random() < 0.5 else ""
+def _sentence(caption: str | None, rng: random.Random) -> str:
+    """A random sentence of every form that Stage 2 may use: with or without the prompt, all adjectives or a subset."""
+    prompt = PROMPT if rng.random() < 0.5 else ""
     if caption is None:
         return prompt
-    return evaluation_text(caption, prompt) if words.random() < 0.5 else training_text(caption, prompt, words, shuffle=True)
+    return evaluation_text(caption, prompt) if rng.random() < 0.5 else training_text(caption, prompt, rng, shuffle=True)
 
 
 def _save(stage1: Stage1, config: PretrainConfig) -> Path:
-    """`checkpoint.pth` in TVL's format, `clip.pt` in OpenCLIP's, beside it."""
+    """Save `checkpoint.pth` in TVL's format and `clip.pt` in OpenCLIP's. Returns the path of the first."""
     config.output_dir.mkdir(parents=True, exist_ok=True)
     weights = {k: v.cpu().contiguous() for k, v in stage1.state_dict().items()}
     clip = {k.removeprefix("clip."): v for k, v in weights.items() if k.startswith("clip.")}

@@ -1,10 +1,10 @@
-"""A synthetic world of touch, vision and language, written in the TVL on-disk format.
+"""The synthetic world: a data set of photos, touch images and captions with known factors, written in the TVL format.
 
-One hidden surface per sample. A texture (a height map with an orientation and a coarseness) is photographed by a camera
-(albedo, painted print, Lambertian shading) and pressed into a gel sensor. The touch image goes through the calibration
-of a real GelSight sensor (Taxim, Si & Yuan 2022, arXiv:2109.04027; tables of the `taxim` package): surface slope -> colour.
+Each sample renders one surface, a textured height map. The photo has an albedo, a painted print and Lambertian shading. The
+touch image is the surface pressed into a gel sensor, rendered with the calibration of a real GelSight sensor that maps the
+slope of the gel to a colour (Taxim, Si & Yuan 2022, arXiv:2109.04027; tables of the `taxim` package).
 
-Every factor is drawn uniformly and independently, and each has a known owner:
+Factors are sampled uniformly and independently. Each is visible in known modalities, its owners:
 
     vision + touch + text   texture, coarseness
     vision + touch          orientation
@@ -12,8 +12,8 @@ Every factor is drawn uniformly and independently, and each has a known owner:
     touch                   depth, position, shape
     text                    wording
 
-The random phase of a texture is a nuisance that photo and touch share, so pairs can be told apart beyond their factors.
-`factors.csv` and `factors.json` hold the truth; training never reads them.
+Photo and touch image also share the random phase of the texture, a nuisance variable by which samples with equal factors
+differ. `factors.csv` and `factors.json` contain the factors of every sample; training does not read them.
 
 Shapes: B samples, S image side in pixels. Images are float32 (B, S, S, 3) in [0, 1] until they are written as JPEG.
 """
@@ -27,6 +27,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -61,7 +62,7 @@ FACTORS: dict[str, Factor] = {
 }
 
 
-# The wording factor picks a column: five words for one meaning. Column 0 holds the level names themselves.
+# Five synonyms per level. The factor "wording" selects the column; column 0 has the names of the levels.
 WORDS: dict[str, tuple[str, ...]] = {
     "ridged": ("ridged", "grooved", "corrugated", "furrowed", "lined"),
     "wavy": ("wavy", "rippled", "undulating", "zigzag", "curvy"),
@@ -79,31 +80,33 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 CYCLES = np.array([12.0, 9.0, 6.7, 5.0, 3.7], np.float32)  # texture periods across the image, one per coarseness
 FRAMES_PER_TRAJECTORY = 4
-SSVTP_SHARE = 0.1  # TVL has about one SSVTP row in ten
-NOT_CONTACT_SHARE = 0.1
-START_TIME = 1_700_000_000
-JPEG = {"format": "JPEG", "quality": 92, "subsampling": 0}
+SSVTP_SHARE = 0.1  # fraction of the samples; about 10% of TVL's rows are SSVTP
+NOT_CONTACT_SHARE = 0.1  # not-in-contact rows per training row
+START_TIME = 1_700_000_000  # Unix time in the name of the first trajectory
+JPEG: dict[str, Any] = {"format": "JPEG", "quality": 92, "subsampling": 0}
 
 
 def sample_factors(count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw `count` levels (int64, shape (count,)) for every factor, uniformly and independently."""
+    """Sample a level, (count,) int64, for every factor, uniformly and independently."""
     return {name: rng.integers(len(factor.levels), size=count) for name, factor in FACTORS.items()}
 
 
 def caption(texture: int, coarseness: int, wording: int) -> str:
-    """The caption of one sample: its texture and coarseness, in the words of its wording column."""
+    """The caption of one sample: words for its texture and coarseness, selected by its wording."""
     names = FACTORS["texture"].levels[texture], FACTORS["coarseness"].levels[coarseness]
     return ", ".join(WORDS[name][wording] for name in names)
 
 
 def synonyms() -> dict[str, list[str]]:
-    """Every word of the vocabulary with the other words of the same meaning."""
+    """{word: the other words of the same level} for every word of the captions, as in `ssvtp/synonyms.json`."""
     return {word: [other for other in row if other != word] for row in WORDS.values() for word in row}
 
 
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(x, y) coordinates of the pixel centres, (S, S) each, in [-1, 1]."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1).astype(np.float32)
-    return np.meshgrid(axis, axis, indexing="xy")
+    x, y = np.meshgrid(axis, axis, indexing="xy")
+    return x, y
 
 
 def _smoothstep(x: np.ndarray) -> np.ndarray:
@@ -112,7 +115,10 @@ def _smoothstep(x: np.ndarray) -> np.ndarray:
 
 
 def _textures(u: np.ndarray, v: np.ndarray, noise: np.ndarray, texture: int) -> np.ndarray:
-    """Heights in [0, 1] of one texture family. u, v: coordinates in periods, u across the grain; noise: (S, S), unit."""
+    """Heights (S, S) in [0, 1] of one texture.
+
+    u, v: (S, S) coordinates in periods, u across the grain. noise: (S, S) of unit variance.
+    """
     tau = np.float32(2 * np.pi)
     match FACTORS["texture"].levels[texture]:
         case "ridged":
@@ -135,7 +141,7 @@ def _textures(u: np.ndarray, v: np.ndarray, noise: np.ndarray, texture: int) -> 
 
 
 def _anisotropic_noise(cos: float, sin: float, cycles: float, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Unit-variance noise with `cycles` periods across the grain and 2.5 times longer structures along it."""
+    """Unit-variance noise (S, S) with `cycles` periods across the grain and 2.5 times longer structures along it."""
     frequency = np.fft.fftfreq(size, 1 / size).astype(np.float32)
     fx, fy = np.meshgrid(frequency, np.fft.rfftfreq(size, 1 / size).astype(np.float32), indexing="ij")
     fx, fy = fy, fx  # rfft2 halves the last axis, which is x
@@ -148,7 +154,7 @@ def _anisotropic_noise(cos: float, sin: float, cycles: float, size: int, rng: np
 
 
 def height_maps(factors: dict[str, np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
-    """The hidden surfaces: heights (B, S, S) float32 in [0, 1]."""
+    """The surfaces of the samples: heights (B, S, S) float32 in [0, 1]."""
     x, y = _grid(size)
     count = len(factors["texture"])
     heights = np.empty((count, size, size), np.float32)
@@ -168,7 +174,7 @@ def height_maps(factors: dict[str, np.ndarray], size: int, rng: np.random.Genera
 
 
 def _slopes(surface: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Central differences (d/dx, d/dy) of (B, S, S) heights in pixels."""
+    """Finite differences (d/dx, d/dy) of heights (B, S, S) in pixels, central in the interior and one-sided at the edges."""
     dx, dy = np.empty_like(surface), np.empty_like(surface)
     dx[..., 1:-1] = (surface[..., 2:] - surface[..., :-2]) / 2
     dx[..., 0], dx[..., -1] = surface[..., 1] - surface[..., 0], surface[..., -1] - surface[..., -2]
@@ -202,13 +208,16 @@ def _print_masks(size: int) -> np.ndarray:
 
 
 def _rgb_from_hue(hue: np.ndarray, saturation: float, value: float) -> np.ndarray:
-    """HSV -> RGB for hues in turns, shape (B,) -> (B, 3)."""
+    """HSV -> RGB, (B,) hues in [0, 1] -> (B, 3) float32."""
     channel = np.abs((hue[:, None] * 6 + np.array([0, 4, 2], np.float32)) % 6 - 3) - 1
     return (value * (1 - saturation + saturation * np.clip(channel, 0, 1))).astype(np.float32)
 
 
-def photographs(factors: dict[str, np.ndarray], heights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """What the camera sees: (B, S, S, 3). A slightly domed surface under one light, so that its direction shows."""
+def render_photos(factors: dict[str, np.ndarray], heights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Photos (B, S, S, 3) of the surfaces under one directional light.
+
+    The surfaces are slightly convex, so that the shading shows the direction of the light for every texture.
+    """
     x, y = _grid(size)
     count = len(heights)
     relief = heights * (0.3 * size / CYCLES[factors["coarseness"]])[:, None, None] - 0.32 * size * (x * x + y * y)[None] / 2
@@ -218,14 +227,14 @@ def photographs(factors: dict[str, np.ndarray], heights: np.ndarray, size: int, 
     shade = np.clip((-dx * lx - dy * ly + lz) / np.sqrt(dx * dx + dy * dy + 1), 0, None)
     hue = factors["hue"] / len(FACTORS["hue"].levels) + rng.uniform(-0.03, 0.03, count)
     albedo = _rgb_from_hue(hue.astype(np.float32), 0.55, 0.95)
-    paint = 1 - 0.55 * _print_masks(size)[factors["print"]]
-    image = (0.12 + 0.95 * shade * paint)[..., None] * albedo[:, None, None, :]
+    ink = 1 - 0.55 * _print_masks(size)[factors["print"]]
+    image = (0.12 + 0.95 * shade * ink)[..., None] * albedo[:, None, None, :]
     image += 0.015 * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 1)
 
 
-def _footprint_distance(kind: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance (negative inside) to the outline of the part that touches the gel."""
+def _contact_distance(kind: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance (negative inside) to the outline of the contact area of a shape."""
     match FACTORS["shape"].levels[kind]:
         case "disc":
             return np.hypot(x, y) - 0.58
@@ -241,13 +250,13 @@ def _footprint_distance(kind: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 @cache
 def _press_masks(size: int) -> np.ndarray:
-    """(shapes, positions, S, S) float32: 1 where the object presses, falling to 0 over a bevel."""
+    """Contact masks (shapes, positions, S, S) float32: 1 inside the contact area, smoothly falling to 0 at its edge."""
     x, y = _grid(size)
     offset = 0.34
     centres = [(0, 0), (-offset, 0), (offset, 0), (0, -offset), (0, offset)]
     return np.stack(
         [
-            np.stack([_smoothstep(0.5 - _footprint_distance(kind, x - cx, y - cy) / 0.2) for cx, cy in centres])
+            np.stack([_smoothstep(0.5 - _contact_distance(kind, x - cx, y - cy) / 0.2) for cx, cy in centres])
             for kind in range(len(FACTORS["shape"].levels))
         ]
     ).astype(np.float32)
@@ -255,10 +264,11 @@ def _press_masks(size: int) -> np.ndarray:
 
 @cache
 def _gel(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The calibrated sensor: (bins, bins, 18) table, (S, S, 6) position basis, (S, S, 3) idle image in [0, 1].
+    """The calibration of the sensor: (bins, bins, 18) table, (S, S, 6) position basis, (S, S, 3) background in [0, 1].
 
-    Taxim fits, for each bin of slope magnitude and direction, a quadratic of the pixel position per colour. The file
-    swaps its red and blue tables; both are put right here. The central 480 x 480 pixels of the sensor are used.
+    For each bin of slope magnitude and direction Taxim fits a quadratic function of the pixel position per colour channel.
+    Its file has the red and blue tables swapped, which is corrected here. Only the central 480 x 480 pixels are used.
+    background: the image without contact.
     """
     from scipy import ndimage
     from taxim import CALIB_GELSIGHT
@@ -269,17 +279,19 @@ def _gel(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     row = np.linspace(0, 480, size, endpoint=False, dtype=np.float32)
     x, y = np.meshgrid(column, row, indexing="xy")
     basis = np.stack([x * x, y * y, x * y, x, y, np.ones_like(x)], axis=-1)
-    idle = np.load(CALIB_GELSIGHT / "dataPack.npz", allow_pickle=False)["f0"][:, 80:560, ::-1].astype(np.uint8)
-    idle = Image.fromarray(np.ascontiguousarray(idle)).resize((size, size), Image.Resampling.BOX)
-    idle = ndimage.gaussian_filter(np.asarray(idle, np.float32) / 255, (size / 12, size / 12, 0))
-    return table, basis, idle
+    frame = np.load(CALIB_GELSIGHT / "dataPack.npz", allow_pickle=False)["f0"][:, 80:560, ::-1].astype(np.uint8)
+    resized = Image.fromarray(np.ascontiguousarray(frame)).resize((size, size), Image.Resampling.BOX)
+    background = ndimage.gaussian_filter(np.asarray(resized, np.float32) / 255, (size / 12, size / 12, 0))
+    return table, basis, background
 
 
-def touches(factors: dict[str, np.ndarray] | None, heights: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """What the gel sensor sees: (B, S, S, 3), registered with the photo. `factors=None`: nothing touches the gel."""
-    table, basis, idle = _gel(size)
+def render_touch(
+    factors: dict[str, np.ndarray] | None, heights: np.ndarray, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Touch images (B, S, S, 3) of the surfaces, pixel-aligned with the photos. `factors=None`: images without contact."""
+    table, basis, background = _gel(size)
     if factors is None:
-        image = np.repeat(idle[None], len(heights), axis=0)
+        image = np.repeat(background[None], len(heights), axis=0)
     else:
         levels = np.array([float(level) for level in FACTORS["depth"].levels], np.float32)
         depth = (levels[factors["depth"]] * (1 + 0.03 * rng.uniform(-1, 1, len(heights))))[:, None, None]
@@ -291,21 +303,26 @@ def touches(factors: dict[str, np.ndarray] | None, heights: np.ndarray, size: in
         magnitude = np.floor(np.arctan(np.hypot(dx, dy)) / (np.pi / 2) * bins).astype(np.intp)
         direction = np.floor((np.arctan2(dx, dy) + np.pi) / (2 * np.pi) * bins).astype(np.intp)
         coefficients = table[magnitude, direction].reshape(*dx.shape, 3, 6)
-        image = np.einsum("bijcf,ijf->bijc", coefficients, basis, optimize=False) + idle
+        image = np.einsum("bijcf,ijf->bijc", coefficients, basis, optimize=False) + background
     image = image + 0.01 * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 1).astype(np.float32)
 
 
 def render(factors: dict[str, np.ndarray], size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Photographs and touches, both (B, S, S, 3) uint8, of the given levels; every byte follows from the seed."""
+    """Render photos and touch images, both (B, S, S, 3) uint8, of the given factor levels. Deterministic in `seed`."""
     rng = np.random.default_rng(seed)
     heights = height_maps(factors, size, rng)
-    images = photographs(factors, heights, size, rng), touches(factors, heights, size, rng)
-    return tuple((image * 255 + 0.5).astype(np.uint8) for image in images)
+    photos = render_photos(factors, heights, size, rng)
+    touch_images = render_touch(factors, heights, size, rng)
+    return _to_uint8(photos), _to_uint8(touch_images)
+
+
+def _to_uint8(images: np.ndarray) -> np.ndarray:
+    return (images * 255 + 0.5).astype(np.uint8)
 
 
 def _photo_canvas(photo: np.ndarray) -> tuple[np.ndarray, int]:
-    """An empty photograph in which TVL's crop is exactly the surface, and the crop's left edge."""
+    """An empty photo around the surface, sized so that TVL's crop is exactly the surface, and the left edge of the crop."""
     size = photo.shape[0]
     longer = int(size / CROP_FRACTION)
     assert math.ceil(CROP_FRACTION * longer) == size
@@ -323,7 +340,7 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """A stretch of samples that one process writes: their levels, their paths, their seed."""
+    """Consecutive samples that are rendered and written in one process."""
 
     root: Path
     size: int
@@ -336,64 +353,69 @@ class _Chunk:
 
 
 def _write_chunk(chunk: _Chunk) -> int:
-    photos, touched = render(chunk.factors, chunk.size, chunk.seed)
-    if not chunk.contact:  # the sensor hangs above the surface: an idle gel
+    photos, touch_images = render(chunk.factors, chunk.size, chunk.seed)
+    if not chunk.contact:
         rng = np.random.default_rng(chunk.seed)
-        touched = (touches(None, photos, chunk.size, rng) * 255 + 0.5).astype(np.uint8)
+        touch_images = _to_uint8(render_touch(None, photos, chunk.size, rng))
     for i, photo in enumerate(photos):
         canvas, left = _photo_canvas(photo)
         top = 0 if chunk.dataset[i] == "hct" else (len(canvas) - len(photo)) // 2
         canvas[top : top + len(photo), left : left + len(photo)] = photo
         (chunk.root / chunk.vision[i]).write_bytes(_jpeg(canvas))
-        # The reader turns touch images by 90 degrees; this sensor is mounted turned the other way.
-        (chunk.root / chunk.tactile[i]).write_bytes(_jpeg(np.rot90(touched[i], -1)))
+        # Stored rotated by -90 degrees, since the reader rotates touch images by 90 degrees.
+        (chunk.root / chunk.tactile[i]).write_bytes(_jpeg(np.rot90(touch_images[i], -1)))
     return len(photos)
 
 
 def write_world(
     out: Path | str, train: int, test: int, seed: int = 0, image_size: int = 64, workers: int = 2, quiet: bool = False
 ) -> Path:
-    """Write `train` + `test` samples (plus one not-in-contact row per ten) under `out` in the TVL layout.
+    """Write `train` + `test` samples to `out` in the TVL format, and one not-in-contact row per 10 training samples.
 
-    The same arguments give the same bytes, whatever `workers` is. `out` must be empty or absent.
+    image_size: side of the surface and of the touch image in pixels. workers: number of processes. The files depend only on
+    the sizes and the seed. Raises UserError if `out` is not empty or the sizes are too small. Returns the folder.
     """
     root = Path(out)
     if root.exists() and any(root.iterdir()):
         raise UserError(f"{root} is not empty; give --out a new folder or empty it first.")
     if train < 20 or test < 10 or image_size < 32:
-        raise UserError(f"a world of {train} + {test} samples of {image_size} pixels is too small: 20 + 10 of 32 at least.")
-    idle = int(train * NOT_CONTACT_SHARE)
-    kinds = [("train", train, True), ("test", test, True), ("idle", idle, False)]
-    streams = np.random.SeedSequence(seed).spawn(len(kinds))
+        raise UserError(
+            f"{train} training and {test} test samples of {image_size} pixels are too small; give at least 20, 10 and 32."
+        )
+    not_contact = int(train * NOT_CONTACT_SHARE)
+    splits = [("train", train, True), ("test", test, True), ("not_contact", not_contact, False)]
+    streams = np.random.SeedSequence(seed).spawn(len(splits))
     chunks: list[_Chunk] = []
     tables: dict[str, list[dict[str, str]]] = {}
     first = 0
-    for (split, count, contact), stream in zip(kinds, streams, strict=True):
-        levels, seeds = stream.spawn(2)
-        factors = sample_factors(count, np.random.default_rng(levels))
+    for (split, count, contact), stream in zip(splits, streams, strict=True):
+        factor_seed, chunk_seeds = stream.spawn(2)
+        factors = sample_factors(count, np.random.default_rng(factor_seed))
         rows = [_row(first + i, i < SSVTP_SHARE * count and contact) for i in range(count)]
         first += math.ceil(count / FRAMES_PER_TRAJECTORY) * FRAMES_PER_TRAJECTORY  # no trajectory spans two splits
         for row in rows:
             for path in (row["vision"], row["tactile"]):
                 (root / path).parent.mkdir(parents=True, exist_ok=True)
-        for start, child in zip(range(0, count, 64), seeds.spawn(math.ceil(count / 64)), strict=True):
+        for start, child in zip(range(0, count, 64), chunk_seeds.spawn(math.ceil(count / 64)), strict=True):
             part = slice(start, start + 64)
             chunks.append(
                 _Chunk(
                     root,
                     image_size,
-                    int(child.generate_state(1, np.uint64)[0]),
-                    {name: drawn[part] for name, drawn in factors.items()},
-                    *([row[key] for row in rows[part]] for key in ("dataset", "vision", "tactile")),
-                    contact,
+                    seed=int(child.generate_state(1, np.uint64)[0]),
+                    factors={name: levels[part] for name, levels in factors.items()},
+                    dataset=[row["dataset"] for row in rows[part]],
+                    vision=[row["vision"] for row in rows[part]],
+                    tactile=[row["tactile"] for row in rows[part]],
+                    contact=contact,
                 )
             )
         for i, row in enumerate(rows):
-            row |= {name: FACTORS[name].levels[drawn[i]] for name, drawn in factors.items()}
+            row |= {name: FACTORS[name].levels[levels[i]] for name, levels in factors.items()}
             row["caption"] = caption(*(int(factors[name][i]) for name in ("texture", "coarseness", "wording")))
         tables[split] = rows
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        with progress(train + test + idle, "world", "sample", quiet) as bar:
+        with progress(train + test + not_contact, "render", "sample", quiet) as bar:
             for written in pool.map(_write_chunk, chunks):
                 bar.update(written)
     _write_tables(root, tables, image_size, seed)
@@ -415,7 +437,7 @@ def _row(number: int, ssvtp: bool) -> dict[str, str]:
 
 
 def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], size: int, seed: int) -> None:
-    idle_gel = _jpeg((np.rot90(_gel(size)[2], -1) * 255 + 0.5).astype(np.uint8))
+    background_jpeg = _jpeg(_to_uint8(np.rot90(_gel(size)[2], -1)))
     for split in ("train", "test"):
         ssvtp = [row for row in tables[split] if row["dataset"] == "ssvtp"]
         columns = ["url", "tactile", "caption"] if split == "train" else ["url", "caption"]
@@ -429,25 +451,26 @@ def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], size: int
         part = {split: [row for row in rows if row["vision"].startswith(f"hct/{data}/")] for split, rows in tables.items()}
         for row in (row for rows in part.values() for row in rows):
             background = root / _background(row["vision"])
-            background.write_bytes(idle_gel)
+            background.write_bytes(background_jpeg)
         for split in ("train", "test"):
             columns = ["url", "tactile", "tactile_background", "caption"]
             lines = [[*_hct_paths(row), row["caption"]] for row in part[split]]
             _write_csv(root / f"hct/{data}/{split}.csv", columns, lines)
-        for name, split in (("contact", "train"), ("not_contact", "idle")):
+        for file, split in (("contact", "train"), ("not_contact", "not_contact")):
             paths = [_hct_paths(row) for row in part[split]]
             lists = {name: [row[i] for row in paths] for i, name in enumerate(("vision", "tactile", "background"))}
-            (root / f"hct/{data}/{name}.json").write_text(json.dumps(lists, indent=1) + "\n", encoding="utf-8")
-    truth = [
+            (root / f"hct/{data}/{file}.json").write_text(json.dumps(lists, indent=1) + "\n", encoding="utf-8")
+    samples = [
         [split, row["vision"], *(row[name] for name in FACTORS)] for split in ("train", "test") for row in tables[split]
     ]
-    _write_csv(root / "factors.csv", ["split", "vision", *FACTORS], truth)
+    _write_csv(root / "factors.csv", ["split", "vision", *FACTORS], samples)
     legend = {name: {"levels": factor.levels, "ownership": factor.ownership} for name, factor in FACTORS.items()}
-    about = {"synthetic": True, "seed": seed, "image_size": size, "factors": legend}
-    (root / "factors.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    metadata = {"synthetic": True, "seed": seed, "image_size": size, "factors": legend}
+    (root / "factors.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 
 def _below(path: str, levels: int) -> str:
+    """The path without its first folders: _below("a/b/c.jpg", 1) is "b/c.jpg"."""
     return path.split("/", levels)[levels]
 
 

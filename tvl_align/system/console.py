@@ -1,7 +1,8 @@
-"""What a person at the terminal sees: progress, and one-sentence errors."""
+"""Terminal output: progress bars and one-line error messages."""
 
 import errno
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -11,19 +12,19 @@ from typing import Any, ParamSpec
 from tqdm import tqdm
 
 P = ParamSpec("P")
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
-FULL = "what was written before is untouched; free some space and give the same command again"
-REMEDIES = {
-    errno.ENOSPC: FULL,
-    errno.EDQUOT: FULL,
-    errno.EFBIG: FULL,
-    errno.EACCES: "give a folder that you may use",
-    errno.EPERM: "give a folder that you may use",
-    errno.EROFS: "give a folder that can be written to",
+LINE_INTERVAL = 60.0  # seconds between progress lines when stderr is not a terminal
+# Substrings of the RuntimeError that gloo or NCCL raises when another process of the group has died.
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe")
+DISK_FULL = "existing files are unchanged; free some space and run the same command again"
+OS_ERROR_HINTS = {
+    errno.ENOSPC: DISK_FULL,
+    errno.EDQUOT: DISK_FULL,
+    errno.EFBIG: DISK_FULL,
+    errno.EACCES: "give a folder that you have permission to use",
+    errno.EPERM: "give a folder that you have permission to use",
+    errno.EROFS: "give a folder on a writable file system",
 }
-
-
-EXTRAS = {  # packages that only some commands need, and the extra of tvl-align that brings them
+EXTRAS = {  # package -> the extra of tvl-align that installs it
     **dict.fromkeys(("accelerate", "jinja2", "matplotlib", "rich", "sklearn", "tensorboard", "threadpoolctl"), "train"),
     **dict.fromkeys(("scipy", "taxim"), "demo"),
     "submitit": "slurm",
@@ -35,8 +36,11 @@ class UserError(Exception):
 
 
 def reports_errors(main: Callable[P, None]) -> Callable[P, None]:
-    """Wrap an entry point: a `UserError`, or a file system that is full or forbids it, becomes one line on stderr and exit
-    code 2; Ctrl-C one line and exit code 130; a reader of stdout that has gone (`| head`) exit code 141 without a word."""
+    """Decorate an entry point: expected errors become one line on stderr and an exit code, without a traceback.
+
+    UserError, a missing optional package, a full or read-only file system, a lost process of the group: exit code 2.
+    Ctrl-C: exit code 130. Closed stdout (`| head`): exit code 141, without a message.
+    """
 
     @wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -44,7 +48,7 @@ def reports_errors(main: Callable[P, None]) -> Callable[P, None]:
             try:
                 main(*args, **kwargs)
             finally:
-                print(end="", flush=True)  # while what becomes of it can still be caught
+                print(end="", flush=True)  # flush here, so that the handlers below catch a closed stdout
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -52,37 +56,64 @@ def reports_errors(main: Callable[P, None]) -> Callable[P, None]:
             extra = EXTRAS.get((error.name or "").partition(".")[0])
             if extra is None:
                 raise
-            print(f"error: this needs {error.name}; install it with pip install 'tvl-align[{extra}]'.", file=sys.stderr)
+            print(f"error: {error.name} is not installed; run pip install 'tvl-align[{extra}]'.", file=sys.stderr)
             sys.exit(2)
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in LOST_PEER):
+            if not any(text in str(error) for text in LOST_CONNECTION):
                 raise
-            me = os.environ.get("RANK", "0")
-            why = f"process {me} lost another process ({' '.join(str(error).split())[:160]})"
-            print(f"error: {why}; its own log says why, and the same command goes on.", file=sys.stderr)
-            os._exit(2)  # an orderly end would wait for the process that is gone
+            reason = " ".join(str(error).split())[:160]
+            print(
+                f"error: process {os.environ.get('RANK', '0')} lost the connection to another process ({reason}); "
+                "see the log of that process for the cause, then run the same command again to resume.",
+                file=sys.stderr,
+            )
+            os._exit(2)  # sys.exit would wait for the lost process
         except BrokenPipeError:
-            os._exit(141)  # an orderly end would try to write the rest
+            os._exit(141)  # sys.exit would try to write the rest
         except OSError as error:
-            remedy = REMEDIES.get(error.errno or 0)
-            if remedy is None:
+            hint = OS_ERROR_HINTS.get(error.errno or 0)
+            if hint is None:
                 raise
-            where = f" {error.filename}" if error.filename else ""
-            print(f"error: cannot write or read{where}: {error.strerror}; {remedy}.", file=sys.stderr)
+            path = f" {error.filename}" if error.filename else ""
+            print(f"error: cannot read or write{path}: {error.strerror}; {hint}.", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
-            print("interrupted; train and encode go on when the same command is given.", file=sys.stderr, flush=True)
-            os._exit(130)  # an orderly end would wait for batches that other threads have begun
+            print("interrupted; run train or encode again with the same flags to resume.", file=sys.stderr, flush=True)
+            os._exit(130)  # sys.exit would wait for batches in other threads
 
     return wrapped
 
 
-def progress(total: int, desc: str, unit: str, quiet: bool = False) -> "tqdm[Any]":
-    """A bar with rate and time left; silent when `quiet` or when stderr is not a terminal."""
-    return tqdm(total=total, desc=desc, unit=unit, disable=True if quiet else None, dynamic_ncols=True, mininterval=0.5)
+class _ProgressLines(tqdm):
+    """A tqdm that prints a plain line every LINE_INTERVAL seconds, for stderr that is not a terminal."""
+
+    def __init__(self, total: int, desc: str, unit: str, initial: int) -> None:
+        timing = {"mininterval": LINE_INTERVAL, "maxinterval": LINE_INTERVAL, "delay": LINE_INTERVAL, "miniters": 1}
+        super().__init__(total=total, desc=desc, unit=unit, initial=initial, leave=False, **timing)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Print the line; `msg` "" is tqdm's request to clear the bar, which is ignored."""
+        elapsed = self.format_dict["elapsed"]
+        if msg is None and self.n > self.initial and elapsed > 0:
+            rate = (self.n - self.initial) / elapsed
+            speed = f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}"
+            left = f"{math.ceil((self.total - self.n) / rate / 60)} min left"
+            postfix = f", {self.postfix}" if self.postfix else ""
+            line = f"{self.desc.removesuffix(': ')}: {self.unit} {self.n}/{self.total}, {speed}, {left}{postfix}"
+            print(line, file=self.fp, flush=True)
+
+
+def progress(total: int, desc: str, unit: str, quiet: bool = False, initial: int = 0) -> "tqdm[Any]":
+    """Progress of a job on stderr: a tqdm bar on a terminal, else one line per minute; nothing if `quiet`.
+
+    total, initial: number of units in all, and done before. desc, unit: names of the job and of one unit.
+    """
+    if quiet or sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=quiet, dynamic_ncols=True, mininterval=0.5)
+    return _ProgressLines(total, desc, unit, initial)
 
 
 def quiet_logs() -> None:
-    """Warnings on stderr, without the one that is no news: encoders get their weights after they are made."""
+    """Log warnings to stderr, except open_clip's "No pretrained weights loaded": weights are loaded after construction."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger().addFilter(lambda record: "No pretrained weights loaded" not in record.getMessage())

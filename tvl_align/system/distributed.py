@@ -1,4 +1,4 @@
-"""Process groups: ranks, and gathering with exact gradients. The rank is asked of torch.distributed, never passed around."""
+"""Process groups: rank, world size, and all_gather with exact gradients. Without a process group there is one process."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -10,55 +10,62 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_alone = False
+_single_process = False
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Inside, this process is the only one: nothing is gathered. For work whose amount differs between processes."""
-    global _alone
-    before, _alone = _alone, True
+    """Inside, `rank` is 0, `world_size` is 1 and nothing is communicated.
+
+    For work that every process does on its own, where the number of batches may differ between processes.
+    """
+    global _single_process
+    before, _single_process = _single_process, True
     try:
         yield
     finally:
-        _alone = before
+        _single_process = before
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
+    """Rank of this process; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() and not _single_process else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() and not _single_process else 1
 
 
 def is_main() -> bool:
+    """Whether this is the process of rank 0, which writes files and prints."""
     return rank() == 0
 
 
 def barrier() -> None:
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def rejoin_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Form the process group of a further attempt under torchrun (`--max_restarts`).
+    """Initialise the process group after a restart by torchrun (`--max_restarts`).
 
-    torchrun's store outlives an attempt, and a group formed the usual way would read the addresses of processes that are
-    gone from it; here each attempt has names of its own. The first attempt is left to whoever forms the group.
+    torchrun keeps its store between restarts, so the default initialisation reads the addresses of dead processes. Here the
+    keys in the store get a prefix per restart. Does nothing before the first restart: accelerate initialises that group.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
-    size, me = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    size, own_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(address, port, size, is_master=False, timeout=timeout))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
 
 
 class _Gather(torch.autograd.Function):
-    """all_gather whose backward hands every process the sum of what all processes' losses say about its rows."""
+    """all_gather whose backward sums, over all processes, the gradients of each process's rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -75,16 +82,16 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_with_grad(x: Tensor) -> Tensor:
-    """Concatenate equally shaped (B, ...) tensors of all processes in rank order; gradients flow back to their owners.
+    """Concatenate equally shaped (B, ...) tensors of all processes in rank order -> (processes x B, ...), with gradients.
 
-    When the gradients are then averaged over processes, they are those of one process on the joined batch, provided each
-    process's loss is (processes x its own rows' share of the joint mean).
+    Averaged over processes, the gradients equal those of one process on the global batch, if the loss of each process is
+    its rows' part of the global mean times the number of processes.
     """
     return _Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
 def gather(x: Tensor) -> Tensor:
-    """As `gather_with_grad`, for tensors without gradients; the processes' first dimensions may differ."""
+    """Concatenate (B, ...) tensors of all processes in rank order, without gradients; B may differ between processes."""
     if world_size() == 1:
         return x
     sizes = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(world_size())]
@@ -97,16 +104,17 @@ def gather(x: Tensor) -> Tensor:
 
 
 def joint_noise(like: Tensor) -> Tensor:
-    """Standard normal noise for (B, ...) rows: drawn for the joined batch, of which each process takes its rows.
+    """Standard normal noise with the shape, dtype and device of `like` (B, ...).
 
-    From torch's global generator, which the engine seeds alike on all processes, so 2 processes add what 1 would add.
+    It is drawn for the global batch and each process takes its rows, so 2 processes draw the same noise as 1. Requires that
+    torch's global generator has the same state on all processes, as the engine ensures.
     """
     drawn = torch.randn(world_size() * len(like), *like.shape[1:], dtype=like.dtype, device=like.device)
     return drawn[rank() * len(like) : (rank() + 1) * len(like)]
 
 
 def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean of named scalars over all processes, in one call."""
+    """Mean of named scalars over all processes, in one all_reduce."""
     stacked = torch.stack([v.detach().float() for v in values.values()])
     if world_size() > 1:
         dist.all_reduce(stacked)
@@ -115,7 +123,7 @@ def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def mean_count(count: Tensor) -> Tensor:
-    """The mean of a local count over all processes, without gradients; dividing a local sum by it gives the joint mean."""
+    """Mean of a count over all processes, without gradients. A local sum divided by it averages to the global mean."""
     count = count.detach().clone()
     if world_size() > 1:
         dist.all_reduce(count)

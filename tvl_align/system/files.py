@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders with one writer at a time."""
+"""Atomic file writes and folder locks."""
 
 import fcntl
 import os
@@ -12,8 +12,11 @@ from tvl_align.system.console import UserError
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of `path` when the block ends: a reader sees the old content or the new one,
-    never half of one. After an error (a full disk) the old one is there as before and the half is removed."""
+    """Open a temporary binary file that replaces `path` when the block ends.
+
+    A reader sees the old content or the new content, never a partial file. After an error, such as a full disk, `path` is
+    unchanged and the temporary file is removed.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -27,17 +30,19 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Text -> file, as `atomic_file`."""
+    """Write text to a file atomically; see `atomic_file`."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def lock_folder(folder: Path, wait: bool, why: str) -> Iterator[None]:
-    """Be the one who writes to a folder, which is made where it is missing. The system ends the hold with the process, so a
-    killed one blocks nobody.
+    """Hold an exclusive lock on a folder, which is created if missing.
 
-    wait: for another holder to end, after saying so; else raise UserError. why: what the other one does.
+    The operating system releases the lock when the process ends, even if it is killed.
+
+    wait: if another process holds the lock, print a line and wait for it; False: raise UserError. why: verb phrase for the
+    message, such as "trains in".
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
@@ -45,7 +50,7 @@ def lock_folder(folder: Path, wait: bool, why: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             if not wait:
-                raise UserError(f"another process {why} {folder}; wait for it, or give another folder.") from error
+                raise UserError(f"another process {why} {folder}; wait until it ends, or give another folder.") from error
             print(f"another process {why} {folder}; waiting for it", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What made a result: command, folder, commit, packages."""
+"""Provenance of a result: command, working directory, git commit, package versions, number of processes."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow"
 
 
 def git_commit() -> str:
-    """The commit of the code that runs, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    """Git commit of this package, with "-dirty" if tracked files have changed; "unknown" outside a checkout."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
@@ -26,16 +26,18 @@ def git_commit() -> str:
 
 
 def package_versions() -> dict[str, str]:
+    """Versions of the packages that affect results."""
     return {name: version(name) for name in PACKAGES}
 
 
 def _command() -> str:
+    """Command line of this process, prefixed with torchrun if it was launched by torchrun."""
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return f"torchrun --nproc_per_node={world_size()} {command}" if dist.is_torchelastic_launched() else command
 
 
 def provenance() -> dict[str, object]:
-    """What a result needs to be made again: the command, where, from which code and packages, on how many processes."""
+    """What is needed to reproduce a result: command, working directory, commit, package versions, number of processes."""
     return {
         "command": _command(),
         "folder": os.getcwd(),

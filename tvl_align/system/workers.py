@@ -1,4 +1,4 @@
-"""Work in several threads or processes of this machine."""
+"""Run tasks in parallel threads or processes on this machine."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -13,36 +13,36 @@ import torch
 
 from tvl_align.system.console import UserError, reports_errors
 
-MAX_LANES = 4  # pieces of work at once: what they hold in memory, they hold as often
+MAX_LANES = 4  # tasks at a time; memory use grows with this number
 T = TypeVar("T")
 
 
 def run_in_threads(work: Iterable[Callable[[], T]], lanes: int | None = None) -> Iterator[T]:
-    """The results of pieces of work, in order, several of them in threads at once on a share of this process's threads each.
+    """Run tasks in parallel threads and yield their results in order. The torch threads are divided among the tasks.
 
-    Small operations gain little from a second core; two of them side by side lose nothing. No more pieces are taken from
-    `work` than threads need to go on. lanes: how many at once; default: 2 to 4.
+    Small operations do not speed up with more torch threads, so running several at a time is faster. `work` is consumed
+    lazily: at most `lanes` + 1 tasks are pending. lanes: tasks at a time; default: 2 to 4. Raises what a task raises.
     """
     threads = torch.get_num_threads()
-    lanes = lanes or max(2, min(MAX_LANES, threads))  # two even on one core: one computes while the other writes
+    lanes = lanes or max(2, min(MAX_LANES, threads))  # 2 even on one core: one computes while the other writes
     pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(max(1, threads // lanes),))
-    begun: deque[Future[T]] = deque()
+    pending: deque[Future[T]] = deque()
     try:
-        for piece in work:
-            begun.append(pool.submit(piece))
-            if len(begun) > lanes:
-                yield begun.popleft().result()
-        while begun:
-            yield begun.popleft().result()
+        for task in work:
+            pending.append(pool.submit(task))
+            if len(pending) > lanes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # after an error, pieces that have begun end by themselves
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, running tasks end on their own
         torch.set_num_threads(threads)
 
 
 def run_in_processes(jobs: Mapping[str, tuple[Any, ...]], at_once: int, threads: int) -> None:
-    """Run {name: (function, *arguments)}, each in a new process with `threads` torch threads, `at_once` of them at a time.
+    """Run {name: (function, *arguments)}, each in a new process with `threads` torch threads, `at_once` processes at a time.
 
-    Raises UserError as soon as one of them fails or is killed, after the others were ended.
+    When a process fails or is killed, all others are killed and UserError is raised.
     """
     context = multiprocessing.get_context("spawn")
     waiting, running = deque(jobs.items()), dict[str, SpawnProcess]()
@@ -56,8 +56,10 @@ def run_in_processes(jobs: Mapping[str, tuple[Any, ...]], at_once: int, threads:
             for name in [name for name, process in running.items() if process.exitcode is not None]:
                 code = running.pop(name).exitcode
                 if code:
-                    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-                    raise UserError(f"the process of {name} {how}; the others were ended, the same command goes on.")
+                    status = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+                    raise UserError(
+                        f"the process of {name} {status} and the others were stopped; run the same command again to resume."
+                    )
     finally:
         for process in running.values():
             process.kill()

@@ -1,10 +1,10 @@
-"""The gradient of one large batch in the memory of small ones (GradCache, Gao et al. 2021, arXiv:2101.06983).
+"""Exact gradient of a large batch, computed in micro-batches (GradCache, Gao et al. 2021, arXiv:2101.06983).
 
-A contrastive loss is no mean over small batches: each of them has fewer negatives. So every part is first run without
-gradients and the outputs are joined; the loss of the joined output says what each number of it should become; then every
-part is run again, with its activations, and takes the gradient of its own numbers. Activations of one part at a time are
-held, and of all of them the features and the outputs, which are small: tokens of the registers and one error for each
-frozen token.
+A contrastive loss is not the mean of the losses of micro-batches, because each micro-batch has fewer negatives. GradCache
+runs every micro-batch without gradients, concatenates the outputs, and computes the loss and its gradient with respect to
+the outputs. It then runs every micro-batch again with gradients and backpropagates the cached gradient. Activations of one
+micro-batch at a time are in memory, plus the inputs and the outputs of all. The outputs are small: register tokens and one
+reconstruction error per frozen token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,62 +18,63 @@ from torch import Tensor
 
 from tvl_align.contract import Output, Reconstruction
 
-FROZEN = ("/stage1_features", "/present")  # entries of an output that no gradient passes
+NO_GRADIENT = ("/stage1_features", "/present")  # entries of an output without gradient
 
 
 def large_batch_gradient(
-    runs: Sequence[Callable[[], Output]],
+    forwards: Sequence[Callable[[], Output]],
     loss: Callable[[Output], dict[str, Tensor]],
-    descend: Callable[[Tensor, int], None],
-    around: Callable[[int], AbstractContextManager[None]] = lambda part: nullcontext(),
+    backward: Callable[[Tensor, int], None],
+    sync_context: Callable[[int], AbstractContextManager[None]] = lambda part: nullcontext(),
 ) -> dict[str, Tensor]:
-    """Take the gradient of `loss` of all parts joined. Returns its numbers.
+    """Backpropagate the loss of the concatenated micro-batches. Returns the named scalars of the loss, detached.
 
-    runs: one call per part, the model's output for it; each is called twice and must give the same both times (torch's
-    generators are put back before the second). descend(scalar, part): takes the scalar's gradient. around(part): entered for
-    the second call and the gradient of a part, where processes must not wait for each other yet.
+    forwards: one function per micro-batch (part) that returns the output of the model. Each is called twice and must return
+    the same values; the state of torch's generators is restored before the second call. backward(scalar, part):
+    backpropagates a scalar. sync_context(part): context manager around the second forward and backward pass of a part, such
+    as DistributedDataParallel.no_sync for all parts but the last.
     """
     states, outputs = [], []
     with torch.no_grad():
-        for run in runs:
+        for forward in forwards:
             states.append(_generators())
-            outputs.append(replace(run(), features=None))  # no loss reads them
+            outputs.append(replace(forward(), features=None))  # a loss does not use them
     after = _generators()
     sizes = [len(output.caption_keys) for output in outputs]
-    joined = _join(outputs)
+    joined = _concatenate(outputs)
     del outputs
-    leaves = {path: t.requires_grad_() for path, t in _numbers(joined).items() if t.is_floating_point()}
-    numbers = loss(joined)
-    gradients = torch.autograd.grad(numbers["total_loss"], list(leaves.values()), allow_unused=True)
-    wanted = {path: g for path, g in zip(leaves, gradients, strict=True) if g is not None}
-    numbers = {name: value.detach() for name, value in numbers.items()}
+    leaves = {path: t.requires_grad_() for path, t in _differentiable(joined).items() if t.is_floating_point()}
+    scalars = loss(joined)
+    gradients = torch.autograd.grad(scalars["total_loss"], list(leaves.values()), allow_unused=True)
+    cached = {path: g for path, g in zip(leaves, gradients, strict=True) if g is not None}
+    scalars = {name: value.detach() for name, value in scalars.items()}
     del joined, leaves, gradients
     start = 0
-    for part, (run, state, size) in enumerate(zip(runs, states, sizes, strict=True)):
+    for part, (forward, state, size) in enumerate(zip(forwards, states, sizes, strict=True)):
         _restore(state)
         rows = slice(start, start + size)
-        with around(part):
-            # A scalar is the same in every part. The last one takes its gradient: there processes meet, and wait for all.
+        with sync_context(part):
+            # A scalar, such as logit_scale, is the same in every part. Only the last part backpropagates it.
             terms = [
-                (x * _part_of(wanted[path], x, rows)).sum()
-                for path, x in _numbers(run()).items()
-                if path in wanted and x.requires_grad and (x.ndim or part == len(runs) - 1)
+                (x * _slice_of(cached[path], x, rows)).sum()
+                for path, x in _differentiable(forward()).items()
+                if path in cached and x.requires_grad and (x.ndim or part == len(forwards) - 1)
             ]
-            descend(torch.stack(terms).sum(), part)
+            backward(torch.stack(terms).sum(), part)
         start += size
     _restore(after)
-    return numbers
+    return scalars
 
 
-def _part_of(gradient: Tensor, x: Tensor, rows: slice) -> Tensor:
-    """The gradient that belongs to x, without the padding it was joined with."""
+def _slice_of(gradient: Tensor, x: Tensor, rows: slice) -> Tensor:
+    """The part of a cached gradient that belongs to x: its rows, without padding."""
     if not x.ndim:
         return gradient
     return gradient[rows, : x.shape[1]] if x.ndim > 1 else gradient[rows]
 
 
-def _join(values: Sequence[Any]) -> Any:
-    """Outputs of the parts -> the output of all of them: rows one after another, shorter sequences padded with zeros."""
+def _concatenate(values: Sequence[Any]) -> Any:
+    """Concatenate the outputs of all parts along the rows; shorter sequences are padded with zeros."""
     first = values[0]
     if isinstance(first, Tensor):
         if first.ndim == 0:
@@ -82,15 +83,15 @@ def _join(values: Sequence[Any]) -> Any:
         padded = [F.pad(v, (0, 0) * (v.ndim - 2) + (0, longest - v.shape[1])) if v.ndim > 1 else v for v in values]
         return torch.cat(padded)
     if isinstance(first, Mapping):
-        return {key: _join([v[key] for v in values]) for key in first}
+        return {key: _concatenate([v[key] for v in values]) for key in first}
     if is_dataclass(first) and not isinstance(first, type):
-        return type(first)(**{f.name: _join([getattr(v, f.name) for v in values]) for f in fields(first)})
+        return type(first)(**{f.name: _concatenate([getattr(v, f.name) for v in values]) for f in fields(first)})
     return first
 
 
-def _numbers(value: Any, path: str = "") -> dict[str, Tensor]:
-    """Every tensor of an output that a gradient may pass, by its path."""
-    if path in FROZEN:
+def _differentiable(value: Any, path: str = "") -> dict[str, Tensor]:
+    """{path: tensor} of the tensors of an output that may have a gradient."""
+    if path in NO_GRADIENT:
         return {}
     if isinstance(value, Tensor):
         return {path: value}
@@ -99,11 +100,12 @@ def _numbers(value: Any, path: str = "") -> dict[str, Tensor]:
     if isinstance(value, Output):
         value = {f.name: getattr(value, f.name) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {p: t for key, x in value.items() for p, t in _numbers(x, f"{path}/{key}").items()}
+        return {p: t for key, x in value.items() for p, t in _differentiable(x, f"{path}/{key}").items()}
     return {}
 
 
 def _generators() -> list[Tensor]:
+    """States of torch's generators: CPU, then the current GPU."""
     devices = [torch.cuda.get_rng_state()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *devices]
 

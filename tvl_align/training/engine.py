@@ -1,4 +1,4 @@
-"""The one training loop, for every method: train_one_epoch, evaluate, fit."""
+"""The training loop of all methods: fit, train_one_epoch, calibrate, evaluate."""
 
 import json
 import logging
@@ -45,18 +45,19 @@ from tvl_align.training.settings import Settings
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-EVAL_BATCH = 256
-CALIBRATION_ROWS = 20_000
+EVAL_BATCH = 256  # rows per batch in validation and calibration
+CALIBRATION_ROWS = 20_000  # most training rows that calibration reads
 log = logging.getLogger(__name__)
 
 
 def make_accelerator(settings: Settings[Any]) -> "Accelerator":
-    """Device, processes and precision: bf16 autocast on a GPU, float32 on a CPU."""
+    """Set up device, process group and precision: bf16 autocast on a GPU, float32 on a CPU."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    device, patience = pick_device(settings.run.device), timedelta(hours=6)  # one process may have far more to encode
-    rejoin_process_group(device, patience)
+    device = pick_device(settings.run.device)
+    timeout = timedelta(hours=6)  # long enough for a process that encodes much more than the others
+    rejoin_process_group(device, timeout)
     if device.type == "cpu":
         keep_freed_memory()
     return Accelerator(
@@ -66,18 +67,20 @@ def make_accelerator(settings: Settings[Any]) -> "Accelerator":
             DistributedDataParallelKwargs(
                 find_unused_parameters=settings.run.find_unused_parameters, gradient_as_bucket_view=True
             ),
-            InitProcessGroupKwargs(timeout=patience),
+            InitProcessGroupKwargs(timeout=timeout),
         ],
     )
 
 
 def fit(settings: Settings[Any], method: Method) -> Path:
-    """Train a method, from where an earlier call with the same settings stopped if there was one; returns the run folder.
+    """Train a method and return its run folder. A run with the same settings that was interrupted is resumed.
 
-    The folder holds config.json, metrics.jsonl, times.jsonl, TensorBoard events, checkpoint.pth and the best
-    checkpoint-acc1.pth and checkpoint-acc5.pth. Raises UserError for bad settings, for a folder that holds a run with other
-    settings or is being written to, and for numbers that are not finite. A signal that asks the process to end is obeyed
-    after the next step: checkpoint, a line, exit code 143.
+    The folder contains config.json, metrics.jsonl, times.jsonl, TensorBoard events, checkpoint.pth and the best
+    checkpoint-acc1.pth and checkpoint-acc5.pth.
+
+    Raises UserError for invalid settings, for a folder that has a run with other settings or is in use by another process,
+    and for a loss or gradient with NaN or inf. After SIGTERM, SIGUSR1 or SIGUSR2 the current step is finished, a checkpoint
+    is written, and the process exits with code 143.
     """
     accelerator = make_accelerator(settings)
     with lock_folder(settings.folder, wait=False, why="trains in") if is_main() else nullcontext():
@@ -87,13 +90,13 @@ def fit(settings: Settings[Any], method: Method) -> Path:
 
 
 def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") -> None:
-    device, who, optim = accelerator.device, method.implementation, settings.optim
-    checkpoint = find_checkpoint(settings, who)
+    device, implementation, optim = accelerator.device, method.implementation, settings.optim
+    checkpoint = find_checkpoint(settings, implementation)
     inputs = settings.open_inputs(device)
     for name in ("train", "val"):
         if name not in inputs.splits or not len(inputs.splits[name]):
-            where = settings.data.store or settings.data.datasets_dir
-            raise UserError(f"{where} leaves no {name} rows; it needs at least two trajectories (or groups).")
+            folder = settings.data.store or settings.data.datasets_dir
+            raise UserError(f"{folder} has no {name} rows; give data with at least two trajectories (or groups).")
     seed_everything(settings.run.own_seed)
     model = build_model(method, settings.knobs, inputs.specs).to(device)
     loss = method.loss(settings.knobs, list(inputs.specs))
@@ -104,46 +107,48 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
     optimizer = make_adamw(model.named_parameters(), optim.weight_decay)
     progress = Progress(epoch=settings.run.start_epoch)
     if checkpoint is not None:
-        progress = restore(checkpoint, model, optimizer, inputs.key, asked=bool(settings.run.resume))
-    run = Run(settings, who, inputs.key, {n: len(s) for n, s in inputs.splits.items()}) if is_main() else None
+        progress = restore(checkpoint, model, optimizer, inputs.key, explicit=bool(settings.run.resume))
+    rows = {name: len(split) for name, split in inputs.splits.items()}
+    run = Run(settings, implementation, inputs.key, rows) if is_main() else None
     if run is not None and checkpoint is not None:
         if settings.run.resume in ("", "auto"):
-            run.follow(progress)
+            run.write_derived(progress)
         else:
             run.save(model, optimizer, progress)
         done = f"epoch {progress.epoch}" + (f", step {progress.step}" if progress.step else "")
-        run.say(f"going on after {done}" if progress.epoch < optim.epochs else f"all {optim.epochs} epochs are done already")
+        run.log(f"resuming after {done}" if progress.epoch < optim.epochs else f"all {optim.epochs} epochs are done already")
     wrapped = accelerator.prepare_model(_compiled(model, device) if settings.run.compile else model)
     with StopSignals() as signals:
         for epoch in range(progress.epoch, optim.epochs):
-            clock = [time.perf_counter()]
+            times = [time.perf_counter()]
             trained = train_one_epoch(
                 wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, progress, signals
             )
             if trained is None:
                 if run is not None:
                     run.save(model, optimizer, progress)
-                    run.say(f"stopped by a signal after epoch {epoch}, step {progress.step}; the same command goes on")
+                    done = f"epoch {epoch}, step {progress.step}"
+                    run.log(f"stopped by a signal after {done}; run the same command again to resume")
                 accelerator.wait_for_everyone()
                 signals.end()
-            clock.append(time.perf_counter())
+            times.append(time.perf_counter())
             calibrate(model, inputs.splits["train"], device)
-            clock.append(time.perf_counter())
+            times.append(time.perf_counter())
             validated = evaluate(model, loss, inputs.splits["val"], device)
-            clock.append(time.perf_counter())
+            times.append(time.perf_counter())
             metrics = {"epoch": epoch, "lr": schedule((epoch + 1) * updates - 1)}
             metrics |= {f"train_{k}": v for k, v in trained.items()} | {f"val_{k}": v for k, v in validated.items()}
-            progress.finish_epoch(metrics, selection(validated))
+            progress.finish_epoch(metrics, selection_scores(validated))
             if run is not None:
                 run.save(model, optimizer, progress)
-                seconds = [end - begin for begin, end in pairwise(clock)]
+                seconds = [end - begin for begin, end in pairwise(times)]
                 run.record(metrics, dict(zip(("train", "calibrate", "validate"), seconds, strict=True)))
     if run is not None:
         run.close()
 
 
 def build_model(method: Method, knobs: Any, specs: Mapping[str, FeatureSpec]) -> nn.Module:
-    """The model of a method. Raises UserError where it does not define what the engine asks of it."""
+    """Create the model of a method. Raises UserError if it does not implement Stage2Model."""
     model = method.model(knobs, specs)
     if not isinstance(model, nn.Module) or not isinstance(model, Stage2Model):
         raise UserError(
@@ -154,8 +159,9 @@ def build_model(method: Method, knobs: Any, specs: Mapping[str, FeatureSpec]) ->
 
 
 def _compiled(model: nn.Module, device: torch.device) -> Any:
+    """The model compiled by torch.compile. Raises UserError on a CPU without a C++ compiler."""
     if device.type == "cpu" and not any(shutil.which(c) for c in (os.environ.get("CXX", ""), "g++", "clang++")):
-        raise UserError("--compile needs a C++ compiler, and there is no g++ or clang++; install one or leave it out.")
+        raise UserError("--compile on a CPU needs a C++ compiler; install g++ or clang++, or leave out --compile.")
     return torch.compile(model)
 
 
@@ -171,11 +177,11 @@ def train_one_epoch(
     progress: Progress,
     signals: StopSignals,
 ) -> dict[str, float] | None:
-    """The steps of an epoch that are still to do; returns the epoch's mean of every number, over all processes.
+    """Run the remaining steps of an epoch. Returns the means of the loss scalars over its steps and all processes.
 
-    `wrapped` is the model as it synchronises gradients, `model` the same parameters without the wrapping. None: a signal
-    came to one of the processes, and `progress` says how far all of them are. Every draw follows from seed, epoch and step,
-    so an epoch that was stopped goes on as if it had not been.
+    wrapped: the model in DistributedDataParallel or torch.compile; `model`: the same parameters without it. Returns None if
+    any process received a stop signal; `progress` then has the steps done. Random draws depend only on seed, epoch and step,
+    so a resumed epoch gives the same results as an uninterrupted one.
     """
     seed, batch, accum, epoch = settings.run.own_seed, settings.optim.batch_size, settings.optim.accum_iter, progress.epoch
     weights = balanced_weights(source.datasets) if settings.data.importance_sampling else None
@@ -185,18 +191,17 @@ def train_one_epoch(
     wrapped.train()
     done = progress.step * accum
     batches = source.batches(list(rows[done:]), list(views[done:]), accelerator.device)
-    with progress_bar(len(rows), f"epoch {epoch}", "step", quiet=not is_main()) as bar:
-        bar.update(done)
+    with progress_bar(len(rows), f"epoch {epoch + 1}", "step", quiet=not is_main(), initial=done) as bar:
         for group in range(progress.step, updates):
             parts = []
             for step, features in zip(range(group * accum, (group + 1) * accum), batches, strict=False):
-                joined = cast(Stage2Model, model).draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
-                parts.append((features, joined[rank() * batch : (rank() + 1) * batch]))
-            seed_everything(generator(seed, epoch, group, 3).initial_seed())  # dropout and noise inside models
-            numbers = _gradients(wrapped, loss, optimizer, parts, accelerator)
+                kept = cast(Stage2Model, model).draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
+                parts.append((features, kept[rank() * batch : (rank() + 1) * batch]))
+            seed_everything(generator(seed, epoch, group, 3).initial_seed())  # for dropout and noise inside the model
+            scalars = _gradients(wrapped, loss, optimizer, parts, accelerator)
             norm = gradient_norm(optimizer)
             stop = torch.tensor(float(signals.received is not None), device=norm.device)
-            means = mean_over_processes(numbers | {"gradient": norm, "stop": stop})
+            means = mean_over_processes(scalars | {"gradient": norm, "stop": stop})
             stopping = means.pop("stop") > 0
             if math.isfinite(means.pop("gradient")) and math.isfinite(means["total_loss"]):
                 optimizer_step(optimizer, schedule(epoch * updates + group))
@@ -206,7 +211,7 @@ def train_one_epoch(
             else:
                 optimizer.zero_grad()
                 progress.skipped += 1
-                _not_finite(means["total_loss"], parts, source, settings, progress)
+                _record_nonfinite(means["total_loss"], parts, source, settings, progress)
             progress.step = group + 1
             bar.set_postfix(loss=f"{means['total_loss']:.3f}", refresh=False)
             bar.update(len(parts))
@@ -222,55 +227,57 @@ def _gradients(
     parts: Sequence[tuple[Features, Tensor]],
     accelerator: "Accelerator",
 ) -> dict[str, Tensor]:
-    """The gradients of (features, kept) parts, which together are one batch; returns the loss's numbers."""
+    """Compute the gradient of one batch, given as (features, kept) parts. Returns the named scalars of the loss."""
 
-    def run(features: Features, kept: Tensor) -> Output:
+    def forward(features: Features, kept: Tensor) -> Output:
         with accelerator.autocast():
             return wrapped(features, kept=kept, joint=False).float()
 
-    def take(scalar: Tensor, part: int = 0) -> None:
+    def backward(scalar: Tensor, part: int = 0) -> None:
         backward_and_step(scalar, optimizer, 0.0, accelerator.backward, update=False)
 
     if len(parts) == 1:
-        numbers = loss(run(*parts[0]))
-        take(numbers["total_loss"])
-        return numbers
+        scalars = loss(forward(*parts[0]))
+        backward(scalars["total_loss"])
+        return scalars
 
-    def around(part: int) -> AbstractContextManager[None]:
+    def sync_context(part: int) -> AbstractContextManager[None]:
         return nullcontext() if part == len(parts) - 1 else accelerator.no_sync(wrapped)
 
-    return large_batch_gradient([partial(run, *part) for part in parts], loss, take, around)
+    return large_batch_gradient([partial(forward, *part) for part in parts], loss, backward, sync_context)
 
 
-def _not_finite(
+def _record_nonfinite(
     loss: float, parts: Sequence[tuple[Features, Tensor]], source: FeatureSource, settings: Settings[Any], progress: Progress
 ) -> None:
-    """Note the rows of a step whose loss or gradients are not finite. Raises UserError where no more may be left out; all
-    processes see the same mean, so they all do."""
+    """Write the rows of a step with NaN or inf to nonfinite.jsonl. Raises UserError above `--skip_nonfinite` such steps.
+
+    All processes see the same mean loss, so all of them raise.
+    """
     rows = torch.cat([gather(features.rows) for features, _ in parts]).tolist()
-    where, allowed = settings.folder / "nonfinite.jsonl", settings.optim.skip_nonfinite
-    at = f"epoch {progress.epoch}, step {progress.step}"
+    path, allowed = settings.folder / "nonfinite.jsonl", settings.optim.skip_nonfinite
+    position = f"epoch {progress.epoch}, step {progress.step}"
     if is_main():
-        noted = {"epoch": progress.epoch, "step": progress.step, "loss": repr(loss)}
-        noted |= {"rows": rows, "names": [source.names[row] for row in rows if row >= 0]}
-        with where.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(noted) + "\n")
-        log.warning("%s: loss %s or a gradient is not finite; the step is left out, its rows are in %s", at, loss, where)
+        entry = {"epoch": progress.epoch, "step": progress.step, "loss": repr(loss)}
+        entry |= {"rows": rows, "names": [source.names[row] for row in rows if row >= 0]}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        log.warning("%s: loss %s or a gradient is not finite; step skipped, its rows are in %s", position, loss, path)
     if progress.skipped > allowed:
-        good = settings.folder / "checkpoint.pth"
-        last = f"the last good checkpoint is {good}" if good.is_file() else "there is no checkpoint yet"
-        more = f" for the {progress.skipped}th time (--skip_nonfinite {allowed})" if allowed else ""
+        checkpoint = settings.folder / "checkpoint.pth"
+        last = f"the last good checkpoint is {checkpoint}" if checkpoint.is_file() else "there is no checkpoint yet"
+        count = f", step {progress.skipped} of this kind with --skip_nonfinite {allowed}" if allowed else ""
         raise UserError(
-            f"the loss became {loss}, or a gradient not finite, in {at}{more}; {last}, the rows are in {where}; "
-            "lower --lr or --blr, or allow some with --skip_nonfinite."
+            f"the loss became {loss}, or a gradient not finite, in {position}{count}; {last}, the rows are in {path}; "
+            "lower --lr or --blr, or raise --skip_nonfinite."
         )
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, source: FeatureSource, device: torch.device) -> None:
-    """Let a model fit its closed forms (Stage2Model.calibrate) on training rows, plain view, after each epoch.
+    """Call Stage2Model.calibrate with batches of training rows, without augmentation.
 
-    At most CALIBRATION_ROWS rows, evenly spaced; every process reads all of these, so that all end with the same numbers.
+    At most CALIBRATION_ROWS evenly spaced rows are read. Every process reads all of them and gets the same result.
     """
     model.eval()
     rows = list(torch.arange(0, len(source), math.ceil(len(source) / CALIBRATION_ROWS)).split(EVAL_BATCH))
@@ -286,11 +293,11 @@ def calibrate(model: nn.Module, source: FeatureSource, device: torch.device) -> 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: torch.device) -> dict[str, float]:
-    """Score a split with one gallery of all its rows; every process does its share, all return the same, and what one
-    process alone would return.
+    """Loss and retrieval metrics of a split; the retrieval gallery is the full split.
 
-    Names as in training: `<pair>_loss`, `<pair>_acc1`, `<pair>_acc5`, `<pair>_chance1`, the averages, the other terms of
-    the loss and `total_loss`.
+    The batches are divided among the processes. All processes return the same values, equal to those of a single process.
+    Keys: `<pair>_loss`, `<pair>_acc1`, `<pair>_acc5`, `<pair>_chance1` (accuracies and chance in %), `average_acc1`,
+    `average_acc5`, the other terms of the loss, `overlapping_loss` and `total_loss`.
     """
     model.eval()
     rows = list(shard_batches(torch.arange(len(source)), EVAL_BATCH))
@@ -299,45 +306,45 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     with progress_bar(len(rows), "validate", "batch", quiet=not is_main()) as bar:
         for step, features in enumerate(source.batches(rows, [torch.zeros_like(r) for r in rows], device)):
             output = model(features, joint=False)
-            of_batch = min(EVAL_BATCH, len(source) - step * EVAL_BATCH)
+            batch_rows = min(EVAL_BATCH, len(source) - step * EVAL_BATCH)
             for name, value in loss(output).items():
-                sums[name] = sums.get(name, torch.zeros_like(value)) + value * of_batch / len(source)
-            real = features.rows >= 0
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value * batch_rows / len(source)
+            valid = features.rows >= 0
             parts = {f"pooled/{m}": v for m, v in pooled_overlapping(output).items()}
             parts |= {f"present/{m}": v for m, v in output.present.items()}
             for name, part in (parts | {"keys": output.caption_keys, "rows": features.rows}).items():
-                collected.setdefault(name, []).append(part[real])
+                collected.setdefault(name, []).append(part[valid])
             scale = float(output.logit_scale)
             bar.update()
-    everything = {name: gather(torch.cat(parts)) for name, parts in collected.items()}
-    order = everything["rows"].argsort()
-    everything = {name: part[order] for name, part in everything.items()}
-    numbers = mean_over_processes(sums)
+    gathered = {name: gather(torch.cat(parts)) for name, parts in collected.items()}
+    order = gathered["rows"].argsort()
+    gathered = {name: part[order] for name, part in gathered.items()}
+    metrics = mean_over_processes(sums)
     modalities = [name.removeprefix("pooled/") for name in collected if name.startswith("pooled/")]
-    scored = [pair for pair in combinations(modalities, 2) if f"{pair_name(*pair)}_loss" in numbers]
+    scored = [pair for pair in combinations(modalities, 2) if f"{pair_name(*pair)}_loss" in metrics]
     pairs = [pair_name(*pair) for pair in scored]
     for (first, second), pair in zip(scored, pairs, strict=True):
-        found = retrieval(
-            everything[f"pooled/{first}"],
-            everything[f"pooled/{second}"],
-            everything[f"present/{first}"] & everything[f"present/{second}"],
-            everything["keys"] if "text" in (first, second) else None,
+        result = retrieval(
+            gathered[f"pooled/{first}"],
+            gathered[f"pooled/{second}"],
+            gathered[f"present/{first}"] & gathered[f"present/{second}"],
+            gathered["keys"] if "text" in (first, second) else None,
             scale,
         )
-        numbers |= {f"{pair}_{k}": getattr(found, k) for k in ("loss", "acc1", "acc5", "chance1")}
-    # The terms other than alignment are means over batches; alignment is replaced by that of the whole gallery.
-    aligned = sum(numbers[f"{pair}_loss"] for pair in pairs) / len(pairs)
-    numbers["total_loss"] += aligned - numbers["overlapping_loss"]
-    numbers["overlapping_loss"] = aligned
+        metrics |= {f"{pair}_{k}": getattr(result, k) for k in ("loss", "acc1", "acc5", "chance1")}
+    # The other loss terms are means over batches. The alignment term is replaced by its value on the full gallery.
+    alignment_loss = sum(metrics[f"{pair}_loss"] for pair in pairs) / len(pairs)
+    metrics["total_loss"] += alignment_loss - metrics["overlapping_loss"]
+    metrics["overlapping_loss"] = alignment_loss
     for k in ("acc1", "acc5"):
-        numbers[f"average_{k}"] = sum(numbers[f"{pair}_{k}"] for pair in pairs) / len(pairs)
-    return numbers
+        metrics[f"average_{k}"] = sum(metrics[f"{pair}_{k}"] for pair in pairs) / len(pairs)
+    return metrics
 
 
-def selection(validated: dict[str, float]) -> dict[str, float]:
-    """What the best checkpoint is chosen by: the mean over the pairs with touch, where there are any.
+def selection_scores(validated: dict[str, float]) -> dict[str, float]:
+    """Scores that select the best checkpoints: mean Acc@1 and Acc@5 over the pairs with touch, else over all pairs.
 
-    Vision and text come from encoders that were aligned before; their pair would reward standing still.
+    Vision and text encoders are already aligned with each other, so their pair does not measure progress.
     """
     touch = [pair for pair in (pair_name("tactile", "vision"), pair_name("tactile", "text")) if f"{pair}_acc1" in validated]
     return {

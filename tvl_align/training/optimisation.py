@@ -1,4 +1,4 @@
-"""AdamW, its schedule and its step: the one place in the repository where gradients are taken."""
+"""AdamW, its learning-rate schedule and its step. All training in this repository calls `backward_and_step`."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,33 +10,36 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser and its schedule."""
+    """Optimizer and learning-rate schedule."""
 
     batch_size: int = 64
-    """Rows per step and process."""
+    """Rows per batch and process."""
     epochs: int = 100
-    """Passes over the training rows."""
+    """Epochs: passes over the training rows."""
     drop_last: bool = True
-    """Leave out the last, smaller batch of an epoch; --no_drop_last: train on it too."""
+    """Drop the last incomplete batch of an epoch; --no_drop_last: train on it too."""
     accum_iter: int = 1
-    """Batches of one step: its gradient is that of all their rows as one batch, in the memory of one of them."""
+    """Batches per optimizer step (GradCache): exact gradient of one batch of all their rows, in the memory of one."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of AdamW; not on norms, biases and registers."""
+    """Weight decay of AdamW; norms, biases and registers are excluded."""
     lr: float | None = None
-    """Peak learning rate; default: blr x total batch / 256."""
+    """Peak learning rate; default: blr x rows per optimizer step / 256, over all processes."""
     blr: float = 1e-3
-    """Learning rate per 256 rows of total batch."""
+    """Base learning rate, per 256 rows of an optimizer step."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine schedule."""
     skip_nonfinite: int = 0
-    """Leave out at most so many steps whose loss or gradients are not finite, and say each; then stop."""
+    """Skip up to this many steps with NaN or inf in loss or gradients, each with a warning; then stop with an error."""
     warmup_epochs: float = 10
-    """Epochs of linear warm-up, counted in steps."""
+    """Epochs of linear warm-up; may be fractional."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to `peak`, then half a cosine down to `lowest`; all steps are optimizer steps."""
+    """Learning rate per optimizer step: linear warm-up to `peak`, then half a cosine down to `lowest`.
+
+    total, warmup: numbers of optimizer steps.
+    """
 
     peak: float
     total: int
@@ -46,12 +49,12 @@ class Schedule:
     def __call__(self, step: int) -> float:
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.total - self.warmup)
-        return self.lowest + (self.peak - self.lowest) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, done)))
+        progress = (step - self.warmup) / max(1, self.total - self.warmup)
+        return self.lowest + (self.peak - self.lowest) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, progress)))
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay is for matrices: not for norms, biases, scales, registers, queries or positions."""
+    """Whether a parameter has weight decay: matrices do; norms, biases, scales, registers, queries and positions do not."""
     learned_inputs = ("registers", "positions", "queries")
     return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in learned_inputs
 
@@ -59,7 +62,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 def make_adamw(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, betas: tuple[float, float] = (0.9, 0.95)
 ) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters, in two groups: decayed and not."""
+    """Fused AdamW over the trainable parameters, in two groups: with and without weight decay."""
     trainable = [(name, p) for name, p in named if p.requires_grad]
     groups = [
         {"params": [p for name, p in trainable if decays(name, p)], "weight_decay": weight_decay},
@@ -75,14 +78,17 @@ def backward_and_step(
     backward: Callable[[Tensor], None] | None = None,
     update: bool = True,
 ) -> None:
-    """Take the gradient of `loss` and, unless more is to be accumulated or looked at first, one step of length `lr`."""
+    """Backpropagate `loss` (), then take one optimizer step with learning rate `lr`.
+
+    backward: called with the loss instead of Tensor.backward. update: False: only accumulate the gradient.
+    """
     (backward or Tensor.backward)(loss)
     if update:
         optimizer_step(optimizer, lr)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One step of length `lr` along the gradients there are; then there are none."""
+    """One optimizer step with learning rate `lr`, then zero the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -90,9 +96,9 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """() L2 norm of all gradients together; not finite where one of them is not."""
+    """L2 norm of all gradients together (); NaN or inf if any gradient has NaN or inf."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads or grads[0].is_cuda:
         return nn.utils.get_total_norm(grads)
-    rows = [(g if g.ndim < 2 or g.is_contiguous() else g.mT).flatten() for g in grads]  # transposed ones without a copy
-    return torch.stack([torch.dot(row, row) for row in rows]).sum().sqrt()  # half the time of norms on a CPU
+    flat = [(g if g.ndim < 2 or g.is_contiguous() else g.mT).flatten() for g in grads]  # transposed gradients without a copy
+    return torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()  # on a CPU twice as fast as get_total_norm

@@ -1,8 +1,8 @@
-"""The same training as a Slurm job: `tvl-align train ... --slurm partition=gpu --slurm nodes=2 --slurm tasks_per_node=8`.
+"""Training as a Slurm job: `tvl-align train ... --slurm partition=gpu --slurm nodes=2 --slurm tasks_per_node=8`.
 
-One task is one process (one GPU). Options are submitit's: partition, account, nodes, tasks_per_node, gpus_per_node,
-cpus_per_task, mem_gb, timeout_min, ...; `cluster=local` runs the tasks here, without Slurm. A job that is pre-empted or
-runs out of time is queued again and goes on from its last checkpoint.
+One task is one process (one GPU). The options are those of submitit: partition, account, nodes, tasks_per_node,
+gpus_per_node, cpus_per_task, mem_gb, timeout_min, ... With `cluster=local` the tasks run on this machine, without Slurm. A
+job that is pre-empted or reaches its time limit is requeued and resumes from its last checkpoint.
 """
 
 import os
@@ -18,12 +18,22 @@ if TYPE_CHECKING:
     import submitit
     from submitit.helpers import DelayedSubmission
 
-PLAIN = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min", "name", "stderr_to_stdout")
+# Parameters of AutoExecutor that all clusters share; any other needs the prefix of its cluster, such as slurm_partition.
+SHARED_OPTIONS = (
+    "nodes",
+    "tasks_per_node",
+    "gpus_per_node",
+    "cpus_per_task",
+    "mem_gb",
+    "timeout_min",
+    "name",
+    "stderr_to_stdout",
+)
 
 
 @dataclass
 class Task:
-    """What every task of a job does: call `work` with these flags, on the processes of the job."""
+    """Callable that submitit runs in every task: set up the process-group environment, then call `work(flags)`."""
 
     work: Callable[[list[str]], None]
     flags: list[str]
@@ -40,14 +50,14 @@ class Task:
         self.work(self.flags)
 
     def checkpoint(self) -> "DelayedSubmission":
-        """What submitit queues when the job is taken away: the same, which goes on from its last checkpoint."""
+        """What submitit requeues when the job is pre-empted: the same task, which resumes from its last checkpoint."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-def take_slurm(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Take every `--slurm key=value` out of the flags."""
+def split_slurm_options(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split flags into {key: value} of every `--slurm key=value`, and the rest."""
     options: dict[str, str] = {}
     rest: list[str] = []
     flags = iter(argv)
@@ -55,10 +65,10 @@ def take_slurm(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         if flag != "--slurm" and not flag.startswith("--slurm="):
             rest.append(flag)
             continue
-        given = flag.removeprefix("--slurm=") if "=" in flag else next(flags, "")
-        key, equals, value = given.partition("=")
+        option = flag.removeprefix("--slurm=") if "=" in flag else next(flags, "")
+        key, equals, value = option.partition("=")
         if not key or not equals or not value:
-            raise UserError(f"--slurm {given!r} is not key=value; for example --slurm partition=gpu.")
+            raise UserError(f"--slurm {option!r} is not key=value; give for example --slurm partition=gpu.")
         options[key] = value
     return options, rest
 
@@ -66,28 +76,31 @@ def take_slurm(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def submit(
     work: Callable[[list[str]], None], flags: Sequence[str], options: dict[str, str], run: Path
 ) -> "submitit.Job[None]":
-    """Queue a training; its logs go to `jobs` in its run folder. Raises UserError for what submitit does not take."""
+    """Submit a job that calls `work(flags)` in every task. Its logs are written to <run>/jobs.
+
+    Raises UserError if submitit rejects the options or the submission fails.
+    """
     import submitit
 
-    given = dict(options)
-    cluster = given.pop("cluster", "slurm")
+    remaining = dict(options)
+    cluster = remaining.pop("cluster", "slurm")
     prefix = "slurm_" if cluster == "slurm" else ""
-    values = {(k if k in PLAIN else f"{prefix}{k}"): int(v) if v.isdigit() else v for k, v in given.items()}
+    values = {(k if k in SHARED_OPTIONS else f"{prefix}{k}"): int(v) if v.isdigit() else v for k, v in remaining.items()}
     try:
         executor = submitit.AutoExecutor(folder=run / "jobs", cluster=cluster)
         executor.update_parameters(**values)
         return executor.submit(Task(work, list(flags)))
     except (RuntimeError, ValueError, TypeError, NameError, submitit.core.utils.FailedJobError) as error:
         raise UserError(
-            f"the job was not queued ({' '.join(str(error).split())[:300]}); mend the --slurm options."
+            f"the job was not queued ({' '.join(str(error).split())[:300]}); correct the --slurm options."
         ) from error
 
 
 def wait(job: "submitit.Job[None]") -> None:
-    """Until every task has ended. Raises UserError where one failed."""
+    """Wait until every task has ended. Raises UserError if one failed."""
     import submitit
 
     try:
         job.results()
     except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError) as error:
-        raise UserError(f"job {job.job_id} failed; its tasks say why in {job.paths.folder}.") from error
+        raise UserError(f"job {job.job_id} failed; see the task logs in {job.paths.folder}.") from error

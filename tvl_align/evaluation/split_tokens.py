@@ -1,4 +1,4 @@
-"""What a model makes of a split: its tokens, pooled vectors and reconstruction errors."""
+"""Tokens, pooled vectors and reconstruction errors of a model on a whole split."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +11,17 @@ from tvl_align.features.store import FeatureSource
 from tvl_align.registers.nested import prefix
 from tvl_align.registers.pooling import pooled_overlapping
 
-EVAL_BATCH = 256
+EVAL_BATCH = 256  # rows
 
 
 @dataclass(frozen=True)
 class SplitTokens:
-    """What one model makes of one split, on the CPU: overlapping, complementary {modality: (M, n, D)}, pooled."""
+    """The tokens of one model on M rows of a split, on the CPU.
+
+    overlapping, complementary: {modality: (M, n, D)}. pooled: {modality: (M, D)}, L2-normalised. present: {modality: (M,)
+    bool}. keys: (M, K) int64 caption keys. scale: the logit scale. reconstruction_error: {modality: percent of the variance
+    of the frozen tokens}, empty without decoders.
+    """
 
     overlapping: dict[str, Tensor]
     complementary: dict[str, Tensor]
@@ -28,16 +33,18 @@ class SplitTokens:
 
 
 def all_rows(source: FeatureSource) -> Tensor:
+    """(M,) indices of all rows of a split."""
     return torch.arange(len(source))
 
 
 def plain_batches(source: FeatureSource, rows: Tensor, device: torch.device) -> Any:
+    """Features of the given rows without augmentation (view 0), in batches of EVAL_BATCH."""
     parts = list(rows.split(EVAL_BATCH))
     return source.batches(parts, [torch.zeros_like(p) for p in parts], device)
 
 
 def stage1_features(source: FeatureSource, rows: Tensor, device: torch.device) -> Features:
-    """The frozen features of the given rows, plain view, joined on the CPU; text padded to its longest sentence."""
+    """Frozen features of the given rows without augmentation, on the CPU; text is padded to its longest sentence."""
     parts = [batch.to("cpu") for batch in plain_batches(source, rows, device)]
     joined = {}
     for name in parts[0].modalities:
@@ -60,13 +67,13 @@ def stage1_features(source: FeatureSource, rows: Tensor, device: torch.device) -
 def compute_tokens(
     model: nn.Module, source: FeatureSource, rows: Tensor, device: torch.device, length: int | None = None
 ) -> SplitTokens:
-    """Read rows (plain view) with a model in evaluation mode, keeping the first `length` registers (None: all)."""
+    """Compute tokens of the given rows in evaluation mode, keeping the first `length` registers (None: all)."""
     model.eval()
     outputs: list[Output] = []
     pooled: list[dict[str, Tensor]] = []
     error: dict[str, list[float]] = {}
+    registers = len(model.get_parameter("registers"))
     for features in plain_batches(source, rows, device):
-        registers = model.registers.shape[0]
         kept = None if length is None else prefix(len(features), registers, length)
         output = model(features, kept=kept, joint=False)
         for name, r in output.reconstruction.items():
@@ -74,7 +81,7 @@ def compute_tokens(
             sums[0] += float(r.error[r.mask].sum())
             sums[1] += float(r.mask.sum())
         pooled.append(pooled_overlapping(output))
-        outputs.append(replace(output, features=None, reconstruction={}))  # which are large
+        outputs.append(replace(output, features=None, reconstruction={}))  # they are large
 
     def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {m: torch.cat([part[m] for part in parts]).cpu() for m in parts[0]}
@@ -86,5 +93,5 @@ def compute_tokens(
         joined([output.present for output in outputs]),
         torch.cat([output.caption_keys for output in outputs]).cpu(),
         float(outputs[0].logit_scale),
-        {m: 100 * wrong / max(total, 1e-9) for m, (wrong, total) in error.items()},
+        {m: 100 * squared / max(count, 1e-9) for m, (squared, count) in error.items()},
     )
