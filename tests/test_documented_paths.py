@@ -134,9 +134,12 @@ def test_a_plain_tvl_checkpoint(world: Path, stage1_checkpoint: Path, tmp_path: 
     assert "[STAGE2] epoch 1/1" in said
 
 
-@pytest.mark.parametrize("folder", [ROOT, Path("/")])
-def test_test_modules_from_anywhere(folder: Path) -> None:
-    assert ", 0 failed" in run(f"{sys.executable} {STAGE2 / 'test_modules.py'}", folder)
+@pytest.mark.parametrize(("folder", "method"), [(ROOT, "cursor"), (Path("/"), "")])
+def test_test_modules_from_anywhere(folder: Path, method: str) -> None:
+    """All methods as documented; those that are named, from the checkout."""
+    said = run(f"{sys.executable} {STAGE2 / 'test_modules.py'} {method}", folder)
+    assert ", 0 failed" in said
+    assert ("ok  base: " in said) == (not method)
 
 
 def test_documented_imports() -> None:
@@ -146,7 +149,9 @@ def test_documented_imports() -> None:
 
 def test_the_demo_in_small(tmp_path: Path) -> None:
     """The full pipeline in one command writes table, report and results; a second call reuses them."""
-    command = f"tvl-align demo --out {tmp_path} --train 160 --test 40 --pretrain_epochs 1 --epochs 1 --views 1"
+    command = (
+        f"tvl-align demo --out {tmp_path} --train 160 --test 40 --pretrain_epochs 1 --epochs 1 --views 1 --probe_steps 20"
+    )
     said = run(command)
     page = tmp_path / "runs" / "base" / "report.html"
     assert f"page: {page}" in said
@@ -166,7 +171,7 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     assert all({"k", "acc1", "shared_retention", "reconstruction"} <= p.keys() for p in results["prefix"])
     assert results["prefix"][-1]["shared_retention"] == pytest.approx(results["summary"]["shared_retention"], nan_ok=True)
     assert "world:" not in run(command)
-    said = run(f"tvl-align evaluate {page.parent} --split val --probe_rows 50")
+    said = run(f"tvl-align evaluate {page.parent} --split val --probe_rows 50 --probe_steps 20")
     assert said.strip().endswith("results-val.json")
     on_val = json.loads((page.parent / "results-val.json").read_text())
     assert on_val["split"] == "val"
@@ -192,7 +197,10 @@ def test_the_documented_import(tmp_path: Path) -> None:
     (tmp_path / "make.py").write_text(code[1])
     run(f"{sys.executable} make.py", tmp_path)
     for line in lines[1].strip().splitlines():
-        said = run(line.replace("--epochs 10", "--epochs 2"), tmp_path)
+        said = run(
+            line.replace("--epochs 10", "--epochs 2").replace("output_dir/digits", "output_dir/digits --probe_steps 60"),
+            tmp_path,
+        )
     assert said.strip().endswith("report.html")
 
 
@@ -248,8 +256,8 @@ def test_mistakes_get_one_sentence(
     assert re.search(MISTAKES[flags], " ".join(said.split())), said
 
 
-def test_a_mistake_in_a_real_process() -> None:
-    said = run("tvl-align train --stage1_checkpoint /none.pth --datasets_dir /none", expect=2)
+def test_a_mistake_in_a_real_process(tmp_path: Path) -> None:
+    said = run("tvl-align train --stage1_checkpoint /none.pth --datasets_dir /none", tmp_path, expect=2)
     assert "error: no such folder: /none; --datasets_dir must contain ssvtp and hct." in said
     assert "Traceback" not in said
     assert "did you mean train?" in run("tvl-align trian", expect=2)

@@ -1,5 +1,6 @@
 """The fault campaign in short: each fault a few times. `make faults` makes all of them, many times."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import bad_inputs
@@ -8,13 +9,17 @@ import pytest
 from faults import Ground
 
 
-@pytest.fixture(scope="module")
-def ground(world: Path, stage1_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    """The session's world and Stage 1 where the campaign looks for them."""
-    root = tmp_path_factory.mktemp("faults")
-    (root / "world").symlink_to(world)
-    (root / "stage1").symlink_to(stage1_checkpoint.parent)
-    return Ground.prepare(root)
+@pytest.fixture(scope="session")
+def ground(once: Callable[..., Path], world: Path, stage1_checkpoint: Path) -> Ground:
+    """The session's data and Stage 1 where the campaign looks for them, and the uninterrupted run that others must equal."""
+
+    def make(root: Path) -> None:
+        root.mkdir()
+        (root / "world").symlink_to(world)
+        (root / "stage1").symlink_to(stage1_checkpoint.parent)
+        faults.whole_run(Ground.prepare(root))
+
+    return Ground(once("faults", make))
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(ground: Ground) -> None:

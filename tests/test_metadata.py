@@ -86,7 +86,7 @@ TOY = Method(Implementation("toy_registers", "1", "TOY"), ToyConfig, lambda knob
 
 @pytest.fixture
 def toy_checkout(tmp_path: Path) -> Path:
-    """A checkout with an added method, as experiments/stage2/README.md describes: a folder, its README, a line in methods.py."""
+    """A checkout with an added method, as in experiments/stage2/README.md: a folder, its README, a line in methods.py."""
     for folder in ("experiments", "tvl_align"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     stage2 = tmp_path / "experiments" / "stage2"
@@ -128,7 +128,7 @@ def test_an_added_method_trains_from_the_entry_file(toy_checkout: Path, tmp_path
     assert "[TOY] toy_registers v1" in output
 
 
-def test_a_method_from_another_package_is_trained_evaluated_and_compared(tmp_path: Path) -> None:
+def test_a_method_from_anywhere_is_trained_measured_compared_and_loaded(tmp_path: Path) -> None:
     """The run folder stores its module path. Nothing inside a run folder is imported."""
     work = tmp_path / "work"
     (work / "mine").mkdir(parents=True)
@@ -144,11 +144,13 @@ def test_a_method_from_another_package_is_trained_evaluated_and_compared(tmp_pat
     output = run(f"train --method mine.toy:TOY --store {store} --log_name own {SMALL}")
     assert "[TOY] toy_registers v1" in output
     run(f"train --store {store} --log_name base {SMALL}")
-    assert "toy_registers v1" in run("evaluate output_dir/own --probe_rows 50")
-    run("evaluate output_dir/base --probe_rows 50")
+    assert "toy_registers v1" in run("evaluate output_dir/own --probe_rows 50 --probe_steps 10")
+    run("evaluate output_dir/base --probe_rows 50 --probe_steps 10")
     run("compare output_dir/own output_dir/base")
     assert "toy_registers v1" in (work / "comparison" / "report.md").read_text()
-    assert "toy_registers" in run("evaluate output_dir/own --method mine.toy:TOY --probe_rows 50 --split val")
+    assert "toy_registers" in run(
+        "evaluate output_dir/own --method mine.toy:TOY --probe_rows 50 --probe_steps 10 --split val"
+    )
     assert "give its own --method" in run("evaluate output_dir/own --method base", expect=2)
     elsewhere = run(f"evaluate {work}/output_dir/own", expect=2, folder=tmp_path)
     assert "there is no module 'mine'" in elsewhere and "Traceback" not in elsewhere

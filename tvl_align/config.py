@@ -1,6 +1,8 @@
 """Dataclasses <-> flags <-> JSON. tyro makes the flags and their help text from the fields and the strings under them."""
 
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -83,12 +85,17 @@ def _with_fields(value: T, found: Mapping[str, Any]) -> T:
 
 
 def parse(
-    cls: type[T], argv: Sequence[str] | None = None, prog: str | None = None, about: str = "", examples: Sequence[str] = ()
+    cls: type[T],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    about: str = "",
+    examples: Sequence[str] = (),
 ) -> T:
     """Parse flags into a dataclass. `--resume` without a value means `auto`.
 
     An unknown flag exits with code 2 and suggests the nearest known flag. argv: default sys.argv[1:]. about: first text of
-    the help; default: the docstring of the dataclass. examples: commands printed at the end of the help.
+    the help; default: the docstring of the dataclass. examples: commands printed at the end of the help,
+    after one paragraph with the flags that have no effect.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     for i, flag in enumerate(given):
@@ -99,6 +106,10 @@ def parse(
         return _with_fields(tyro.cli(cls, args=given, prog=prog, description=about or None, use_underscores=True), found)
     except SystemExit as end:
         if end.code in (0, None) and examples:
+            ignored = "; ".join(f"--{name} ({reason})" for name, reason in ignored_flags(cls).items())
+            if ignored:
+                width = min(shutil.get_terminal_size().columns, 100)
+                print(textwrap.fill(f"Accepted without effect: {ignored}.", width), end="\n\n")
             print("examples:\n" + "\n".join(f"  {line}" for line in examples))
         raise
 

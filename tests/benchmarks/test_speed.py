@@ -13,7 +13,7 @@ from tvl_align.system.console import UserError
 
 
 def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
-    sizes = {"batch": 8, "width": 192, "gallery": 64, "large_gallery": 64, "rows": 2000, "pictures": 8, "turns": 1}
+    sizes = {"batch": 8, "width": 64, "gallery": 64, "large_gallery": 64, "rows": 2000, "pictures": 8, "turns": 1}
     parts = ("step", "engine", "accumulation", "retrieval", "probes", "memory")
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=parts, **sizes))
     *records, metadata = json.loads((tmp_path / "bench.json").read_text())

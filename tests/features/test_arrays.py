@@ -129,11 +129,12 @@ def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path:
 
     store = tmp_path / "store"
     assert "top, middle, bottom" in run(f"features import --npz {npz} --out {store}")
-    small = f"--store {store} --register_token_dim 64 --epochs 2 --lr 2e-3 --warmup_epochs 1 --output_dir {tmp_path}/runs"
+    small = f"--store {store} --register_token_dim 32 --num_heads 4 --epochs 2 --lr 2e-3 --warmup_epochs 1"
+    small += f" --output_dir {tmp_path}/runs"
     for name in METHODS:
         output = run(f"train --method {name} --log_name {name} {small}")
         assert "bottom-top" in output
-        run(f"evaluate {tmp_path}/runs/{name} --probe_rows 500")
+        run(f"evaluate {tmp_path}/runs/{name} --probe_rows 500 --probe_steps 40")
         results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
         assert set(results["retrieval"]) == {"bottom_top", "middle_top", "bottom_middle"}
         assert results["retrieval"]["bottom_top"]["stage1_acc1"] is None  # pooled features of different width

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,24 @@ from tvl_align.synthetic.contest import ContestConfig, contest
 from tvl_align.system.console import UserError
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two methods, one of them with two seeds, on a tiny world."""
-    out = tmp_path_factory.mktemp("contest")
-    small = {"train": 160, "test": 40, "pretrain_epochs": 1, "epochs": 1, "views": 1}
-    contest(ContestConfig(out, methods=("cursor", "disentangled"), seeds=(0,), **small))
-    contest(ContestConfig(out, methods=("cursor",), seeds=(0, 1), **small))
-    return out
+@pytest.fixture(scope="session")
+def folder(once: Callable[..., Path]) -> Path:
+    """Two methods, one of them with two seeds, on a tiny data set."""
+
+    def make(out: Path) -> None:
+        small = {
+            "train": 160,
+            "test": 40,
+            "pretrain_epochs": 1,
+            "epochs": 1,
+            "views": 1,
+            "probe_rows": 60,
+            "probe_steps": 20,
+        }
+        contest(ContestConfig(out, methods=("cursor", "disentangled"), seeds=(0,), **small))
+        contest(ContestConfig(out, methods=("cursor",), seeds=(0, 1), **small))
+
+    return once("contest", make)
 
 
 def runs(folder: Path) -> list[Path]:
@@ -66,7 +77,7 @@ def test_runs_that_cannot_be_ranked_are_refused(folder: Path, tmp_path: Path) ->
         with pytest.raises(UserError, match=what):
             load_results([one, other])
     (other / "results.json").unlink()
-    with pytest.raises(UserError, match=r"has no results\.json; measure it first"):
+    with pytest.raises(UserError, match=r"has no results\.json; run tvl-align evaluate .* first"):
         load_results([one, other])
     with pytest.raises(UserError, match="at least two different runs"):
         load_results([one, one])

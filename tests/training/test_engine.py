@@ -24,12 +24,11 @@ BASE = METHODS["base"]
 
 
 @pytest.fixture
-def settings(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> Settings[Stage2Config]:
-    features = world.parent / "features"  # shared by all tests of this process
+def settings(world: Path, stage1_checkpoint: Path, feature_dir: Path, tmp_path: Path) -> Settings[Stage2Config]:
     return Settings(
         Stage1Config(stage1_checkpoint),
         Stage2Config(register_token_dim=32, num_heads=4, drop_rate=0.1),
-        DataConfig(world, views=1, feature_dir=features, num_workers=0),
+        DataConfig(world, views=1, feature_dir=feature_dir, num_workers=0),
         OptimConfig(batch_size=16, epochs=3, warmup_epochs=1, lr=1e-3),
         RunConfig(tmp_path / "runs", "one", device="cpu"),
     )

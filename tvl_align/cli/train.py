@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from tvl_align.config import ignored_flags, parse
+from tvl_align.config import parse
 from tvl_align.contract import Method
 from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.system.console import quiet_logs, reports_errors
@@ -68,8 +68,6 @@ def read_settings(
     method = methods[name] if name in methods else load_method(name)
     flags = [*rest, "--method", name]
     settings_type = cast(Any, Settings)[method.knobs]
-    ignored = "\n".join(f"  --{flag}: {reason}" for flag, reason in ignored_flags(settings_type).items())
-    about = f"{about}\n\nAccepted without effect:\n{ignored}"
     return parse(settings_type, flags, prog, about, examples), method, flags
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class ProbeData:
     test: FeatureSource
     frozen: Mapping[str, Features]
     seed: int
+    steps: int = 600
 
     def rows_of(self, modality: str, factors: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(M,) bool masks of the training and the test rows that have this modality and a label for every factor."""
@@ -98,7 +100,9 @@ def probe_factors(
 
     results: dict[str, dict[str, dict[str, Any]]] = {}
     with progress(sum(map(len, factors.values())), "probe", "factor") as bar:
-        ceilings = list(probe_all(attentive_probe, (attentive_job(m) for m in modalities), data.seed))
+        ceilings = list(
+            probe_all(partial(attentive_probe, steps=data.steps), (attentive_job(m) for m in modalities), data.seed)
+        )
         jobs = (job for m in modalities for f in factors[m] for job in linear_jobs(m, f))
         scores = probe_all(linear_probe, jobs, data.seed)
         for modality, attentive in zip(modalities, ceilings, strict=True):

@@ -59,5 +59,6 @@ def read_labels(path: Path) -> Labels:
             legend = json.loads(legend_path.read_text(encoding="utf-8")).get("factors", {})
             return Labels(levels, values, {c: tuple(legend[c]["ownership"]) if c in legend else () for c in columns})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{legend_path} must contain {{factors: {{name: {{ownership: [...]}}}}}} ({error!r}).") from error
+            expected = "{factors: {name: {ownership: [...]}}}"
+            raise UserError(f"{legend_path} is malformed ({error!r}); it must contain {expected}.") from error
     return Labels(levels, values, {c: () for c in columns})

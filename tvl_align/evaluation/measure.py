@@ -45,6 +45,8 @@ class EvaluateConfig:
     """Method of the run, as for train; default: the one stored in the run folder."""
     labels: Path | None = None
     """CSV with a vision column and one column per factor; default: the labels stored with the data, if any."""
+    probe_steps: int = 600
+    """Training steps of an attentive probe, which sets the ceiling of a factor. Fewer steps give too low a ceiling."""
     probe_rows: int = 3000
     """Maximal number of training rows that probes are fitted on, drawn with the seed of the run."""
     split: Literal["test", "val"] = "test"
@@ -102,7 +104,7 @@ def measure(options: EvaluateConfig) -> Path:
     )
     path, probes = options.labels or default_labels, None
     if options.labels is not None or path.is_file():
-        probes = ProbeData(read_labels(path), train, rows, test, frozen, settings.run.seed)
+        probes = ProbeData(read_labels(path), train, rows, test, frozen, settings.run.seed, options.probe_steps)
         tokens = {
             prefix: (compute_tokens(m, train, rows, device), on_test)
             for prefix, m, on_test in (("", model, trained_tokens), ("untrained_", untrained, untrained_tokens))

@@ -10,6 +10,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 
 from tvl_align.contract import Batch, Features, FeatureSpec, Output, Reconstruction, Stage2Model, Tokens
@@ -52,9 +53,9 @@ class RegisterConfig:
     """Weight of the L2-norm and diversity penalties on complementary tokens."""
     preservation_weight: float = 0.0
     """Weight of the error of reconstructing the frozen tokens from all registers; 0: exactly the documented loss."""
-    disable_vision_text_loss: bool = False
+    disable_vision_text_loss: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the vision-text pair out of the loss."""
-    disable_tactile_text_loss: bool = False
+    disable_tactile_text_loss: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the tactile-text pair out of the loss."""
 
     @property

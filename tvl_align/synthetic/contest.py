@@ -57,19 +57,19 @@ def contest(config: ContestConfig) -> Path:
     timed("features", lambda: first.open_inputs(pick_device(None)))
     todo = [key for key, s in settings.items() if not (s.folder / "results.json").is_file()]
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    jobs = {settings[key].folder.name: (_run, settings[key], key[0], config.probe_rows) for key in todo}
+    jobs = {settings[key].folder.name: (_run, settings[key], config.probe_rows, config.probe_steps) for key in todo}
     run_in_processes(jobs, config.jobs, threads)
     page = write_comparison([s.folder for s in settings.values()], config.out, "make compare")
     print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
     return page
 
 
-def _run(settings: Settings[Any], name: str, probe_rows: int) -> None:
+def _run(settings: Settings[Any], probe_rows: int, probe_steps: int) -> None:
     label = settings.folder.name
-    timed(f"{label}: {settings.optim.epochs} epochs", lambda: fit(settings, load_method(name)))
-    timed(f"{label}: test split", lambda: _evaluate(settings.folder, probe_rows))
+    timed(f"{label}: {settings.optim.epochs} epochs", lambda: fit(settings, load_method(settings.run.method)))
+    timed(f"{label}: test split", lambda: _evaluate(settings.folder, probe_rows, probe_steps))
 
 
-def _evaluate(run: Path, probe_rows: int) -> None:
-    measure(EvaluateConfig(run, probe_rows=probe_rows))
+def _evaluate(run: Path, probe_rows: int, probe_steps: int) -> None:
+    measure(EvaluateConfig(run, probe_rows=probe_rows, probe_steps=probe_steps))
     write_page(run)

@@ -40,6 +40,8 @@ class DemoConfig:
     """Seed of the data, Stage 1 and Stage 2."""
     probe_rows: int = 3000
     """Maximum number of training rows for fitting the probes."""
+    probe_steps: int = 600
+    """Training steps of an attentive probe, which sets the ceiling of a factor."""
 
 
 def demo(config: DemoConfig) -> Path:
@@ -47,7 +49,7 @@ def demo(config: DemoConfig) -> Path:
     world, checkpoint = prepare(config)
     settings = small_settings(config, world, checkpoint, "base", "base")
     timed(f"Stage 2: features, then {config.epochs} epochs", lambda: fit(settings, METHODS["base"]))
-    evaluation = EvaluateConfig(settings.folder, probe_rows=config.probe_rows)
+    evaluation = EvaluateConfig(settings.folder, probe_rows=config.probe_rows, probe_steps=config.probe_steps)
     timed("test split: retrieval and probes", lambda: measure(evaluation))
     page = write_page(settings.folder)
     print_table(settings.folder / "results.json")
