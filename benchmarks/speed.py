@@ -6,9 +6,12 @@ depend little on the machine. All weights and features are random.
 
 import itertools
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -74,7 +77,19 @@ class BenchConfig:
     turns: int = 5
     """Timed runs of either side of a ratio; the best counts."""
     parts: tuple[str, ...] = (
-        *("encode", "step", "engine", "accumulation", "retrieval", "probes", "store", "processes", "memory", "growth"),
+        *(
+            "startup",
+            "encode",
+            "step",
+            "engine",
+            "accumulation",
+            "retrieval",
+            "probes",
+            "store",
+            "processes",
+            "memory",
+            "growth",
+        ),
     )
     """Parts to measure."""
 
@@ -193,6 +208,19 @@ def _training(name: str, config: BenchConfig, specs: Any = SMALL, features: Feat
     model, loss = method.model(knobs, specs).train(), method.loss(knobs, list(specs))
     optimizer = make_adamw(model.named_parameters(), 0.05)
     return lambda: backward_and_step(loss(model(features, joint=False))["total_loss"], optimizer, 1e-5)
+
+
+def _startup(config: BenchConfig) -> Iterator[Figure]:
+    """Seconds until a command answers, in a new process, against the import of torch alone."""
+    python, tool = sys.executable, str(Path(sys.executable).parent / "tvl-align")
+    imports_torch = [python, "-c", "import torch"]
+    for command in ([python, "-c", "import tvl_align"], [tool, "--help"], [tool, "train", "--help"]):
+        name = " ".join(Path(part).name if part == command[0] else part for part in command)
+        yield compare(f"{name} / import torch", partial(_quietly, command), partial(_quietly, imports_torch), config.turns)
+
+
+def _quietly(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def _step(config: BenchConfig) -> Iterator[Figure]:

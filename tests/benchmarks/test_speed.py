@@ -14,10 +14,10 @@ from tvl_align.system.console import UserError
 
 def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
     sizes = {"batch": 8, "width": 64, "gallery": 64, "large_gallery": 64, "rows": 2000, "pictures": 8, "turns": 1}
-    parts = ("step", "engine", "accumulation", "retrieval", "probes", "memory")
+    parts = ("startup", "step", "engine", "accumulation", "retrieval", "probes", "memory")
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=parts, **sizes))
     *records, metadata = json.loads((tmp_path / "bench.json").read_text())
-    assert len(records) == len(figures) == 17
+    assert len(records) == len(figures) == 20
     assert all({"name", "ours", "reference", "ratio", "unit"} == f.keys() for f in records)
     assert "commit" in metadata["made_by"]
     with pytest.raises(UserError, match="unknown part 'speed'"):

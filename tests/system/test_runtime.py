@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from processes import finish, run, spawn, start
 
+from tvl_align.system import provenance as provenance_module
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import (
     gather,
@@ -81,7 +82,7 @@ def test_devices() -> None:
 
 def test_results_carry_what_made_them() -> None:
     made = provenance()
-    assert set(made) == {"command", "folder", "commit", "packages", "processes"}
+    assert set(made) == {"command", "folder", "version", "commit", "packages", "processes"}
     assert made["packages"]["torch"] == torch.__version__.split("+")[0]
 
 
@@ -203,3 +204,13 @@ def test_a_worker_that_dies_ends_the_others_and_is_named(how: str, said: str, tm
 def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
     run_in_processes({name: (_end, "", str(tmp_path / name)) for name in "abc"}, at_once=2, threads=1)
     assert len({(tmp_path / name).read_text() for name in "abc"} | {str(os.getpid())}) == 4
+
+
+def test_another_projects_repository_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package installed in an environment inside a repository does not report that repository's commit."""
+    assert provenance_module.git_commit() != "unknown" or not (Path(__file__).parents[2] / ".git").exists()
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "--quiet"], [*identity, "commit", "--quiet", "--allow-empty", "--message", "theirs"]):
+        assert run(["git", *command], cwd=tmp_path)[0] == 0
+    monkeypatch.setattr(provenance_module, "__file__", str(tmp_path / "provenance.py"))
+    assert provenance_module.git_commit() == "unknown"

@@ -30,7 +30,7 @@ from tvl_align.features.tables import FORMAT, empty_table, write_rows
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import barrier, is_main, rank, world_size
 from tvl_align.system.files import lock_folder
-from tvl_align.system.provenance import package_versions, provenance
+from tvl_align.system.provenance import FEATURE_PACKAGES, package_versions, provenance
 from tvl_align.system.workers import run_in_threads
 
 ENCODE_BATCH = 64  # rows
@@ -50,7 +50,7 @@ def store_key(stage1: Stage1, samples: Mapping[str, Samples], views: int) -> tup
         "text": {"prompt": first.text.prompt, "shuffle": first.text.shuffle, "synonyms": dict(first.text.synonyms)},
         "views": views,
         "seed": first.seed,
-        "packages": package_versions(),
+        "packages": package_versions(FEATURE_PACKAGES),
         "rows": {name: _rows_digest(split) for name, split in samples.items()},
     }
     text = json.dumps(ingredients, sort_keys=True)

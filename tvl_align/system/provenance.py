@@ -4,20 +4,30 @@ import os
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch.distributed as dist
 
+from tvl_align import __version__
 from tvl_align.system.distributed import world_size
 
-PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "tensordict", "accelerate")
+FEATURE_PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "tensordict")
+PACKAGES = (*FEATURE_PACKAGES, "accelerate")
 
 
 def git_commit() -> str:
-    """Git commit of this package, with "-dirty" if tracked files have changed; "unknown" outside a checkout."""
+    """Git commit of this package, with "-dirty" if tracked files have changed; "unknown" outside a checkout.
+
+    A package installed inside another project's repository is outside a checkout: git does not track this file there.
+    """
     here = Path(__file__).parent
     try:
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", Path(__file__).name], cwd=here, capture_output=True, check=True
+        )
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
         changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
@@ -25,9 +35,13 @@ def git_commit() -> str:
     return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that affect results."""
-    return {name: version(name) for name in PACKAGES}
+def package_versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Versions of the installed packages that affect results."""
+    found = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _command() -> str:
@@ -37,10 +51,12 @@ def _command() -> str:
 
 
 def provenance() -> dict[str, object]:
-    """What is needed to reproduce a result: command, working directory, commit, package versions, number of processes."""
+    """What is needed to reproduce a result: command, working directory, version, commit, package versions, number of
+    processes."""
     return {
         "command": _command(),
         "folder": os.getcwd(),
+        "version": __version__,
         "commit": git_commit(),
         "packages": package_versions(),
         "processes": world_size(),
