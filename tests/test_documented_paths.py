@@ -51,6 +51,7 @@ def filled(command: str, world: Path, checkpoint: Path, out: Path, epochs: int) 
     return command.replace("--epochs 100", f"--epochs {epochs}").split("&&", 1)[1].strip()
 
 
+@pytest.mark.slow
 def test_the_documented_training(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     """The documented command; then the same again; then with more epochs, which needs --resume."""
     command = filled(documented("## Train on TVL"), world, stage1_checkpoint, tmp_path, epochs=1)
@@ -67,6 +68,7 @@ def test_the_documented_training(world: Path, stage1_checkpoint: Path, tmp_path:
     assert [json.loads(line)["epoch"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_documented_training_of_cursor(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     """From its own folder, with its own flags and those of base."""
     folder = STAGE2 / "cursor"
@@ -84,6 +86,7 @@ def test_the_documented_training_of_cursor(world: Path, stage1_checkpoint: Path,
     assert made["implementation"] == {"experiment_id": "cursor_flux_talk_register_tokens", "version": "1", "tag": "CURSOR"}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     """2 processes of 16 rows and 1 process of 32 rows give the same metrics, with an incomplete last batch too."""
     base = documented("## Train on TVL")
@@ -102,6 +105,7 @@ def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_pa
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-3), name
 
 
+@pytest.mark.slow
 def test_the_two_processes_encode_what_one_encodes(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     flags = f"--stage1_checkpoint {stage1_checkpoint} --datasets_dir {world} --views 1 --num_workers 1 --device cpu"
     stores = []
@@ -118,6 +122,7 @@ def test_the_two_processes_encode_what_one_encodes(world: Path, stage1_checkpoin
                 assert torch.allclose(ours.float(), theirs.float(), atol=2e-3), (name, modality)
 
 
+@pytest.mark.slow
 def test_a_plain_tvl_checkpoint(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     """A checkpoint as released by TVL: a timm touch encoder at 224 pixels, and a Namespace without a CLIP model."""
     import timm
@@ -134,6 +139,7 @@ def test_a_plain_tvl_checkpoint(world: Path, stage1_checkpoint: Path, tmp_path: 
     assert "[STAGE2] epoch 1/1" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "method"), [(ROOT, "cursor"), (Path("/"), "")])
 def test_test_modules_from_anywhere(folder: Path, method: str) -> None:
     """All methods as documented; those that are named, from the checkout."""
@@ -147,6 +153,7 @@ def test_documented_imports() -> None:
     run(f"{sys.executable} -c {shlex.quote(code)}")
 
 
+@pytest.mark.slow
 def test_the_demo_in_small(tmp_path: Path) -> None:
     """The full pipeline in one command writes table, report and results; a second call reuses them."""
     command = (
@@ -187,6 +194,7 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     assert set((tmp_path / "runs" / "features").iterdir()) == stores  # refused before anything was encoded
 
 
+@pytest.mark.slow
 def test_the_documented_import(tmp_path: Path) -> None:
     """The Python code and the commands of the README, with fewer epochs."""
     section = (ROOT / "README.md").read_text().split("## Bring your own features", 1)[1]
@@ -256,6 +264,7 @@ def test_mistakes_get_one_sentence(
     assert re.search(MISTAKES[flags], " ".join(said.split())), said
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_real_process(tmp_path: Path) -> None:
     said = run("tvl-align train --stage1_checkpoint /none.pth --datasets_dir /none", tmp_path, expect=2)
     assert "error: no such folder: /none; --datasets_dir must contain ssvtp and hct." in said

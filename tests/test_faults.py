@@ -8,6 +8,8 @@ import faults
 import pytest
 from faults import Ground
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def ground(once: Callable[..., Path], world: Path, stage1_checkpoint: Path) -> Ground:

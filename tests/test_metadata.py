@@ -101,6 +101,7 @@ def toy_checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_added_folder_and_line_make_a_method_that_is_checked(toy_checkout: Path) -> None:
     command = [sys.executable, toy_checkout / "experiments" / "stage2" / "test_modules.py", "toy"]
     code, output = processes.run(command, cwd=toy_checkout)
@@ -120,14 +121,20 @@ def small_store(folder: Path) -> Path:
 SMALL = "--register_token_dim 32 --num_heads 4 --batch_size 16 --epochs 1 --warmup_epochs 0 --device cpu --lr 1e-3"
 
 
+@pytest.mark.slow
 def test_an_added_method_trains_from_the_entry_file(toy_checkout: Path, tmp_path: Path) -> None:
     entry = toy_checkout / "experiments" / "stage2" / "main_train_stage2.py"
     flags = f"--method toy --store {small_store(tmp_path / 'store')} --output_dir {tmp_path} --log_name toy {SMALL}"
     code, output = processes.run([sys.executable, entry, *flags.split()], cwd=tmp_path)
     assert code == 0, output
     assert "[TOY] toy_registers v1" in output
+    command = [BIN / "tvl-align", "evaluate", tmp_path / "toy", "--probe_rows", "50", "--probe_steps", "10"]
+    code, said = processes.run(command, cwd=toy_checkout)
+    assert code == 0, said
+    assert "toy_registers v1" in said
 
 
+@pytest.mark.slow
 def test_a_method_from_anywhere_is_trained_measured_compared_and_loaded(tmp_path: Path) -> None:
     """The run folder stores its module path. Nothing inside a run folder is imported."""
     work = tmp_path / "work"

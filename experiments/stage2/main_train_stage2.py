@@ -5,8 +5,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # this folder would load every module a second time
 
-from experiments.stage2.methods import METHODS  # noqa: E402
 from tvl_align.cli.train import train_method  # noqa: E402
 
 if __name__ == "__main__":
-    train_method("base", sys.argv[1:], METHODS)
+    train_method("base", sys.argv[1:], "experiments.stage2.methods")

@@ -11,6 +11,8 @@ from benchmarks.jobs import products_at_once
 from benchmarks.speed import BenchConfig, MatrixProducts, bench
 from tvl_align.system.console import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
     sizes = {"batch": 8, "width": 64, "gallery": 64, "large_gallery": 64, "rows": 2000, "pictures": 8, "turns": 1}

@@ -119,6 +119,7 @@ def test_other_files_than_npz_are_refused(content: bytes, tmp_path: Path) -> Non
         read_npz(tmp_path / "bad.npz")
 
 
+@pytest.mark.slow
 def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path: Path) -> None:
     """With the commands, without a Stage-1 checkpoint, with rows that lack a modality."""
 
@@ -145,6 +146,7 @@ def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path:
     assert "stage2_base" in (tmp_path / "page" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_labels_are_probed_where_they_can_be(tmp_path: Path) -> None:
     """A factor with two owners is probed in these two. A factor without usable levels is an error that names it."""
     arrays = {name: x[:400] for name, x in digits().items() if name != "owners.digit"}

@@ -11,6 +11,8 @@ from tvl_align.report.compare import load_results, write_comparison
 from tvl_align.synthetic.contest import ContestConfig, contest
 from tvl_align.system.console import UserError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def folder(once: Callable[..., Path]) -> Path:

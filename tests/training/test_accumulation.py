@@ -162,6 +162,7 @@ def _one_of_two(index: int, meeting: str, out: str, name: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "cursor"])
 def test_parts_on_two_processes_have_the_gradient_of_one_batch(name: str, tmp_path: Path) -> None:
     model, loss = built(METHODS[name])

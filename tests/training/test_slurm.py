@@ -12,6 +12,8 @@ from tvl_align.training.slurm import split_slurm_options, submit, wait
 
 BIN = Path(sys.executable).parent
 
+pytestmark = pytest.mark.slow
+
 
 def test_options_are_taken_out_of_the_flags() -> None:
     options, rest = split_slurm_options(["--epochs", "3", "--slurm", "partition=gpu", "--slurm=nodes=2", "--lr", "1"])

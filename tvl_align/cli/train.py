@@ -1,7 +1,7 @@
 """`tvl-align train`, and the functions that the entry files in experiments/ call."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -26,22 +26,20 @@ def run(argv: Sequence[str]) -> None:
 
 
 @reports_errors
-def train_method(name: str, argv: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
+def train_method(name: str, argv: Sequence[str] | None = None, module: str = "") -> None:
     """Entry point: train the method `name`, unless the flags give another `--method`.
 
-    argv: flags; default: sys.argv[1:]. methods: {name: method} for `--method`, in addition to package.module:NAME.
+    argv: flags; default: sys.argv[1:]. module: where `--method NAME` finds methods that do not ship, as module:NAME.
     """
     quiet_logs()
-    train(sys.argv[1:] if argv is None else argv, name, methods=methods)
+    train(sys.argv[1:] if argv is None else argv, name, module=module)
 
 
-def train(
-    argv: Sequence[str], default: str = "base", prog: str | None = None, methods: Mapping[str, Method] = METHODS
-) -> None:
+def train(argv: Sequence[str], default: str = "base", prog: str | None = None, module: str = "") -> None:
     """Train in this process, or submit a Slurm job if `--slurm` is given. default: the method without `--method`."""
     options, flags = split_slurm_options(argv)
     # Parsed here as well, so that invalid flags fail before the job is submitted.
-    settings, method, flags = read_settings(flags, prog, ABOUT, EXAMPLES, default, methods)
+    settings, method, flags = read_settings(flags, prog, ABOUT, EXAMPLES, default, module)
     if options:
         job = submit(train, flags, options, settings.folder)
         print(f"submitted job {job.job_id}; log: {job.paths.stdout}")
@@ -61,11 +59,13 @@ def read_settings(
     about: str,
     examples: Sequence[str],
     default: str = "base",
-    methods: Mapping[str, Method] = METHODS,
+    module: str = "",
 ) -> tuple[Settings[Any], Method, list[str]]:
     """Parse flags -> settings, method, and the flags with an explicit `--method`. Without a value it is `default`."""
     name, rest = split_method(argv, default)
-    method = methods[name] if name in methods else load_method(name)
+    if module and name not in METHODS and ":" not in name:
+        name = f"{module}:{name}"  # the run folder stores a name that every command can import
+    method = load_method(name)
     flags = [*rest, "--method", name]
     settings_type = cast(Any, Settings)[method.knobs]
     return parse(settings_type, flags, prog, about, examples), method, flags
