@@ -15,6 +15,7 @@ import torch
 
 from tvl_align.cli.main import COMMANDS, main
 from tvl_align.features.store import FeatureStore
+from tvl_align.methods.registry import METHODS
 from tvl_align.system.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -145,7 +146,8 @@ def test_test_modules_from_anywhere(folder: Path, method: str) -> None:
     """All methods as documented; those that are named, from the checkout."""
     said = run(f"{sys.executable} {STAGE2 / 'test_modules.py'} {method}", folder)
     assert ", 0 failed" in said
-    assert ("ok  base: " in said) == (not method)
+    for name in METHODS:
+        assert (f"ok  {name}: two processes" in said) == (method in ("", name))
 
 
 def test_documented_imports() -> None:

@@ -135,7 +135,7 @@ def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path:
     for name in METHODS:
         output = run(f"train --method {name} --log_name {name} {small}")
         assert "bottom-top" in output
-        run(f"evaluate {tmp_path}/runs/{name} --probe_rows 500 --probe_steps 40")
+        run(f"evaluate {tmp_path}/runs/{name} --probe_rows 250 --probe_steps 40")
         results = json.loads((tmp_path / "runs" / name / "results.json").read_text())
         assert set(results["retrieval"]) == {"bottom_top", "middle_top", "bottom_middle"}
         assert results["retrieval"]["bottom_top"]["stage1_acc1"] is None  # pooled features of different width
