@@ -150,6 +150,7 @@ def test_test_modules_from_anywhere(folder: Path, method: str) -> None:
         assert (f"ok  {name}: two processes" in said) == (method in ("", name))
 
 
+@pytest.mark.slow
 def test_documented_imports() -> None:
     code = "from experiments.stage2.tvl_stage2 import TVLStage2; from experiments.stage2.loss_stage2 import Stage2Loss"
     run(f"{sys.executable} -c {shlex.quote(code)}")

@@ -171,6 +171,7 @@ def _pages_taken_again(index: int, folder: str) -> None:
     Path(folder, str(index)).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_memory_is_taken_again_without_new_pages(tmp_path: Path) -> None:
     """Page faults of 32,768 possible ones, in three processes: without the setting some keep their memory by chance."""
@@ -201,6 +202,7 @@ def test_a_worker_that_dies_ends_the_others_and_is_named(how: str, said: str, tm
         os.kill(int((tmp_path / "waits").read_text()), 0)
 
 
+@pytest.mark.slow
 def test_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
     run_in_processes({name: (_end, "", str(tmp_path / name)) for name in "abc"}, at_once=2, threads=1)
     assert len({(tmp_path / name).read_text() for name in "abc"} | {str(os.getpid())}) == 4

@@ -135,6 +135,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings: Settings[Stage2Config
         fit(wild, BASE)
 
 
+@pytest.mark.slow
 def test_on_the_fly_trains_too(settings: Settings[Stage2Config]) -> None:
     live = changed(changed(settings, "data", views=0), "optim", epochs=1)
     assert math.isfinite(metrics(fit(live, BASE))[0]["val_total_loss"])
@@ -188,6 +189,7 @@ def test_accumulation_and_importance_sampling_run(settings: Settings[Stage2Confi
     assert math.isfinite(metrics(fit(more, BASE))[0]["train_total_loss"])
 
 
+@pytest.mark.slow
 def test_the_engine_takes_the_large_batch(settings: Settings[Stage2Config]) -> None:
     """4 parts of 4 rows and 1 part of 16 give the same numbers over two epochs."""
     rows = []
@@ -201,6 +203,7 @@ def test_the_engine_takes_the_large_batch(settings: Settings[Stage2Config]) -> N
             assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3), name
 
 
+@pytest.mark.slow
 def test_compiled_training_gives_the_same_numbers(settings: Settings[Any]) -> None:
     """With an incomplete last batch, and validation, which is not compiled."""
     method = METHODS["cursor"]
