@@ -111,6 +111,7 @@ def bench(config: BenchConfig) -> list[Figure]:
     Raises UserError for an unknown part.
     """
     functions = {
+        "startup": _startup,
         "step": _step,
         "engine": _engine,
         "accumulation": _accumulation,
