@@ -217,7 +217,9 @@ def _startup(config: BenchConfig) -> Iterator[Figure]:
     imports_torch = [python, "-c", "import torch"]
     for command in ([python, "-c", "import tvl_align"], [tool, "--help"], [tool, "train", "--help"]):
         name = " ".join(Path(part).name if part == command[0] else part for part in command)
-        yield compare(f"{name} / import torch", partial(_quietly, command), partial(_quietly, imports_torch), config.turns)
+        yield compare(
+            f"{name} / import torch", partial(_quietly, command), partial(_quietly, imports_torch), config.turns, warm=False
+        )
 
 
 def _quietly(command: Sequence[str]) -> None:
