@@ -206,7 +206,9 @@ def _fit(
             loss = contrastive + config.pixel_weight * pixels + config.spectrum_weight * spectrum
             backward_and_step(loss, optimizer, schedule(step))
             if step % 20 == 0:
-                bar.set_postfix(contrastive=f"{contrastive:.2f}", pixels=f"{pixels:.2f}", spectrum=f"{spectrum:.2f}")
+                bar.set_postfix(
+                    contrastive=f"{contrastive:.2f}", pixels=f"{pixels:.2f}", spectrum=f"{spectrum:.2f}", refresh=False
+                )
             bar.update()
 
 
