@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tvl_align.system import console
 from tvl_align.system.console import UserError, progress, reports_errors
 
 
@@ -102,3 +103,13 @@ def test_other_errors_keep_their_traceback() -> None:
 
     with pytest.raises(OSError, match="No such file"):
         main()
+
+
+def test_a_postfix_prints_no_line_of_its_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(console, "LINE_INTERVAL", 3600.0)
+    with console.progress(9, "pretrain", "step") as bar:
+        for i in range(9):
+            bar.update()
+            bar.set_postfix(loss=f"{i}")
+            bar.set_postfix_str(f"{i}")
+    assert capsys.readouterr().err == ""

@@ -91,6 +91,14 @@ class _ProgressLines(tqdm):
         timing = {"mininterval": LINE_INTERVAL, "maxinterval": LINE_INTERVAL, "delay": LINE_INTERVAL, "miniters": 1}
         super().__init__(total=total, desc=desc, unit=unit, initial=initial, leave=False, **timing)
 
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Set the text after the rate; it is printed with the next line, not at once."""
+        super().set_postfix_str(s, refresh=False)
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool = True, **values: Any) -> None:
+        """As `set_postfix_str`, for named values."""
+        super().set_postfix(ordered_dict, refresh=False, **values)
+
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Print the line; `msg` "" is tqdm's request to clear the bar, which is ignored."""
         elapsed = self.format_dict["elapsed"]
