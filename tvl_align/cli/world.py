@@ -8,7 +8,7 @@ from pathlib import Path
 from tvl_align.config import parse
 from tvl_align.synthetic.world import write_world
 
-EXAMPLES = ("tvl-align world --out world", "tvl-align world --out small --train 200 --test 50 --seed 1")
+EXAMPLES = ("tvl-align world --out world", "tvl-align world --out registered --misregistration 0 --train 200")
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,11 @@ class WorldConfig:
     """Side of the rendered surface, in pixels."""
     workers: int = os.cpu_count() or 1
     """Parallel processes; the files do not depend on their number."""
+    misregistration: float = 1.0
+    """From 0, photo and touch image are registered to the pixel, to 1, the sensor is put down anywhere and at any angle."""
 
 
 def run(argv: Sequence[str]) -> None:
     config = parse(WorldConfig, argv, "tvl-align world", examples=EXAMPLES)
-    print(write_world(config.out, config.train, config.test, config.seed, config.image_size, config.workers))
+    sizes = config.train, config.test, config.seed, config.image_size, config.workers
+    print(write_world(config.out, *sizes, misregistration=config.misregistration))

@@ -1,12 +1,16 @@
 """Train a small Stage 1 on a folder in the TVL format, in minutes, and save it as a TVL checkpoint and OpenCLIP weights.
 
 Registers can only read what the frozen tokens encode. A contrastive loss alone discards what the modalities do not share.
-Therefore a linear head predicts two more targets from every token of the 4 x 4 grid, with a mean squared error:
+Therefore a small decoder, one transformer block over all tokens, predicts two more targets for every position of the 4 x 4
+grid, with a mean squared error:
 
-    pixels     the patch of the token; preserves hue, light, contact position and depth
+    pixels     the patch at this position; preserves hue, light, contact position and hardness
     spectrum   the log power spectrum of a window of twice the patch size, in 6 frequency bands x 8 orientations (per colour
-               channel for touch); preserves texture, coarseness and orientation. Like HOG in MaskFeat (Wei et al. 2022,
-               arXiv:2112.09133) it is invariant to small shifts of the texture, so it is learned quickly.
+               channel for touch); preserves texture, coarseness, profile and the grain's direction. Like HOG in MaskFeat
+               (Wei et al. 2022, arXiv:2112.09133) it is invariant to small shifts of the texture, so it is learned quickly.
+
+The decoder is nonlinear and mixes the tokens. Linear heads on single tokens (`heads="linear"`, for comparison) would make
+the targets linear functions of the token at their position, which favours methods that read tokens linearly.
 
 Images are not augmented: with flips the shared features could not encode orientation.
 """
@@ -17,11 +21,12 @@ import math
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from tvl_align.data.loading import load_images
@@ -40,7 +45,9 @@ from tvl_align.training.optimisation import Schedule, backward_and_step, make_ad
 
 log = logging.getLogger(__name__)
 BANDS, ORIENTATIONS = 6, 8
+DECODER_WIDTH, DECODER_HEADS = 96, 3
 TOUCH_MODEL = "vit_tiny_patch16_224"
+Heads = Literal["nonlinear", "linear"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class PretrainConfig:
     """Weight of the pixel target."""
     spectrum_weight: float = 2.0
     """Weight of the spectrum target."""
+    heads: Heads = "nonlinear"
+    """What predicts the targets: one transformer block over all tokens, or a linear function of each token."""
     num_workers: int = 2
     """Processes that decode images."""
     seed: int = 0
@@ -111,19 +120,35 @@ class SpectrumTarget(nn.Module):
         return (bands - bands.mean((0, 1))) / (bands.std((0, 1)) + 1e-3)
 
 
-class TokenTargets(nn.Module):
-    """Linear heads that predict the pixel and spectrum targets from the tokens of one modality; not saved."""
+class _Decoder(nn.Module):
+    """One narrow pre-norm transformer block over all tokens: (B, 1 + 16, W) -> (B, 1 + 16, DECODER_WIDTH)."""
 
-    def __init__(self, width: int, size: int, colour_spectrum: bool) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, DECODER_WIDTH)
+        self.positions = nn.Parameter(0.02 * torch.randn(1 + GRID**2, DECODER_WIDTH))
+        self.block = Block(DECODER_WIDTH, DECODER_HEADS, mlp_ratio=2, qkv_bias=True)
+        self.norm = nn.LayerNorm(DECODER_WIDTH)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm(self.block(self.project(tokens) + self.positions))
+
+
+class TokenTargets(nn.Module):
+    """The heads that predict the pixel and spectrum targets from the tokens of one modality; not saved."""
+
+    def __init__(self, width: int, size: int, colour_spectrum: bool, heads: Heads) -> None:
         super().__init__()
         self.patch, self.colour_spectrum = size // GRID, colour_spectrum
+        self.decoder = _Decoder(width) if heads == "nonlinear" else nn.Identity()
+        width = DECODER_WIDTH if heads == "nonlinear" else width
         self.pixels = nn.Linear(width, 3 * self.patch**2)
         self.bands = nn.Linear(width, BANDS * ORIENTATIONS * (3 if colour_spectrum else 1))
         self.spectrum = SpectrumTarget(size)
 
     def forward(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, 1 + 16, W), images (B, 3, S, S) -> mean squared errors (), () of the pixels and of the spectrum."""
-        grid = tokens[:, 1:]
+        grid = self.decoder(tokens)[:, 1:]
         patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=self.patch, q=self.patch)
         channels = images if self.colour_spectrum else images.mean(1, keepdim=True)
         return F.mse_loss(self.pixels(grid), patches), F.mse_loss(self.bands(grid), self.spectrum(channels))
@@ -148,10 +173,11 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
     options = ImageOptions(stage1.photo_size, stage1.touch_size)
     samples = Samples(data.root, data.train, options, TextOptions(), config.seed)
     images = _load(samples, config.num_workers, quiet)
+    widths = {modality: spec.width for modality, spec in stage1.specs.items()}
     targets = nn.ModuleDict(
         {
-            "vision": TokenTargets(stage1.specs["vision"].width, stage1.photo_size, colour_spectrum=False),
-            "tactile": TokenTargets(stage1.specs["tactile"].width, stage1.touch_size, colour_spectrum=True),
+            "vision": TokenTargets(widths["vision"], stage1.photo_size, colour_spectrum=False, heads=config.heads),
+            "tactile": TokenTargets(widths["tactile"], stage1.touch_size, colour_spectrum=True, heads=config.heads),
         }
     ).to(device)
     _fit(stage1, targets, samples, images, config, device, quiet)

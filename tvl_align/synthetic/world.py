@@ -7,13 +7,21 @@ slope of the gel to a colour (Taxim, Si & Yuan 2022, arXiv:2109.04027; tables of
 Factors are sampled uniformly and independently. Each is visible in known modalities, its owners:
 
     vision + touch + text   texture, coarseness
-    vision + touch          orientation
-    vision                  hue, light, print
-    touch                   depth, position, shape
+    vision + touch          profile (orientation, if the images are registered)
+    vision + text           hue
+    touch + text            hardness
+    vision                  light, print, orientation
+    touch                   position, shape, angle
     text                    wording
 
-Photo and touch image also share the random phase of the texture, a nuisance variable by which samples with equal factors
-differ. `factors.csv` and `factors.json` contain the factors of every sample; training does not read them.
+Misregistration m in [0, 1] decides how photo and touch image lie on each other. At 0 they are registered to the pixel. At 1
+the sensor presses anywhere on the photographed patch and at any angle, so that photo and touch share no frame: the grain has
+an `orientation` in the photo and an independent `angle` in the touch image. Between, the sensor is moved and turned by up to
+this fraction.
+
+Photo and touch image also share the random noise of the texture, a nuisance variable by which samples with equal factors
+differ, and at small m its phase. Captions drop words and mix synonyms at random. `factors.csv` and `factors.json` contain
+the factors of every sample; training does not read them.
 
 Shapes: B samples, S image side in pixels. Images are float32 (B, S, S, 3) in [0, 1] until they are written as JPEG.
 """
@@ -46,23 +54,27 @@ class Factor:
     ownership: tuple[str, ...]
 
 
+# The owners are those at misregistration 1; `ownership` gives them at any.
 FACTORS: dict[str, Factor] = {
     "texture": Factor(
         ("ridged", "wavy", "dotted", "checkered", "woven", "grainy", "cracked", "scaly"), (VISION, TACTILE, TEXT)
     ),
     "coarseness": Factor(("minute", "fine", "medium", "coarse", "bulky"), (VISION, TACTILE, TEXT)),
-    "orientation": Factor(("0", "36", "72", "108", "144"), (VISION, TACTILE)),
-    "hue": Factor(("red", "yellow", "green", "cyan", "blue", "magenta"), (VISION,)),
+    "profile": Factor(("plateau", "wide", "even", "narrow", "sharp"), (VISION, TACTILE)),
+    "hue": Factor(("red", "yellow", "green", "cyan", "blue", "magenta"), (VISION, TEXT)),
+    "hardness": Factor(("hard", "firm", "springy", "soft", "squishy"), (TACTILE, TEXT)),
     "light": Factor(("0", "72", "144", "216", "288"), (VISION,)),
     "print": Factor(("none", "disc", "ring", "bar", "cross"), (VISION,)),
-    "depth": Factor(("0.20", "0.35", "0.50", "0.75", "1.00"), (TACTILE,)),
+    "orientation": Factor(("0", "36", "72", "108", "144"), (VISION,)),
     "position": Factor(("centre", "left", "right", "up", "down"), (TACTILE,)),
     "shape": Factor(("disc", "square", "triangle", "bar", "cross"), (TACTILE,)),
+    "angle": Factor(("0", "36", "72", "108", "144"), (TACTILE,)),
     "wording": Factor(("plain", "second", "third", "fourth", "fifth"), (TEXT,)),
 }
+TEXT_FACTORS = ("texture", "coarseness", "hardness", "hue")  # named by captions
 
 
-# Five synonyms per level. The factor "wording" selects the column; column 0 has the names of the levels.
+# Five synonyms per level. The factor "wording" prefers a column; column 0 has the names of the levels.
 WORDS: dict[str, tuple[str, ...]] = {
     "ridged": ("ridged", "grooved", "corrugated", "furrowed", "lined"),
     "wavy": ("wavy", "rippled", "undulating", "zigzag", "curvy"),
@@ -77,8 +89,24 @@ WORDS: dict[str, tuple[str, ...]] = {
     "medium": ("medium", "moderate", "average", "ordinary", "middling"),
     "coarse": ("coarse", "rough", "large", "broad", "thick"),
     "bulky": ("bulky", "huge", "massive", "chunky", "giant"),
+    "hard": ("hard", "rigid", "solid", "stony", "unyielding"),
+    "firm": ("firm", "stiff", "sturdy", "tough", "tight"),
+    "springy": ("springy", "elastic", "rubbery", "resilient", "bouncy"),
+    "soft": ("soft", "cushioned", "padded", "spongy", "fluffy"),
+    "squishy": ("squishy", "mushy", "pulpy", "doughy", "gooey"),
+    "red": ("red", "crimson", "scarlet", "ruby", "cherry"),
+    "yellow": ("yellow", "golden", "amber", "lemon", "mustard"),
+    "green": ("green", "emerald", "grassy", "leafy", "jade"),
+    "cyan": ("cyan", "turquoise", "aqua", "teal", "aquamarine"),
+    "blue": ("blue", "azure", "navy", "cobalt", "sapphire"),
+    "magenta": ("magenta", "pink", "fuchsia", "purple", "violet"),
 }
 CYCLES = np.array([12.0, 9.0, 6.7, 5.0, 3.7], np.float32)  # texture periods across the image, one per coarseness
+GAINS = np.array([0.3, 0.55, 1.0, 1.8, 3.3], np.float32)  # exponent of the heights, one per profile
+DEPTHS = np.array([0.2, 0.35, 0.5, 0.75, 1.0], np.float32)  # how deep the sensor presses, one per hardness
+DROPPED, OTHER_WORDING = 0.1, 0.2  # probabilities that a caption drops a word or takes it from another column
+GRAIN_STEP, GRAIN_JITTER = 36.0, 4.0  # degrees between the levels of orientation and angle, and around them
+REGISTERED = 0.2  # misregistration up to which the touch image shows the orientation of the photo
 FRAMES_PER_TRAJECTORY = 4
 SSVTP_SHARE = 0.1  # fraction of the samples; about 10% of TVL's rows are SSVTP
 NOT_CONTACT_SHARE = 0.1  # not-in-contact rows per training row
@@ -91,10 +119,71 @@ def sample_factors(count: int, rng: np.random.Generator) -> dict[str, np.ndarray
     return {name: rng.integers(len(factor.levels), size=count) for name, factor in FACTORS.items()}
 
 
-def caption(texture: int, coarseness: int, wording: int) -> str:
-    """The caption of one sample: words for its texture and coarseness, selected by its wording."""
-    names = FACTORS["texture"].levels[texture], FACTORS["coarseness"].levels[coarseness]
-    return ", ".join(WORDS[name][wording] for name in names)
+def ownership(misregistration: float) -> dict[str, tuple[str, ...]]:
+    """{factor: modalities that carry it} at this misregistration; () for a factor that none carries without error."""
+    owners = {name: factor.ownership for name, factor in FACTORS.items()}
+    if misregistration < 1:
+        owners |= {"orientation": (VISION, TACTILE) if misregistration <= REGISTERED else (), "angle": ()}
+    return owners
+
+
+@dataclass(frozen=True)
+class Poses:
+    """How grain and sensor lie on the patch: grain (B,) degrees in the photo's frame, turn (B,) degrees and shift (B, 2) of
+    the sensor in half sides of the patch, float64. The grain that the sensor feels is at grain + turn, modulo 180."""
+
+    grain: np.ndarray
+    turn: np.ndarray
+    shift: np.ndarray
+
+    def __getitem__(self, part: slice) -> "Poses":
+        return Poses(self.grain[part], self.turn[part], self.shift[part])
+
+    def felt(self) -> np.ndarray:
+        """(B,) int64: the level of the factor `angle` that is nearest to the felt grain."""
+        return np.rint((self.grain + self.turn) / GRAIN_STEP).astype(np.int64) % len(FACTORS["angle"].levels)
+
+
+def sample_poses(factors: dict[str, np.ndarray], misregistration: float, rng: np.random.Generator) -> Poses:
+    """Poses of the samples. At misregistration 1 the felt grain is that of the factor `angle`, else the turn is uniform.
+
+    The grain is modulo 180 but scales have a front and a back. Half turns at random keep them from telling one frame's grain
+    in the other.
+    """
+    count = len(factors["orientation"])
+    jitter = GRAIN_JITTER * np.clip(rng.standard_normal((count, 2)), -2, 2)
+    shift = misregistration * rng.uniform(-1, 1, (count, 2))
+    turn = 90 * misregistration * rng.uniform(-1, 1, count)
+    half_turns = 180.0 * rng.integers(2, size=(count, 2))
+    grain = GRAIN_STEP * factors["orientation"] + jitter[:, 0] + half_turns[:, 0]
+    if misregistration >= 1:
+        turn = (GRAIN_STEP * factors["angle"] + jitter[:, 1] + half_turns[:, 1] - grain + 180) % 360 - 180
+    return Poses(grain, turn, shift)
+
+
+def captions(factors: dict[str, np.ndarray], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Per sample its caption, "word, word", and the factors that it names, in the order of TEXT_FACTORS, space separated.
+
+    A word is dropped with probability DROPPED, but one stays. With probability OTHER_WORDING it is a synonym of another
+    column than that of the factor `wording`. The order of the words is random.
+    """
+    count, columns = len(factors["wording"]), len(FACTORS["wording"].levels)
+    kept = rng.random((count, len(TEXT_FACTORS))) >= DROPPED
+    spared = rng.integers(len(TEXT_FACTORS), size=count)
+    kept[np.arange(count), spared] |= ~kept.any(axis=1)
+    other = rng.integers(1, columns, size=kept.shape) * (rng.random(kept.shape) < OTHER_WORDING)
+    column = (factors["wording"][:, None] + other) % columns
+    order = rng.permuted(np.tile(np.arange(len(TEXT_FACTORS)), (count, 1)), axis=1)
+    result = []
+    for i in range(count):
+        words = {
+            j: WORDS[FACTORS[name].levels[factors[name][i]]][column[i, j]]
+            for j, name in enumerate(TEXT_FACTORS)
+            if kept[i, j]
+        }
+        named = " ".join(TEXT_FACTORS[j] for j in words)
+        result.append((", ".join(words[j] for j in order[i] if j in words), named))
+    return result
 
 
 def synonyms() -> dict[str, list[str]]:
@@ -126,16 +215,19 @@ def _textures(u: np.ndarray, v: np.ndarray, noise: np.ndarray, texture: int) -> 
         case "wavy":
             return 0.5 + 0.5 * np.sin(tau * (u + 0.45 * np.sin(tau * v / 2.2)))
         case "dotted":
-            return np.clip(np.cos(tau * u) + np.cos(tau * v / 1.7), 0, 2) / 2
+            across, along = np.mod(u, 1) - 0.5, np.mod(v / 1.7, 1) - 0.5
+            return np.clip(1 - (across**2 + along**2) / 0.42**2, 0, 1)
         case "checkered":
-            return 0.5 + 0.5 * np.tanh(3 * np.sin(tau * u / 1.2) * np.sin(tau * v / 2.4))
+            across, along = np.sin(tau * u / 1.2), np.sin(tau * v / 2.4)
+            edge = np.minimum(1, 1.5 * np.minimum(np.abs(across), np.abs(along)))
+            return 0.5 + 0.5 * np.sign(across * along) * edge
         case "woven":
             over = np.sin(tau * u / 2) * np.sin(tau * v / 4) > 0
             return np.where(over, np.abs(np.sin(tau * u)), 0.6 * np.abs(np.sin(tau * v / 2)))
         case "grainy":
             return 0.5 + 0.5 * np.tanh(1.2 * noise)
         case "cracked":
-            return 1 - np.exp(-6 * np.abs(noise))
+            return 1 - np.exp(-3.5 * np.abs(noise))
         case _:
             return np.mod(u + 0.5 * np.abs(np.cos(tau * v / 3)), 1.0)
 
@@ -153,24 +245,46 @@ def _anisotropic_noise(cos: float, sin: float, cycles: float, size: int, rng: np
     return field / (field.std() + 1e-6)
 
 
-def height_maps(factors: dict[str, np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
-    """The surfaces of the samples: heights (B, S, S) float32 in [0, 1]."""
+def height_maps(
+    factors: dict[str, np.ndarray], poses: Poses, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The surfaces of the samples in the frames of the photo and of the sensor: heights (B, S, S) float32 in [0, 1] each."""
     x, y = _grid(size)
     count = len(factors["texture"])
-    heights = np.empty((count, size, size), np.float32)
+    photo, touch = np.empty((count, size, size), np.float32), np.empty((count, size, size), np.float32)
     phase = rng.random((count, 2), dtype=np.float32)
-    jitter = rng.standard_normal((count, 2), dtype=np.float32)
+    jitter = rng.standard_normal(count, dtype=np.float32)
     for i in range(count):
-        angle = math.radians(36 * int(factors["orientation"][i]) + 4 * float(np.clip(jitter[i, 0], -2, 2)))
-        cycles = float(CYCLES[factors["coarseness"][i]] * np.exp(0.03 * np.clip(jitter[i, 1], -2, 2)))
+        angle = math.radians(poses.grain[i])
+        cycles = float(CYCLES[factors["coarseness"][i]] * np.exp(0.03 * np.clip(jitter[i], -2, 2)))
         cos, sin = math.cos(angle), math.sin(angle)
-        u = (x * cos + y * sin) * np.float32(cycles / 2) + phase[i, 0]
-        v = (-x * sin + y * cos) * np.float32(cycles / 2) + phase[i, 1]
         texture = int(factors["texture"][i])
         noisy = FACTORS["texture"].levels[texture] in ("grainy", "cracked")
         noise = _anisotropic_noise(cos, sin, cycles, size, rng) if noisy else x
-        heights[i] = _textures(u, v, noise, texture)
-    return heights
+        for heights, moved in ((photo, False), (touch, bool(poses.turn[i] or poses.shift[i].any()))):
+            px, py = _on_the_patch(x, y, poses.turn[i], poses.shift[i]) if moved else (x, y)
+            u = (px * cos + py * sin) * np.float32(cycles / 2) + phase[i, 0]
+            v = (-px * sin + py * cos) * np.float32(cycles / 2) + phase[i, 1]
+            field = _resample(noise, px, py) if noisy and moved else noise
+            heights[i] = _textures(u, v, field, texture) ** GAINS[factors["profile"][i]]
+    return photo, touch
+
+
+def _on_the_patch(x: np.ndarray, y: np.ndarray, turn: float, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates (S, S) in the sensor's frame -> coordinates in the photo's, of a sensor turned by -turn degrees."""
+    cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
+    px, py = x * cos + y * sin + shift[0], -x * sin + y * cos + shift[1]
+    return px.astype(np.float32), py.astype(np.float32)
+
+
+def _resample(field: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The periodic field (S, S) at coordinates (x, y), (S, S) each, of which [-1, 1] is one period."""
+    from scipy import ndimage
+
+    size = len(field)
+    return ndimage.map_coordinates(
+        field, [(y + 1) * (size / 2) - 0.5, (x + 1) * (size / 2) - 0.5], order=1, mode="grid-wrap"
+    )
 
 
 def _slopes(surface: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +342,8 @@ def render_photos(factors: dict[str, np.ndarray], heights: np.ndarray, size: int
     hue = factors["hue"] / len(FACTORS["hue"].levels) + rng.uniform(-0.03, 0.03, count)
     albedo = _rgb_from_hue(hue.astype(np.float32), 0.55, 0.95)
     ink = 1 - 0.55 * _print_masks(size)[factors["print"]]
-    image = (0.12 + 0.95 * shade * ink)[..., None] * albedo[:, None, None, :]
+    shade *= 0.45 + 0.55 * heights  # less light reaches the grooves
+    image = (0.12 + 1.1 * shade * ink)[..., None] * albedo[:, None, None, :]
     image += 0.015 * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 1)
 
@@ -288,13 +403,12 @@ def _gel(size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def render_touch(
     factors: dict[str, np.ndarray] | None, heights: np.ndarray, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Touch images (B, S, S, 3) of the surfaces, pixel-aligned with the photos. `factors=None`: images without contact."""
+    """Touch images (B, S, S, 3) of the surfaces, heights in the sensor's frame. `factors=None`: without contact."""
     table, basis, background = _gel(size)
     if factors is None:
         image = np.repeat(background[None], len(heights), axis=0)
     else:
-        levels = np.array([float(level) for level in FACTORS["depth"].levels], np.float32)
-        depth = (levels[factors["depth"]] * (1 + 0.03 * rng.uniform(-1, 1, len(heights))))[:, None, None]
+        depth = (DEPTHS[factors["hardness"]] * (1 + 0.03 * rng.uniform(-1, 1, len(heights))))[:, None, None]
         press = _press_masks(size)[factors["shape"], factors["position"]]
         texture = heights * (0.3 * size / CYCLES[factors["coarseness"]])[:, None, None]
         gel = press * depth * (size * 0.09 + texture)
@@ -304,16 +418,17 @@ def render_touch(
         direction = np.floor((np.arctan2(dx, dy) + np.pi) / (2 * np.pi) * bins).astype(np.intp)
         coefficients = table[magnitude, direction].reshape(*dx.shape, 3, 6)
         image = np.einsum("bijcf,ijf->bijc", coefficients, basis, optimize=False) + background
+        image *= 1 - 0.35 * (press * (1 - heights))[..., None]  # less light reaches the grooves
     image = image + 0.01 * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 1).astype(np.float32)
 
 
-def render(factors: dict[str, np.ndarray], size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def render(factors: dict[str, np.ndarray], poses: Poses, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Render photos and touch images, both (B, S, S, 3) uint8, of the given factor levels. Deterministic in `seed`."""
     rng = np.random.default_rng(seed)
-    heights = height_maps(factors, size, rng)
-    photos = render_photos(factors, heights, size, rng)
-    touch_images = render_touch(factors, heights, size, rng)
+    seen, felt = height_maps(factors, poses, size, rng)
+    photos = render_photos(factors, seen, size, rng)
+    touch_images = render_touch(factors, felt, size, rng)
     return _to_uint8(photos), _to_uint8(touch_images)
 
 
@@ -346,6 +461,7 @@ class _Chunk:
     size: int
     seed: int
     factors: dict[str, np.ndarray]
+    poses: Poses
     dataset: list[str]
     vision: list[str]
     tactile: list[str]
@@ -353,7 +469,7 @@ class _Chunk:
 
 
 def _write_chunk(chunk: _Chunk) -> int:
-    photos, touch_images = render(chunk.factors, chunk.size, chunk.seed)
+    photos, touch_images = render(chunk.factors, chunk.poses, chunk.size, chunk.seed)
     if not chunk.contact:
         rng = np.random.default_rng(chunk.seed)
         touch_images = _to_uint8(render_touch(None, photos, chunk.size, rng))
@@ -368,12 +484,21 @@ def _write_chunk(chunk: _Chunk) -> int:
 
 
 def write_world(
-    out: Path | str, train: int, test: int, seed: int = 0, image_size: int = 64, workers: int = 2, quiet: bool = False
+    out: Path | str,
+    train: int,
+    test: int,
+    seed: int = 0,
+    image_size: int = 64,
+    workers: int = 2,
+    quiet: bool = False,
+    misregistration: float = 1.0,
 ) -> Path:
     """Write `train` + `test` samples to `out` in the TVL format, and one not-in-contact row per 10 training samples.
 
-    image_size: side of the surface and of the touch image in pixels. workers: number of processes. The files depend only on
-    the sizes and the seed. Raises UserError if `out` is not empty or the sizes are too small. Returns the folder.
+    image_size: side of the surface and of the touch image in pixels. workers: number of processes. misregistration: 0 for
+    photo and touch image registered to the pixel, up to 1 for a sensor that is put down anywhere and at any angle. The files
+    depend only on the sizes, the seed and the misregistration. Raises UserError if `out` is not empty, the sizes are too
+    small or the misregistration is not in [0, 1]. Returns the folder.
     """
     root = Path(out)
     if root.exists() and any(root.iterdir()):
@@ -382,6 +507,8 @@ def write_world(
         raise UserError(
             f"{train} training and {test} test samples of {image_size} pixels are too small; give at least 20, 10 and 32."
         )
+    if not 0 <= misregistration <= 1:  # also refuses NaN
+        raise UserError(f"misregistration {misregistration} is not possible; give --misregistration a number from 0 to 1.")
     not_contact = int(train * NOT_CONTACT_SHARE)
     splits = [("train", train, True), ("test", test, True), ("not_contact", not_contact, False)]
     streams = np.random.SeedSequence(seed).spawn(len(splits))
@@ -389,8 +516,11 @@ def write_world(
     tables: dict[str, list[dict[str, str]]] = {}
     first = 0
     for (split, count, contact), stream in zip(splits, streams, strict=True):
-        factor_seed, chunk_seeds = stream.spawn(2)
+        factor_seed, chunk_seeds, pose_seed, caption_seed = stream.spawn(4)
         factors = sample_factors(count, np.random.default_rng(factor_seed))
+        poses = sample_poses(factors, misregistration, np.random.default_rng(pose_seed))
+        if misregistration < 1:
+            factors["angle"] = poses.felt()
         rows = [_row(first + i, i < SSVTP_SHARE * count and contact) for i in range(count)]
         first += math.ceil(count / FRAMES_PER_TRAJECTORY) * FRAMES_PER_TRAJECTORY  # no trajectory spans two splits
         for row in rows:
@@ -404,21 +534,23 @@ def write_world(
                     image_size,
                     seed=int(child.generate_state(1, np.uint64)[0]),
                     factors={name: levels[part] for name, levels in factors.items()},
+                    poses=poses[part],
                     dataset=[row["dataset"] for row in rows[part]],
                     vision=[row["vision"] for row in rows[part]],
                     tactile=[row["tactile"] for row in rows[part]],
                     contact=contact,
                 )
             )
-        for i, row in enumerate(rows):
+        texts = captions(factors, np.random.default_rng(caption_seed))
+        for i, (row, (caption, named)) in enumerate(zip(rows, texts, strict=True)):
             row |= {name: FACTORS[name].levels[levels[i]] for name, levels in factors.items()}
-            row["caption"] = caption(*(int(factors[name][i]) for name in ("texture", "coarseness", "wording")))
+            row |= {"caption": caption, "named": named}
         tables[split] = rows
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         with progress(train + test + not_contact, "render", "sample", quiet) as bar:
             for written in pool.map(_write_chunk, chunks):
                 bar.update(written)
-    _write_tables(root, tables, image_size, seed)
+    _write_tables(root, tables, {"seed": seed, "image_size": image_size, "misregistration": misregistration})
     return root
 
 
@@ -436,8 +568,8 @@ def _row(number: int, ssvtp: bool) -> dict[str, str]:
     return {"dataset": "hct", "vision": f"{folder}/vision/{name}", "tactile": f"{folder}/tactile/{name}"}
 
 
-def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], size: int, seed: int) -> None:
-    background_jpeg = _jpeg(_to_uint8(np.rot90(_gel(size)[2], -1)))
+def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], options: dict[str, Any]) -> None:
+    background_jpeg = _jpeg(_to_uint8(np.rot90(_gel(options["image_size"])[2], -1)))
     for split in ("train", "test"):
         ssvtp = [row for row in tables[split] if row["dataset"] == "ssvtp"]
         columns = ["url", "tactile", "caption"] if split == "train" else ["url", "caption"]
@@ -460,12 +592,14 @@ def _write_tables(root: Path, tables: dict[str, list[dict[str, str]]], size: int
             paths = [_hct_paths(row) for row in part[split]]
             lists = {name: [row[i] for row in paths] for i, name in enumerate(("vision", "tactile", "background"))}
             (root / f"hct/{data}/{file}.json").write_text(json.dumps(lists, indent=1) + "\n", encoding="utf-8")
+    columns = [*FACTORS, "named"]
     samples = [
-        [split, row["vision"], *(row[name] for name in FACTORS)] for split in ("train", "test") for row in tables[split]
+        [split, row["vision"], *(row[name] for name in columns)] for split in ("train", "test") for row in tables[split]
     ]
-    _write_csv(root / "factors.csv", ["split", "vision", *FACTORS], samples)
-    legend = {name: {"levels": factor.levels, "ownership": factor.ownership} for name, factor in FACTORS.items()}
-    metadata = {"synthetic": True, "seed": seed, "image_size": size, "factors": legend}
+    _write_csv(root / "factors.csv", ["split", "vision", *columns], samples)
+    owners = ownership(options["misregistration"])
+    legend = {name: {"levels": factor.levels, "ownership": owners[name]} for name, factor in FACTORS.items()}
+    metadata = {"synthetic": True, **options, "text_factors": TEXT_FACTORS, "factors": legend}
     (root / "factors.json").write_text(json.dumps(metadata, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,78 @@
+"""The targets of the small Stage 1: which tokens the predictions depend on, and how."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tvl_align.encoders.tvl import read_checkpoint
+from tvl_align.synthetic.pretrain import Heads, PretrainConfig, TokenTargets, pretrain
+
+
+def targets(heads: Heads, colour_spectrum: bool = True) -> TokenTargets:
+    torch.manual_seed(0)
+    return TokenTargets(192, 64, colour_spectrum, heads).eval()
+
+
+def predictions(module: TokenTargets, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([module.pixels(module.decoder(tokens)[:, 1:]), module.bands(module.decoder(tokens)[:, 1:])], dim=-1)
+
+
+@pytest.mark.parametrize("heads", ["nonlinear", "linear"])
+@torch.no_grad()
+def test_only_nonlinear_heads_mix_tokens_and_bend(heads: Heads) -> None:
+    module, tokens = targets(heads), torch.randn(2, 17, 192)
+    predicted = predictions(module, tokens)
+    assert predicted.shape == (2, 16, 3 * 16**2 + 48 * 3)
+    other = tokens.clone()
+    other[:, 5] += torch.randn(192)
+    changed = (predictions(module, other) - predicted).abs().amax((0, 2)) > 1e-5
+    assert changed.tolist() == [heads == "nonlinear" or i == 4 for i in range(16)]
+    mean = (tokens + other) / 2
+    bent = (predictions(module, mean) - (predicted + predictions(module, other)) / 2).abs().max() > 1e-4
+    assert bent == (heads == "nonlinear")
+
+
+@torch.no_grad()
+def test_nonlinear_heads_know_positions() -> None:
+    module, tokens = targets("nonlinear"), torch.randn(1, 17, 192)
+    turned = predictions(module, tokens[:, [0, *range(16, 0, -1)]]).flip(1)
+    assert (turned - predictions(module, tokens)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("colour_spectrum", [False, True])
+def test_the_errors_fall_and_every_weight_is_trained(colour_spectrum: bool) -> None:
+    module = targets("nonlinear", colour_spectrum).train()
+    tokens, images = torch.randn(8, 17, 192), torch.rand(8, 3, 64, 64)
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    errors = []
+    for _ in range(60):
+        pixels, spectrum = module(tokens, images)
+        errors.append((pixels.item(), spectrum.item()))
+        optimizer.zero_grad()
+        (pixels + spectrum).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+        optimizer.step()
+    assert errors[-1][0] < 0.7 * errors[0][0]
+    assert errors[-1][1] < 0.8 * errors[0][1]
+
+
+def test_the_heads_are_those_of_the_config(
+    world: Path, stage1_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[TokenTargets] = []
+
+    class Recorded(TokenTargets):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr("tvl_align.synthetic.pretrain.TokenTargets", Recorded)
+    config = PretrainConfig(world, tmp_path, epochs=1, batch_size=32, num_workers=0, heads="linear")
+    state, args = read_checkpoint(pretrain(config, quiet=True))
+    before, default = read_checkpoint(stage1_checkpoint)
+    assert [type(module.decoder) for module in made] == [nn.Identity, nn.Identity]
+    assert (args.heads, default.heads) == ("linear", "nonlinear")
+    assert state.keys() == before.keys()
