@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from benchmarks.jobs import run_settings
 from tvl_align.evaluation.labels import read_labels
 from tvl_align.evaluation.measure import EvaluateConfig, measure
-from tvl_align.features.arrays import check_arrays, read_npz
+from tvl_align.features.arrays import arrays_key, check_arrays, read_npz
 from tvl_align.features.store import FeatureStore
 from tvl_align.methods.registry import METHODS
 from tvl_align.system.console import UserError
@@ -80,6 +80,7 @@ def test_groups_are_never_split_apart() -> None:
 
 
 GOOD = {"a": np.ones((6, 2, 3)), "b": np.ones((6, 4))}
+GOOD30 = {"a": np.ones((30, 2)), "b": np.ones((30, 2))}
 BAD = {
     "at least two": {"a": GOOD["a"]},
     "letters, digits": GOOD | {"a/b": GOOD["b"]},
@@ -96,6 +97,16 @@ BAD = {
     "a.mask has shape": GOOD | {"a.mask": np.ones((6, 3), bool)},
     "a.present must have one entry": GOOD | {"a.present": np.ones(4, bool)},
     "a.pooled must be finite": GOOD | {"a.pooled": np.ones(6)},
+    "c.views belongs to no modality": GOOD | {"c.views": np.ones((6, 2, 3))},
+    "a.views must be floats of shape \\(6, views, 2, 3\\), not \\(6, 2, 3\\)": GOOD | {"a.views": np.ones((6, 2, 3))},
+    "b.views must be floats of shape \\(6, views, 1, 4\\) or \\(6, views, 4\\)": GOOD | {"b.views": np.ones((5, 2, 4))},
+    "b.views must be floats": GOOD | {"b.views": np.full((6, 2, 4), "x")},
+    "a has 2, b has 3; give the same": GOOD | {"a.views": np.ones((6, 2, 2, 3)), "b.views": np.ones((6, 3, 4))},
+    "b.views has NaN or inf in row 4": GOOD
+    | {"b.views": np.where(np.arange(6)[:, None, None] == 4, np.nan, np.ones((6, 2, 4)))},
+    "b.views has values up to 1e\\+06": GOOD | {"b.views": np.full((6, 2, 4), 1e6)},
+    "b.pooled cannot be given with b.views": GOOD | {"b.views": np.ones((6, 2, 4)), "b.pooled": np.ones((6, 4))},
+    "label.x is inf in row 3": GOOD30 | {"label.x": np.where(np.arange(30) == 3, np.inf, np.arange(30.0))},
     "label.x must have one entry": GOOD | {"label.x": np.ones(2)},
     "owners.y belongs to no label": GOOD | {"owners.y": np.array(["a"])},
     "has c, which is not a modality": GOOD | {"label.x": np.ones(6), "owners.x": np.array(["c"])},
@@ -105,9 +116,93 @@ BAD = {
 }
 
 
+def with_views(rows: int = 300) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Arrays a (tokens, padded, sometimes absent), b (vectors) and c, and three views of a and b."""
+    g = np.random.default_rng(0)
+    arrays = {"a": g.standard_normal((rows, 4, 3)), "b": g.standard_normal((rows, 5)), "c": g.standard_normal((rows, 2))}
+    views = {"a": g.standard_normal((rows, 3, 4, 3)), "b": g.standard_normal((rows, 3, 5)).astype(np.float16)}
+    return arrays, views
+
+
+def test_a_view_of_a_training_row_has_the_tokens_that_were_given(tmp_path: Path) -> None:
+    arrays, views = with_views()
+    split = np.array(["val", "train", "train", "train", "test"] * 60)
+    present, mask = np.arange(300) % 7 != 0, np.ones((300, 4), bool)
+    mask[::2, 2:] = False
+    views["a"][~present], views["a"][split != "train"] = np.nan, np.inf  # not used
+    options = {"split": split, "present": {"a": present}, "mask": {"a": mask}, "views": views}
+    checked = check_arrays(arrays, **options)
+    assert np.shares_memory(checked.modalities["a"].views, views["a"])  # not copied
+    store = FeatureStore.from_arrays(checked, tmp_path / "store")
+    train = store.splits["train"]
+    assert {name: s.views for name, s in store.splits.items()} == {"train": 3, "val": 0, "test": 0}
+    assert store.splits["val"].index["a"].shape == (60, 1)
+    with pytest.raises(IndexError):
+        store.splits["val"].read(torch.arange(3), torch.ones(3, dtype=torch.int64))
+    rows = np.flatnonzero(split == "train")
+    for view in range(4):
+        read = train.read(torch.arange(len(train)), torch.full((len(train),), view)).modalities
+        tokens = arrays["a"] if view == 0 else views["a"][:, view - 1]
+        vectors = arrays["b"] if view == 0 else views["b"][:, view - 1]
+        expected = np.where((mask & present[:, None])[rows][..., None], tokens[rows], 0)
+        stored = read["a"].tokens.numpy()[present[rows]]
+        assert np.array_equal(stored, expected[present[rows]].astype(np.float32).astype(np.float16))
+        assert np.array_equal(read["b"].tokens[:, 0].numpy(), vectors[rows].astype(np.float16))
+        assert np.array_equal(read["c"].tokens[:, 0].numpy(), arrays["c"][rows].astype(np.float16))
+        assert np.array_equal(read["a"].present.numpy(), present[rows])
+        assert np.array_equal(read["a"].mask.numpy(), (mask & present[:, None])[rows])
+        mean = expected.sum(1)[present[rows]] / mask.sum(1)[rows][present[rows]][:, None]
+        unit = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        assert np.allclose(read["a"].pooled.numpy()[present[rows]], unit, atol=1e-5)
+    assert (train.index["a"][~torch.from_numpy(present[rows])] == -1).all()
+    assert len(train.tables["a"]["mask"]) == 4 * present[rows].sum()
+    assert len(train.tables["c"]["mask"]) == len(rows)  # plain tokens are stored once
+    views["b"][rows[-1], 2, 4] += 1
+    assert check_arrays(arrays, **options).views == 3
+    assert FeatureStore.from_arrays(check_arrays(arrays, **options), tmp_path / "other").key != store.key
+
+
+def test_views_in_an_npz_file(tmp_path: Path) -> None:
+    arrays, views = with_views(20)
+    np.savez(tmp_path / "x.npz", **arrays, **{f"{m}.views": x for m, x in views.items()})
+    read = read_npz(tmp_path / "x.npz")
+    assert read.views == 3 and np.array_equal(read.modalities["a"].views, views["a"])
+
+
+def test_stores_without_views_keep_their_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvl_align.features.arrays.FORMAT", 2)
+    eye = np.eye(8)
+    checked = check_arrays({"a": eye, "b": eye[::-1]}, labels={"x": np.arange(8) % 2}, owners={"x": ["a"]})
+    assert arrays_key(checked) == "92d72ad2d71fe72e"  # of the code before views existed
+
+
+def test_numbers_are_labels(tmp_path: Path) -> None:
+    x = np.ones((30, 2))
+    depth = np.linspace(0, 1, 30) * np.pi
+    depth[4] = np.nan
+    labels = {"depth": depth, "few": np.arange(30) % 20 / 2, "many": np.arange(30), "text": np.arange(30).astype(str)}
+    FeatureStore.from_arrays({"a": x, "b": x}, tmp_path, labels=labels, owners={"depth": ["a"], "few": ["a", "b"]})
+    legend = json.loads((tmp_path / "labels.json").read_text())
+    assert legend == {"factors": {"depth": {"ownership": ["a"], "kind": "number"}, "few": {"ownership": ["a", "b"]}}}
+    rows = [line.split(",") for line in (tmp_path / "labels.csv").read_text().splitlines()]
+    assert rows[0] == ["row", "depth", "few", "many", "text"]
+    assert rows[2] == ["row1", "0.108331", "0.5", "1", "1"] and rows[5][1] == "" and rows[30][1] == "3.14159"
+    numbers = check_arrays({"a": x, "b": x}, labels={"depth": depth})
+    classes = check_arrays({"a": x, "b": x}, labels={"depth": numbers.labels["depth"]})
+    assert arrays_key(numbers) != arrays_key(classes)
+
+
+def test_groups_that_are_given_are_stored(tmp_path: Path) -> None:
+    x, groups = np.ones((6, 2)), ["p", "q", "q", "p", "r", "r"]
+    store = FeatureStore.from_arrays({"a": x, "b": x}, tmp_path / "1", groups=groups, split=["train"] * 6)
+    assert store.splits["train"].groups.tolist() == [0, 1, 1, 0, 2, 2]
+    other = FeatureStore.from_arrays({"a": x, "b": x}, tmp_path / "2", split=["train"] * 6)
+    assert other.splits["train"].groups.tolist() == list(range(6)) and other.key != store.key
+
+
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arrays_are_refused_in_one_sentence(message: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "bad.npz", **BAD[message])
+    np.savez(tmp_path / "bad.npz", **{"split": np.array(["train"] * len(BAD[message]["a"]))} | BAD[message])
     with pytest.raises(UserError, match=message):
         read_npz(tmp_path / "bad.npz")
 

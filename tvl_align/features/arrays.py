@@ -6,11 +6,17 @@ An .npz file has these arrays for N rows and two or more modalities of any name:
     <modality>.pooled     (N, E) float, optional: pooled features of Stage-1 retrieval; default: the mean of the tokens
     <modality>.mask       (N, T) bool, optional: True = a real token, False = padding
     <modality>.present    (N,) bool, optional: True = the row has the modality
-    label.<name>          (N,) integers or strings, optional: a factor to probe
+    <modality>.views      (N, V, T, W) or (N, V, W) float, optional: V augmented versions of the tokens, for training only
+    label.<name>          (N,) integers or strings, optional: a factor to probe; floats of more than 20 distinct values are
+                          numbers (NaN: unknown), everything else is a class
     owners.<name>         names of the modalities that carry this factor, optional: required to report retention and leakage
     split                 (N,) of "train", "val", "test", optional; default: a random split of the groups, 80%, 10%, 10%
     groups                (N,) strings, optional: rows of a group are never split apart; default: every row is a group
     names                 (N,) strings, optional: unique names of the rows
+
+View v of two modalities shares its augmentation, so V is the same in all modalities that have views; a modality without
+views repeats its plain tokens. Views have the mask of the row, and the normalised mean of their tokens as pooled features.
+Only the views of training rows are read; those of other rows may have any values.
 """
 
 import csv
@@ -18,8 +24,8 @@ import hashlib
 import json
 import random
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -38,16 +44,30 @@ SPLITS = ("train", "val", "test")
 SPLIT_FRACTIONS = (0.8, 0.1, 0.1)
 MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 2**26, 200  # a file above both is refused as a zip bomb
 RESERVED_NAMES = ("index", "caption_keys")  # names inside a store
+MAX_CLASSES = 20  # float labels of more distinct values are numbers
+MAX_TOKEN = 60_000  # the largest value of half precision is 65,504
+ROWS_AT_ONCE = 256  # rows whose views are in memory in single precision at a time
 
 
 @dataclass(frozen=True)
 class ModalityArrays:
-    """One modality: tokens (N, T, W) float32, mask (N, T) bool, pooled (N, E) float32 of unit norm, present (N,) bool."""
+    """One modality: tokens (N, T, W) float32, mask (N, T) bool, pooled (N, E) float32 of unit norm, present (N,) bool.
+
+    views: (N, V, T, W) of any float dtype, as given, which may be a memory map; None: no augmented views.
+    """
 
     tokens: np.ndarray
     mask: np.ndarray
     pooled: np.ndarray
     present: np.ndarray
+    views: np.ndarray | None = None
+
+    def view_chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield chunks of `rows`, (B,) int64, and the tokens of their views, (B, V, T, W) float32, padding zeroed."""
+        for start in range(0, len(rows) if self.views is not None else 0, ROWS_AT_ONCE):
+            chunk = rows[start : start + ROWS_AT_ONCE]
+            assert self.views is not None
+            yield chunk, np.where(self.mask[chunk][:, None, :, None], self.views[chunk], 0).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -55,7 +75,8 @@ class Arrays:
     """Checked features of N rows.
 
     modalities: {modality: its arrays}. split: (N,) of "train", "val", "test". names: unique names of the rows. labels:
-    {factor: (N,) str}. owners: {factor: modalities that carry it}.
+    {factor: (N,) str}. owners: {factor: modalities that carry it}. numbers: the factors that are numbers, of 6 significant
+    digits, "" if unknown; the others are classes. groups: (N,) str, or None: every row is a group.
     """
 
     modalities: dict[str, ModalityArrays]
@@ -63,6 +84,17 @@ class Arrays:
     names: list[str]
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    numbers: tuple[str, ...] = ()
+    groups: np.ndarray | None = None
+
+    @property
+    def views(self) -> int:
+        """Number of augmented views of every training row."""
+        return max(0 if m.views is None else m.views.shape[1] for m in self.modalities.values())
+
+    def rows_with_views(self, modality: str) -> np.ndarray:
+        """(R,) int64: the rows whose views of the modality are used, the training rows that have it."""
+        return np.flatnonzero((self.split == "train") & self.modalities[modality].present)
 
 
 def read_npz(path: Path, seed: int = 0) -> Arrays:
@@ -88,9 +120,9 @@ def read_npz(path: Path, seed: int = 0) -> Arrays:
             first, _, second = key.partition(".")
             kind, name = (first, second) if first in ("label", "owners") else (second, first)
             dotted.setdefault(kind, {})[name] = value
-    unknown = sorted(dotted.keys() - {"label", "owners", "pooled", "mask", "present"})
+    unknown = sorted(dotted.keys() - {"label", "owners", "pooled", "mask", "present", "views"})
     if unknown:
-        raise UserError(f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask or .present.")
+        raise UserError(f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask, .present or .views.")
     plain = {k: v for k, v in content.items() if "." not in k}
     options = {k: plain.pop(k) for k in ("split", "groups", "names") if k in plain}
     owners = {k: [str(m) for m in np.atleast_1d(v)] for k, v in dotted.get("owners", {}).items()}
@@ -101,6 +133,7 @@ def read_npz(path: Path, seed: int = 0) -> Arrays:
         pooled=dotted.get("pooled"),
         mask=dotted.get("mask"),
         present=dotted.get("present"),
+        views=dotted.get("views"),
         seed=seed,
         **options,
     )
@@ -114,6 +147,7 @@ def check_arrays(
     pooled: Mapping[str, Any] | None = None,
     mask: Mapping[str, Any] | None = None,
     present: Mapping[str, Any] | None = None,
+    views: Mapping[str, Any] | None = None,
     split: Any = None,
     groups: Any = None,
     names: Any = None,
@@ -121,15 +155,16 @@ def check_arrays(
 ) -> Arrays:
     """Check the arrays of N rows and fill in defaults. The module's docstring describes the arguments.
 
-    labels, owners, pooled, mask and present are dicts by factor or modality name. Raises UserError for fewer than two
-    modalities, different numbers of rows, wrong shapes, and NaN or inf in a present row.
+    labels, owners, pooled, mask, present and views are dicts by factor or modality name. Views are read in chunks of rows
+    and kept as given, so that they may be memory maps or in half precision. Raises UserError for fewer than two modalities,
+    different numbers of rows or views, wrong shapes, and NaN or inf in a present row.
     """
     if len(arrays) < 2:
         raise UserError(
             f"registers align two or more modalities, got {', '.join(arrays) or 'none'}; give arrays of at least two."
         )
     _check_names(list(arrays))
-    for what, by_modality in (("pooled", pooled), ("mask", mask), ("present", present)):
+    for what, by_modality in (("pooled", pooled), ("mask", mask), ("present", present), ("views", views)):
         for name in by_modality or {}:
             if name not in arrays:
                 raise UserError(f"{name}.{what} belongs to no modality; the modalities are {', '.join(arrays)}.")
@@ -138,7 +173,9 @@ def check_arrays(
         name: _check_modality(name, x, (mask or {}).get(name), (pooled or {}).get(name), (present or {}).get(name), count)
         for name, x in arrays.items()
     }
-    factors = {name: _column(f"label.{name}", x, count).astype(str) for name, x in (labels or {}).items()}
+    factors = {name: _column(f"label.{name}", x, count) for name, x in (labels or {}).items()}
+    numbers = tuple(name for name, x in factors.items() if x.dtype.kind == "f" and len(np.unique(x)) > MAX_CLASSES)
+    factors = {name: _numbers(name, x) if name in numbers else x.astype(str) for name, x in factors.items()}
     for name, carriers in (owners or {}).items():
         unknown = [m for m in carriers if m not in arrays]
         if unknown:
@@ -149,7 +186,20 @@ def check_arrays(
     if len(set(ids)) < count:
         raise UserError("names must be unique, since labels are matched by name.")
     splits = _split(split, groups, count, seed)
-    return Arrays(modalities, splits, ids, factors, {k: tuple(v) for k, v in (owners or {}).items()})
+    group = None if groups is None else _column("groups", groups, count).astype(str)
+    checked = Arrays(modalities, splits, ids, factors, {k: tuple(v) for k, v in (owners or {}).items()}, numbers, group)
+    for name, x in (views or {}).items():
+        if name in (pooled or {}):
+            raise UserError(
+                f"{name}.pooled cannot be given with {name}.views, which are pooled as the mean of their tokens; remove one."
+            )
+        modalities[name] = replace(modalities[name], views=_view_tokens(name, x, modalities[name].tokens.shape))
+        _check_views(name, checked)
+    counts = {name: m.views.shape[1] for name, m in modalities.items() if m.views is not None}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{name} has {n}" for name, n in counts.items())
+        raise UserError(f"views must be as many in all modalities that have views, but {found}; give the same number.")
+    return checked
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -187,18 +237,62 @@ def _check_modality(name: str, x: Any, mask: Any, pooled: Any, present: Any, cou
         raise UserError(
             f"{name} has NaN or inf in row {bad[0]} ({len(bad)} rows in total); fix them or mark them in {name}.present."
         )
-    if np.abs(tokens).max(initial=0) > 60_000:
+    if np.abs(tokens).max(initial=0) > MAX_TOKEN:
         raise UserError(
             f"{name} has values up to {np.abs(tokens).max():.3g}, beyond the range of half precision; scale it down."
         )
     if pooled is None:
-        vectors = tokens.sum(1) / np.maximum(real.sum(1, keepdims=True), 1)
+        vectors = _mean(tokens, real)
     else:
         vectors = np.where(has[:, None], np.asarray(pooled, np.float32), 0) if np.ndim(pooled) == 2 else np.zeros(0)
         if len(vectors) != count or not np.isfinite(vectors).all():
             raise UserError(f"{name}.pooled must be finite numbers of shape ({count}, width), not {np.shape(pooled)}.")
-    normalised = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    return ModalityArrays(tokens, real, normalised.astype(np.float32), has)
+    return ModalityArrays(tokens, real, _normalise(vectors), has)
+
+
+def _mean(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """(..., W) mean of the real tokens of (..., T, W), whose padding is zero."""
+    return np.asarray(tokens.sum(-2) / np.maximum(mask.sum(-1, keepdims=True), 1))
+
+
+def _normalise(vectors: np.ndarray) -> np.ndarray:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12), np.float32)
+
+
+def _view_tokens(name: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The views as an array (N, V, T, W) without a copy. shape: (N, T, W) of the plain tokens."""
+    views = np.asarray(x)
+    views = views[:, :, None] if views.ndim == 3 else views
+    if (
+        views.ndim != 4
+        or not np.issubdtype(views.dtype, np.floating)
+        or (len(views), *views.shape[2:]) != shape
+        or not views.size
+    ):
+        rows, tokens, width = shape
+        expected = f"({rows}, views, {tokens}, {width})" + (f" or ({rows}, views, {width})" if tokens == 1 else "")
+        raise UserError(f"{name}.views must be floats of shape {expected}, not {np.shape(x)} {views.dtype}.")
+    return views
+
+
+def _check_views(name: str, arrays: Arrays) -> None:
+    """Raise UserError for a training row whose views are not finite or beyond half precision."""
+    for rows, tokens in arrays.modalities[name].view_chunks(arrays.rows_with_views(name)):
+        largest = np.abs(tokens).max((1, 2, 3))
+        bad = np.flatnonzero(~np.isfinite(largest))  # the maximum of NaN and anything is NaN
+        if len(bad):
+            raise UserError(f"{name}.views has NaN or inf in row {rows[bad[0]]}; fix it or mark it in {name}.present.")
+        if largest.max() > MAX_TOKEN:
+            raise UserError(
+                f"{name}.views has values up to {largest.max():.3g}, beyond the range of half precision; scale it down."
+            )
+
+
+def _numbers(name: str, column: np.ndarray) -> np.ndarray:
+    """(N,) str of 6 significant digits, "" for NaN."""
+    if np.isinf(column).any():
+        raise UserError(f"label.{name} is inf in row {np.flatnonzero(np.isinf(column))[0]}; use NaN for unknown values.")
+    return np.array(["" if np.isnan(x) else f"{x:.6g}" for x in column.tolist()])
 
 
 def _column(name: str, x: Any, count: int) -> np.ndarray:
@@ -228,10 +322,14 @@ def arrays_key(arrays: Arrays) -> str:
     digest = hashlib.sha256(repr((FORMAT, arrays.names, arrays.split.tolist(), arrays.owners)).encode())
     for name, modality in arrays.modalities.items():
         digest.update(name.encode())
-        for x in vars(modality).values():
+        for x in (modality.tokens, modality.mask, modality.pooled, modality.present):
             digest.update(repr(x.shape).encode() + np.ascontiguousarray(x).tobytes())
+        for _, views in modality.view_chunks(arrays.rows_with_views(name)):
+            digest.update(repr(("views", views.shape)).encode() + views.tobytes())
     for name, column in arrays.labels.items():
-        digest.update(repr((name, column.tolist())).encode())
+        digest.update(repr((name, column.tolist(), *(["number"] if name in arrays.numbers else []))).encode())
+    if arrays.groups is not None:
+        digest.update(repr(("groups", arrays.groups.tolist())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -248,9 +346,10 @@ def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
     for split in SPLITS:
         rows = np.flatnonzero(arrays.split == split)
         if len(rows):
-            entries = write_rows(out / split, [arrays.names[i] for i in rows], ["arrays"] * len(rows))
-            splits[split] = {"views": 0, **entries}
-            _write_split(out / split, arrays.modalities, rows, specs)
+            names, groups = [arrays.names[i] for i in rows], None if arrays.groups is None else arrays.groups[rows].tolist()
+            views = arrays.views if split == "train" else 0
+            splits[split] = {"views": views, **write_rows(out / split, names, ["arrays"] * len(rows), groups)}
+            _write_split(out / split, arrays.modalities, rows, specs, views)
     if arrays.labels:
         _write_labels(out, arrays)
     manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits, "ingredients": {}}
@@ -259,20 +358,33 @@ def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
 
 
 def _write_split(
-    folder: Path, modalities: Mapping[str, ModalityArrays], rows: np.ndarray, specs: Mapping[str, FeatureSpec]
+    folder: Path, modalities: Mapping[str, ModalityArrays], rows: np.ndarray, specs: Mapping[str, FeatureSpec], views: int
 ) -> None:
     index = {}
     for name, modality in modalities.items():
+        present = torch.from_numpy(modality.present[rows])
         present_rows = rows[modality.present[rows]]
-        table_rows = torch.full((len(rows), 1), -1, dtype=torch.int64)
-        table_rows[torch.from_numpy(modality.present[rows])] = torch.arange(len(present_rows))[:, None]
+        stored = (
+            1 if modality.views is None or not views else views + 1
+        )  # table rows of a row; 1: every view is the plain one
+        table_rows = torch.full((len(rows), views + 1), -1, dtype=torch.int64)
+        table_rows[present] = torch.arange(len(present_rows) * stored).view(-1, stored).expand(-1, views + 1)
         index[name] = table_rows
         if len(present_rows):
-            table = empty_table(len(present_rows), specs[name]).memmap_like(folder / name)
-            table["tokens"].copy_(torch.from_numpy(modality.tokens[present_rows]).half())
-            table["mask"].copy_(torch.from_numpy(modality.mask[present_rows]))
-            table["pooled"].copy_(torch.from_numpy(modality.pooled[present_rows]))
-    keys = torch.arange(len(rows))[:, None, None].expand(-1, 1, 2).contiguous()  # rows have no captions: all keys differ
+            table = empty_table(len(present_rows) * stored, specs[name]).memmap_like(folder / name)
+            by_row = {k: table[k].view(-1, stored, *table[k].shape[1:]) for k in ("tokens", "mask", "pooled")}
+            by_row["tokens"][:, 0].copy_(torch.from_numpy(modality.tokens[present_rows]))
+            by_row["mask"].copy_(torch.from_numpy(modality.mask[present_rows])[:, None])
+            by_row["pooled"][:, 0].copy_(torch.from_numpy(modality.pooled[present_rows]))
+            start = 0
+            for chunk, tokens in modality.view_chunks(present_rows) if stored > 1 else ():
+                end = start + len(chunk)
+                by_row["tokens"][start:end, 1:].copy_(torch.from_numpy(tokens))
+                by_row["pooled"][start:end, 1:].copy_(
+                    torch.from_numpy(_normalise(_mean(tokens, modality.mask[chunk][:, None])))
+                )
+                start = end
+    keys = torch.arange(len(rows))[:, None, None].expand(-1, views + 1, 2).contiguous()  # no captions: all rows differ
     TensorDict({**index, "caption_keys": keys}, batch_size=[len(rows)]).memmap(folder / "index")
 
 
@@ -281,5 +393,10 @@ def _write_labels(folder: Path, arrays: Arrays) -> None:
         writer = csv.writer(file)
         writer.writerow(["row", *arrays.labels])
         writer.writerows(zip(arrays.names, *(column.tolist() for column in arrays.labels.values()), strict=True))
-    owners = {name: {"ownership": list(arrays.owners[name])} for name in arrays.labels if name in arrays.owners}
-    (folder / "labels.json").write_text(json.dumps({"factors": owners}), encoding="utf-8")
+    factors: dict[str, dict[str, Any]] = {}
+    for name in arrays.labels:
+        if name in arrays.owners or name in arrays.numbers:
+            factors[name] = {"ownership": list(arrays.owners.get(name, ()))}
+        if name in arrays.numbers:
+            factors[name]["kind"] = "number"
+    (folder / "labels.json").write_text(json.dumps({"factors": factors}), encoding="utf-8")

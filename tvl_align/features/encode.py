@@ -154,7 +154,8 @@ def _encode(
                 raise UserError(f"photos and touch images seem to be swapped in {examples}; swap their folders.")
         for name, info in splits.items():
             rows = samples[name].rows
-            info |= write_rows(unfinished / name, [row.name for row in rows], [row.dataset for row in rows])
+            columns = ([getattr(row, column) for row in rows] for column in ("name", "dataset", "group"))
+            info |= write_rows(unfinished / name, *columns)
             shutil.rmtree(unfinished / name / "done")
         first = next(iter(samples.values()))
         manifest = {

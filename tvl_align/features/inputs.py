@@ -1,6 +1,6 @@
 """Options of the data -> the inputs of a training run: a feature source for every split."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +17,7 @@ from tvl_align.encoders.tvl import Stage1, Stage1Config, load_stage1
 from tvl_align.features.encode import open_or_encode
 from tvl_align.features.live import LiveSplit
 from tvl_align.features.store import FeatureSource, FeatureStore
+from tvl_align.features.subset import ShuffledPairs, set_probe_rows_aside
 from tvl_align.system.console import UserError
 
 
@@ -61,6 +62,10 @@ class DataConfig:
     """Randomly replace adjectives of training captions by synonyms (ssvtp/synonyms.json)."""
     keep_k_synonyms: int | None = None
     """Use only the first K synonyms of a word; default: all."""
+    probe_rows: int = 3000
+    """Training rows set aside for probes in evaluation (whole groups, at most a quarter); 0: probes use validation rows."""
+    shuffle_pairs: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Control: train on random pairs. Every modality but the first is taken from another row."""
     strict: bool = False
     """Stop at the first row or image that cannot be used, instead of skipping it."""
     max_skipped: float = 0.05
@@ -84,8 +89,9 @@ class DataConfig:
 class Inputs:
     """The inputs of a training run.
 
-    splits: {split: feature source}. specs: {modality: shapes of its features}. key: key of the feature store, None without a
-    store. samples: {split: images and sentences}, empty for a store that is given by --store.
+    splits: {split: feature source}, with the split "probe" of training rows that were set aside. specs: {modality: shapes of
+    its features}. key: key of the feature store, None without a store. samples: {split: images and sentences}, empty for a
+    store that is given by --store.
     """
 
     splits: dict[str, FeatureSource]
@@ -108,6 +114,18 @@ def load_inputs(
     seed of the split and of the augmented views. expected: the key that the store must have. Raises UserError if the data or
     the Stage-1 checkpoint give another key.
     """
+    inputs = _open(frozen, data, seed, feature_dir, device, expected)
+    splits = dict(inputs.splits)
+    if "train" in splits and data.probe_rows and "probe" not in splits:
+        splits["train"], splits["probe"] = set_probe_rows_aside(splits["train"], data.probe_rows, seed)
+    if "train" in splits and data.shuffle_pairs:
+        splits["train"] = ShuffledPairs(splits["train"], list(inputs.specs), seed)
+    return replace(inputs, splits={name: split for name, split in splits.items() if len(split)})
+
+
+def _open(
+    frozen: Stage1Config, data: DataConfig, seed: int, feature_dir: Path, device: torch.device, expected: str | None
+) -> Inputs:
     if data.store is not None:
         return _open_given_store(data, data.store, expected)
     stage1, samples = load_samples(frozen, data, seed, device)

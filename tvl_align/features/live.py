@@ -13,6 +13,7 @@ from tvl_align.data.loading import ImageBatch, RowViews, load_images
 from tvl_align.data.samples import Samples
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
+from tvl_align.features.store import Condense, FeatureSource
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ class LiveSplit:
         self.names = [row.name for row in samples.rows]
         distinct = sorted({row.dataset for row in samples.rows})
         self.datasets = torch.tensor([distinct.index(row.dataset) for row in samples.rows], dtype=torch.int64)
+        indices = {group: i for i, group in enumerate(dict.fromkeys(row.group for row in samples.rows))}
+        self.groups = torch.tensor([indices[row.group] for row in samples.rows], dtype=torch.int64)
         self._captions = samples.caption_ids()
 
     def __len__(self) -> int:
@@ -43,6 +46,10 @@ class LiveSplit:
         images = load_images(self.samples, batches, self.num_workers, self.stage1.modalities)
         for batch, loaded in zip(batches, images, strict=True):
             yield self._encode(batch, loaded, device)
+
+    def condensed(self, condense: Condense, device: torch.device) -> FeatureSource:
+        """This source itself: its views are computed on the fly."""
+        return self
 
     def _encode(self, row_views: RowViews, loaded: ImageBatch, device: torch.device) -> Features:
         """Features with every modality, even if no row of the batch has it: all processes need the same modalities."""

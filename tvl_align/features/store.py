@@ -3,8 +3,9 @@
 The encoders are frozen, so their features are computed once (`encode.py`, or `arrays.py` for features from other sources).
 """
 
+import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,11 @@ from tvl_align.features.arrays import Arrays, arrays_key, check_arrays, write_ar
 from tvl_align.features.tables import FORMAT, RowNames, open_memmap, open_table, read_rows
 from tvl_align.system.console import UserError
 from tvl_align.system.runtime import release_pages
+
+Condense = Callable[[str, Tokens], Tensor | None]
+"""Stage2Model.condense: modality, tokens of B rows -> (B, C) float32, or None."""
+MAX_CONDENSED = 4 * 2**30  # bytes; larger splits are read from disk in every epoch
+CONDENSE_BATCH = 256  # rows; fixed, because rounding depends on it
 
 
 class FeatureSource(Protocol):
@@ -36,10 +42,19 @@ class FeatureSource(Protocol):
         """(N,) int64: the index of each row's data set."""
         ...
 
+    @property
+    def groups(self) -> Tensor:
+        """(N,) int64: rows of a group, such as the frames of one press, are never split apart."""
+        ...
+
     def __len__(self) -> int: ...
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         """Yield the Features of every (rows, views) pair of (B,) int64 tensors. Row -1 lacks every modality."""
+        ...
+
+    def condensed(self, condense: Condense, device: torch.device) -> "FeatureSource":
+        """This source with all its features condensed and in memory, or itself if that is not possible."""
         ...
 
 
@@ -54,9 +69,11 @@ class StoredSplit:
         shape = int(info["rows"]), self.views + 1
         self.names = RowNames(folder / "rows", shape[0])
         self.datasets = open_memmap(folder / "rows" / "dataset.memmap", torch.int64, shape[:1])
+        self.groups = open_memmap(folder / "rows" / "group.memmap", torch.int64, shape[:1])
         if shape[0] and not 0 <= int(self.datasets.min()) <= int(self.datasets.max()) < len(info["datasets"]):
             raise UserError(f"{folder} has data sets that are not in the manifest; the store is damaged, make it again.")
         self.index = {m: open_memmap(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
+        self.is_condensed = False
         self.index["caption_keys"] = open_memmap(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
         tables = {m: open_table(folder / m, spec) for m, spec in modalities.items()}
         self.tables = {m: table for m, table in tables.items() if len(table["mask"])}
@@ -80,10 +97,11 @@ class StoredSplit:
             table_rows = self.index[name][rows, views].masked_fill(rows < 0, -1)
             present = table_rows >= 0
             table_rows = table_rows.clamp(min=0)
-            mask = read_rows(table["mask"], table_rows) & present[:, None]
+            read = _select if self.is_condensed else read_rows  # only mapped pages may be released
+            mask = read(table["mask"], table_rows) & present[:, None]
             length = max(1, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1)
-            token_rows, pooled_rows = read_rows(table["tokens"], table_rows, length), read_rows(table["pooled"], table_rows)
-            tokens[name] = Tokens(token_rows, mask[:, :length], pooled_rows, present)
+            token_rows, pooled_rows = read(table["tokens"], table_rows, length), read(table["pooled"], table_rows)
+            tokens[name] = Tokens(token_rows, mask[:, :length], pooled_rows, present, self.is_condensed)
         return Features(tokens, self.index["caption_keys"][rows, views], rows)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
@@ -95,6 +113,31 @@ class StoredSplit:
             if device.type == "cuda":
                 batch = batch.map(Tensor.pin_memory)
             yield batch.to(device)
+
+    @torch.no_grad()
+    def condensed(self, condense: Condense, device: torch.device) -> "FeatureSource":
+        """This split, condensed and in memory; itself if `condense` gives None or the result is too large."""
+        result, size = copy.copy(self), 0
+        result.tables, result.is_condensed = {}, True
+        for name, table in self.tables.items():
+            rows = torch.arange(len(table["mask"])).split(CONDENSE_BATCH)
+            parts = []
+            for at in rows:
+                mask = read_rows(table["mask"], at)
+                tokens = Tokens(read_rows(table["tokens"], at), mask, read_rows(table["pooled"], at), mask.any(1))
+                small = condense(name, tokens.map(lambda t: t.to(device)).float())
+                size += small.numel() * small.element_size() if small is not None else 0
+                if small is None or size > MAX_CONDENSED:
+                    return self
+                parts.append(small.cpu())
+            whole = torch.cat(parts)
+            ones = torch.ones(len(whole), 1, dtype=torch.bool)
+            result.tables[name] = {"tokens": whole[:, None], "mask": ones, "pooled": whole[:, :0]}
+        return result
+
+
+def _select(table: Tensor, rows: Tensor, length: int | None = None) -> Tensor:
+    return table[rows]
 
 
 class FeatureStore:

@@ -5,8 +5,8 @@ transforms, text options, rows, sizes and modification times of the image files,
 another folder.
 
     manifest.json         key, settings, shapes, skipped rows with their reasons; written last, so it marks a complete store
-    <split>/rows/         dataset (N,) int64; names (bytes,) uint8, the concatenated names of the rows; name_ends (N,) int64,
-                          the end of each name
+    <split>/rows/         dataset, group (N,) int64; names (bytes,) uint8, the concatenated names of the rows; name_ends (N,)
+                          int64, the end of each name
     <split>/index/        {modality: (N, V+1) int64}, the table row of every view, -1 = absent; caption_keys (N, V+1, 2)
                           int64, the ids of caption and sentence
     <split>/<modality>/   the table, R rows: tokens (R, T, W) fp16, mask (R, T) bool, pooled (R, E) fp32
@@ -28,7 +28,7 @@ from tvl_align.contract import FeatureSpec
 from tvl_align.system.console import UserError
 from tvl_align.system.runtime import release_pages
 
-FORMAT = 2
+FORMAT = 3
 ROWS_PER_READ = 128
 
 
@@ -50,14 +50,21 @@ class RowNames(Sequence[str]):
         return bytes(self.text[start:end].numpy()).decode(errors="replace")
 
 
-def write_rows(folder: Path, names: Sequence[str], datasets: Sequence[str]) -> dict[str, Any]:
-    """Write the names and data sets of a split's rows to `folder`/rows. Returns the split's entries for the manifest."""
+def write_rows(
+    folder: Path, names: Sequence[str], datasets: Sequence[str], groups: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Write names, data sets and groups (default: every row is one) of a split's rows to `folder`/rows.
+
+    Returns the split's entries for the manifest.
+    """
+    index = {group: i for i, group in enumerate(dict.fromkeys(names if groups is None else groups))}
     encoded = [name.encode(errors="backslashreplace") for name in names]
     distinct = sorted(set(datasets))
     columns = {
         "names": torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
         "name_ends": torch.tensor([len(name) for name in encoded]).cumsum(0),
         "dataset": torch.tensor([distinct.index(name) for name in datasets]),
+        "group": torch.tensor([index[group] for group in (names if groups is None else groups)]),
     }
     TensorDict(columns).memmap(folder / "rows")
     return {"rows": len(names), "datasets": distinct}

@@ -1,0 +1,104 @@
+"""RePercENT's synthetic data, drawn by its own generator, and its metric, the distance to the ideal disentanglement.
+
+Source: https://github.com/Vascorn/RePercENT (commit 1e595b6a3dba, MIT licence). Paper: "RePercENT: Scaling
+Disentangled Representation Learning Beyond Two Modalities". `arrays` runs the code of the clone: the class
+GenerateTokenizedData of DATA/RePercENT/src/utils/synthetic_dataset.py, which needs torch, numpy, scipy and einops.
+
+Every non-empty set of the M modalities has a latent of 16 independent normal numbers (variance 0.5), so M = 3 has seven.
+Modality i is 8 tokens of 16 * 2 ** (M - 1) = 64 numbers: tanh of 0.3 times a linear map of the latents of all sets that
+contain i. A random rotation mixes these latents; random 16 x 16 blocks, nearly equal in all tokens and modalities, follow.
+In every token half of the blocks, on average, are zero, so 16 to 64 of its numbers are not. The unique part u_ij is the
+latents of the sets with i and without j, the shared part s_ij those with i and j. Each part has a binary label: a random
+projection, cut at the median. Owners of u_ij: x<i> (the third modality holds one of its two latents); of s_ij: x<i> and
+x<j>.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations, permutations
+from pathlib import Path
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from benchmarks.clones import module_of_clone
+from tvl_align.features.arrays import Arrays, check_arrays
+
+URL = "https://github.com/Vascorn/RePercENT"
+ROWS = (14_000, 2_000, 4_000)  # train, val, test: the proportions of the original, with 20,000 of its 150,000 rows
+
+
+def arrays(folder: Path, seed: int, rows: tuple[int, int, int] = ROWS, modalities: int = 3) -> Arrays:
+    """One draw of the modalities x1 to x<M>, each of shape (rows, 8, 16 * 2 ** (M - 1)), with the settings of its configs.
+
+    folder: the parent of the clone. seed: of NumPy's and PyTorch's global generators during the draw. rows: for training,
+    validation and test; rows are independent, so the split is by order. Raises UserError for a missing clone or package.
+    """
+    path = folder / "RePercENT" / "src" / "utils" / "synthetic_dataset.py"
+    count, tokens = sum(rows), [8] * modalities
+    with module_of_clone(path, URL, seed) as module:
+        generator = module.GenerateTokenizedData(count, trans_type="uniform", latent_dim=16, M=modalities)
+        draw = generator.create_dataset(dist="normal", ts=tokens, gammas=[1.5] * modalities, normalize=False, sigma=0.5)
+    names = [f"x{i + 1}" for i in range(modalities)]
+    labels = {key: np.asarray(column, np.int64) for key, column in (draw["labels_u"] | draw["labels_s"]).items()}
+    owners = {key: (f"x{key[2]}",) if key[0] == "u" else (f"x{key[2]}", f"x{key[3]}") for key in labels}
+    return check_arrays(
+        {name: np.stack([row[i] for row in draw["total_data"]]) for i, name in enumerate(names)},
+        labels=labels,
+        owners=owners,
+        split=np.repeat(["train", "val", "test"], rows),
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Mean accuracies in percent over ordered pairs (i, j), and their distance to the ideal.
+
+    unique: the label u_ij read from the unique representation of (i, j), ideally 100. shared: s_ij from the shared one, 100.
+    unique_from_shared: u_ij from the shared one, ideally 50 (chance). shared_from_unique: s_ij from the unique one, 50.
+    """
+
+    unique: float
+    shared: float
+    unique_from_shared: float
+    shared_from_unique: float
+
+    @property
+    def distance(self) -> float:
+        """The mean of the four absolute differences from the ideal, in points; 0 is perfect, lower is better."""
+        ideal = (100, 100, 50, 50)
+        found = (self.unique, self.shared, self.unique_from_shared, self.shared_from_unique)
+        return float(np.mean([abs(a - b) for a, b in zip(found, ideal, strict=True)]))
+
+
+def distance(
+    unique: Mapping[tuple[int, int], np.ndarray],
+    shared: Mapping[tuple[int, int], np.ndarray],
+    labels: Mapping[str, np.ndarray],
+    train: np.ndarray,
+    test: np.ndarray,
+) -> Readings:
+    """Read the labels of all pairs from given representations, with the probe of RePercENT.
+
+    unique: {(i, j): (N, D)}, i != j from 1: what modality i has and j lacks. shared: {(i, j): (N, D)}, i < j: what both
+    have; RePercENT concatenates the representations of both sides. labels: {"u_ij" or "s_ij": (N,)}. train, test: (N,) bool.
+    The probe is a logistic regression (scikit-learn's defaults: L2, C = 1, up to 10,000 iterations, no standardisation) that
+    is fitted on the training rows and scored on the test rows. The clone reports the sum of the first two readings minus the
+    other two; the distance holds the same numbers.
+    """
+
+    def accuracy(x: np.ndarray, label: str) -> float:
+        y = np.asarray(labels[label])
+        probe = LogisticRegression(max_iter=10_000).fit(x[train], y[train])
+        return 100 * float(probe.score(x[test], y[test]))
+
+    numbers = sorted({i for pair in unique for i in pair})
+    pairs, ordered = list(combinations(numbers, 2)), list(permutations(numbers, 2))
+    both = {(i, j): (min(i, j), max(i, j)) for i, j in ordered}
+    return Readings(
+        unique=float(np.mean([accuracy(unique[i, j], f"u_{i}{j}") for i, j in ordered])),
+        shared=float(np.mean([accuracy(shared[i, j], f"s_{i}{j}") for i, j in pairs])),
+        unique_from_shared=float(np.mean([accuracy(shared[both[i, j]], f"u_{i}{j}") for i, j in ordered])),
+        shared_from_unique=float(np.mean([accuracy(unique[i, j], "s_{}{}".format(*both[i, j])) for i, j in ordered])),
+    )
