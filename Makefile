@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo compare bench faults test test-fast check
+.PHONY: demo compare bench benchmarks faults test test-fast check
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
@@ -11,6 +11,9 @@ compare: .venv/ready  ## every method, three seeds, one report
 
 bench: .venv/ready  ## what things cost, as ratios
 	$(BIN)/python -m benchmarks.speed
+
+benchmarks: .venv/ready  ## methods on data of others; DATA=folder of clones
+	$(BIN)/python -m benchmarks.away --data "$(DATA)"
 
 faults: .venv/ready  ## the fault campaign: half an hour
 	$(BIN)/python tests/faults.py

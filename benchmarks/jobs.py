@@ -56,7 +56,8 @@ def write_store(out: Path, specs: dict[str, FeatureSpec], rows: int, validation:
     held_out = min(rows, validation)
     features = random_features(specs, rows + 2 * held_out)
     split = np.array(["train"] * rows + ["val"] * held_out + ["test"] * held_out)
-    FeatureStore.from_arrays({m: t.tokens.numpy() for m, t in features.modalities.items()}, out, split=split)
+    tokens, pooled = ({m: getattr(t, kind).numpy() for m, t in features.modalities.items()} for kind in ("tokens", "pooled"))
+    FeatureStore.from_arrays(tokens, out, split=split, pooled=pooled)
 
 
 def run_settings(store: Path, out: Path, batch: int, width: int, epochs: int = 1, method: str = "base") -> Settings[Any]:
@@ -160,9 +161,8 @@ def steps(registers: int, tokens: int, batch: int = 64, width: int = 256, count:
     """`count` training steps of the base method: `registers` registers, two modalities of `tokens` tokens each."""
     specs = {m: FeatureSpec(width, tokens, width) for m in ("vision", "tactile")}
     features, method = random_features(specs, batch), METHODS["base"]
-    knobs = method.knobs(
-        register_token_dim=width, num_register_tokens=registers, num_overlapping_tokens=3 * registers // 4, canonical=0
-    )
+    overlapping = 3 * registers // 4
+    knobs = method.knobs(register_token_dim=width, num_register_tokens=registers, num_overlapping_tokens=overlapping)
     model, loss = method.model(knobs, specs).train(), method.loss(knobs, list(specs))
     optimizer = make_adamw(model.named_parameters(), 0.0)
 

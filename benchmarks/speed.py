@@ -15,14 +15,11 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import open_clip
 import torch
 from rich.console import Console
 from rich.table import Table
-from sklearn.linear_model import LogisticRegression
-from sklearn.linear_model._linear_loss import LinearModelLoss
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -36,7 +33,7 @@ from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder
-from tvl_align.evaluation.probes import attentive_probe, linear_probe
+from tvl_align.evaluation.probes import ProbeKind, Target, fit_probes
 from tvl_align.features.encode import ENCODE_BATCH, open_or_encode
 from tvl_align.features.store import FeatureStore
 from tvl_align.methods.registry import METHODS
@@ -167,7 +164,7 @@ class MatrixProducts(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
             self.shapes.append((args[0].shape, args[1].shape))
-        elif func is torch.ops.aten.addmm.default:
+        elif func in (torch.ops.aten.addmm.default, torch.ops.aten.baddbmm.default):
             self.shapes.append((args[1].shape, args[2].shape))
         elif func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
             self._attention(*(t.shape for t in args[:3]))
@@ -309,55 +306,20 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
 
 
 def _probes(config: BenchConfig) -> Iterator[Figure]:
-    """Fitting a probe and predicting with it on one core, as in `evaluate`, relative to its matrix products.
-
-    Those of the linear probe are two per evaluation of its loss and gradient and one per prediction, in NumPy as in
-    scikit-learn.
-    """
+    """Fitting probes of one kind for 5 factors and predicting with them, on one core, relative to their matrix products."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(5, (config.gallery,), generator=g)
-    centres = 0.05 * torch.randn(5, 768, generator=g)
-    rows = torch.randn(config.gallery, 768, generator=g) + centres[labels]
-    arguments = rows, labels.numpy(), rows, labels.numpy()
-    evaluate, predict = LinearModelLoss.loss_gradient, LogisticRegression.decision_function
-    evaluated: list[int] = []
-    predicted: list[int] = []
-
-    def evaluating(self: LinearModelLoss, weights: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        evaluated.append(len(x))
-        return evaluate(self, weights, x, *args, **kwargs)
-
-    def predicting(self: LogisticRegression, x: Any) -> Any:
-        predicted.append(len(x))
-        return predict(self, x)
-
-    with (
-        mock.patch.object(LinearModelLoss, "loss_gradient", evaluating),
-        mock.patch.object(LogisticRegression, "decision_function", predicting),
-    ):
-        linear_probe(*arguments)
-    x, weights = rows.numpy(), centres.numpy()
-
-    def bare() -> None:
-        for count in evaluated:
-            (x[:count] @ weights.T).T @ x[:count]
-        for count in predicted:
-            x[:count] @ weights.T
-
-    features = random_features(SMALL, config.batch).modalities["vision"]
-    tokens, mask, factors = features.tokens, features.mask, [labels[: config.batch].numpy()] * 5
-
-    def attentive() -> None:
-        attentive_probe(tokens, mask, factors, tokens, mask, factors, steps=40)
-
-    with MatrixProducts() as products:
-        attentive()
-    for name, probe, reference in (
-        (f"linear probe, {len(rows)} rows / its matrix products", lambda: linear_probe(*arguments), bare),
-        ("attentive probe, 5 factors / its matrix products", attentive, products.replay()),
-    ):
+    rows = torch.randn(config.gallery, 768, generator=g) + 0.05 * torch.randn(5, 768, generator=g)[labels]
+    tokens = random_features(SMALL, config.batch).modalities["vision"]
+    inputs: dict[ProbeKind, Sequence[Tensor]] = {"linear": [rows], "mlp": [rows], "attentive": [tokens.tokens, tokens.mask]}
+    for kind, content in inputs.items():
+        targets = [Target(labels[: len(content[0])], 5)] * 5
+        fitting = partial(fit_probes, kind, content, targets, content, max_steps=40)
+        with MatrixProducts() as products:
+            fitting()
+        name = f"{kind} probes, 5 factors, {len(content[0])} rows / their matrix products"
         with jobs.one_thread():
-            figure = compare(name, probe, reference, config.turns)
+            figure = compare(name, fitting, products.replay(), config.turns)
         yield figure
 
 

@@ -21,7 +21,7 @@ def given(*flags: str) -> Settings[Stage2Config]:
 
 
 DEFAULTS = {
-    "num_register_tokens": 4, "num_overlapping_tokens": 3, "register_token_dim": 768, "num_cross_attn_layers": 2,
+    "num_register_tokens": 4, "num_overlapping_tokens": 3, "register_token_dim": 768, "num_cross_attn_layers": 1,
     "num_heads": 8, "mlp_ratio": 4.0, "drop_rate": 0.0, "attn_drop_rate": 0.0, "drop_path_rate": 0.0,
     "nested_dropout_rate": 0.5, "complementary_reg_weight": 0.01, "disable_vision_text_loss": False,
     "disable_tactile_text_loss": False, "tactile_model": "vit_tiny_patch16_224", "common_latent_dim": None,

@@ -169,7 +169,10 @@ def test_a_method_from_anywhere_is_trained_measured_compared_and_loaded(tmp_path
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("transformer", "unknown method 'transformer'; --method takes base, cursor, flextok, matryoshka, disentangled, or"),
+        (
+            "transformer",
+            "unknown method 'transformer'; --method takes base, cursor, flextok, matryoshka, disentangled, closed, mlp, or",
+        ),
         (
             "broken:TOY",
             r"--method broken:TOY cannot be imported: ZeroDivisionError: division by zero \(.*broken.py, line 1\)",

@@ -79,7 +79,7 @@ def test_every_import_is_a_dependency() -> None:
             elif isinstance(node, ast.Import):
                 imported |= {alias.name.partition(".")[0]: path for alias in node.names}
     others = {name: path for name, path in imported.items() if name not in sys.stdlib_module_names | {"tvl_align"}}
-    assert {"torch", "open_clip", "sklearn"} <= others.keys()
+    assert {"torch", "open_clip", "scipy"} <= others.keys()
     for name, path in others.items():
         assert name in EXTRAS or known.get(name, {normal(name)}) & PLAIN, f"{path} imports {name}"
 

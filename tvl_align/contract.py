@@ -26,17 +26,20 @@ class Tokens:
     """Frozen features of one modality.
 
     tokens (B, T, W) float; mask (B, T) bool, False = padding; pooled (B, E) float, L2-normalised; present (B,) bool,
-    False = the row lacks this modality and its features are undefined.
+    False = the row lacks this modality and its features are undefined. condensed: tokens are what Stage2Model.condense has
+    made of them, (B, 1, C), and pooled is empty.
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
     present: Tensor
+    condensed: bool = False
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Tokens":
         """Apply a function to every tensor."""
-        return Tokens(*(function(t) for t in (self.tokens, self.mask, self.pooled, self.present)))
+        tokens, mask, pooled, present = (function(t) for t in (self.tokens, self.mask, self.pooled, self.present))
+        return Tokens(tokens, mask, pooled, present, self.condensed)
 
     def float(self) -> "Tokens":
         """Convert tokens and pooled to float32."""
@@ -181,9 +184,18 @@ class Stage2Model(Protocol):
         return torch.ones(batch, len(self.registers), dtype=torch.bool)
 
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
-        """Fit the parts of the model that have a closed-form solution, such as CCA. Default: nothing.
+        """Fit the parts of the model that have a closed-form solution, such as PCA or CCA. Default: nothing.
 
-        The engine calls this after every epoch, without gradients. Each call of `batches` iterates over the training rows.
+        The engine calls this once, before the first epoch, without gradients. Each call of `batches` iterates over the
+        training rows.
+        """
+        return None
+
+    def condense(self, name: str, tokens: Tokens) -> Tensor | None:
+        """All that the model reads of a modality's tokens, (B, C) float32, if that is less; default: None, the tokens.
+
+        It must depend on nothing that is trained. The engine calls it after `calibrate`, once for every stored row, keeps
+        the result in memory and gives it to `forward` as Tokens with `condensed` set.
         """
         return None
 

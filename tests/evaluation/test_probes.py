@@ -1,90 +1,154 @@
-"""Probes find the information that features contain and no other; label files."""
+"""Probes find what features contain, of whatever form, and nothing else; the test rows have no part in the fit."""
 
-from pathlib import Path
+import math
 
-import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from tvl_align.evaluation.labels import read_labels
-from tvl_align.evaluation.probes import attentive_probe, linear_probe, normalised_score, probe_all
+from tvl_align.evaluation.probes import Probed, ProbeKind, Target, accuracy, bits, fit_probes, normalised_score, r2
 from tvl_align.system.console import UserError
 
+ROWS, TEST = 1500, 1000
+ERROR = 100 * (0.25 / TEST) ** 0.5  # standard error in percentage points of an accuracy of 50%
 
-def labelled(rows: int, seed: int, signal: float) -> tuple[torch.Tensor, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(5, size=rows)
-    centres = np.random.default_rng(7).standard_normal((5, 20))
-    return torch.tensor(signal * centres[labels] + rng.standard_normal((rows, 20))).float(), labels
+
+def planted(kind: str, rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features (rows, 6) and a binary class (rows,) that is written into them in the given way."""
+    draw = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(rows, 6, generator=draw), torch.randint(2, (rows,), generator=draw)
+    sign = 2.0 * y - 1
+    if kind == "sign":
+        x[:, 2] = x[:, 2].abs() * sign
+    elif kind == "product":
+        x[:, 2] = x[:, 2].abs() * x[:, 3].sign() * sign
+    elif kind == "variance":
+        x[:, 2] *= torch.where(y == 1, 2.0, 0.3)
+    elif kind == "faint":
+        x[:, 2] = 1e-3 * x[:, 2].abs() * sign
+    elif kind == "rotated and faint":
+        x[:, 2] = 1e-3 * x[:, 2].abs() * sign
+        x = x @ torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0)))[0]
+    return x, y
+
+
+def read(kind: str, probe: ProbeKind, rows: int = ROWS) -> float:
+    """Accuracy in percent of a probe of planted features."""
+    (x, y), (x_test, y_test) = planted(kind, rows, 1), planted(kind, TEST, 2)
+    (probed,) = fit_probes(probe, (x,), (Target(y, 2),), (x_test,))
+    return 100 * float(accuracy(probed, y_test).mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear", "mlp"),
+    [
+        ("sign", (95, 100), (95, 100)),
+        ("product", (40, 60), (90, 100)),
+        ("variance", (50 - 4 * ERROR, 50 + 4 * ERROR), (75, 100)),
+        ("faint", (95, 100), (0, 100)),
+        ("rotated and faint", (95, 100), (0, 100)),
+        ("independent", (50 - 3 * ERROR, 50 + 3 * ERROR), (50 - 3 * ERROR, 50 + 3 * ERROR)),
+    ],
+)
+def test_a_planted_class_is_read(kind: str, linear: tuple[float, float], mlp: tuple[float, float]) -> None:
+    for probe, (low, high) in (("linear", linear), ("mlp", mlp)):
+        assert low <= read(kind, probe) <= high, probe  # type: ignore[arg-type]
+
+
+def test_a_class_in_one_token_of_many() -> None:
+    """The class is in one of 6 tokens, told by a marker; in all others there is a decoy. The mean token hides it."""
+
+    def tokens(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        x = 0.3 * torch.randn(rows, 6, 12, generator=draw)
+        y, at = torch.randint(4, (rows,), generator=draw), torch.randint(6, (rows,), generator=draw)
+        codes = torch.randint(4, (rows, 6), generator=draw)
+        codes[torch.arange(rows), at] = y
+        x[:, :, :4] += 2 * torch.eye(4)[codes]
+        x[torch.arange(rows), at, 4:8] += 3
+        return x, y
+
+    (x, y), (x_test, y_test) = tokens(1500, 0), tokens(300, 1)
+    masks = [torch.ones(t.shape[:2], dtype=torch.bool) for t in (x, x_test)]
+    first, again = (fit_probes("attentive", (x, masks[0]), (Target(y, 4),), (x_test, masks[1]), 1)[0] for _ in range(2))
+    assert torch.equal(first.output, again.output)
+    assert float(accuracy(first, y_test).mean()) > 0.9
+    (linear,) = fit_probes("linear", (x.mean(1),), (Target(y, 4),), (x_test.mean(1),))
+    assert float(accuracy(linear, y_test).mean()) < 0.75
+
+
+def test_tokens_that_are_masked_are_not_read() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(700, 3, 8, generator=draw), torch.randint(2, (700,), generator=draw)
+    x[:, 1, 0] = 5 * (2.0 * y - 1)
+    mask = torch.tensor([True, False, True]).expand(700, 3)
+    for hidden, low, high in ((mask, 0.4, 0.6), (torch.ones_like(mask), 0.9, 1.0)):
+        (probed,) = fit_probes("attentive", (x[:400], hidden[:400]), (Target(y[:400], 2),), (x[400:], hidden[400:]))
+        assert low <= float(accuracy(probed, y[400:]).mean()) <= high
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_other_test_rows_do_not_change_a_prediction(kind: ProbeKind) -> None:
+    """Nor does anything about them: rows of garbage, a scale, or their number."""
+    (x, y), (x_test, _) = planted("sign", 300, 1), planted("sign", 50, 2)
+    garbage = 1e4 * torch.randn(2000, 6, generator=torch.Generator().manual_seed(3))
+    (alone,), among = (fit_probes(kind, (x,), (Target(y, 2),), (t,)) for t in (x_test, torch.cat([x_test, garbage])))
+    assert torch.allclose(alone.output, among[0].output[:50], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_probe_is_the_same_alone_or_with_other_targets_known_or_not(kind: ProbeKind) -> None:
+    """Unknown labels have no part in the fit, and results repeat for a seed."""
+    (x, y), (x_test, y_test) = planted("sign", 600, 1), planted("sign", 300, 2)
+    half = torch.where(torch.arange(600) % 2 == 0, y, -1)
+    found = fit_probes(kind, (x,), (Target(half, 2), Target(torch.full((600, 2), math.nan))), (x_test,))
+    assert float(accuracy(found[0], y_test).mean()) > 0.93
+    again = fit_probes(kind, (x,), (Target(half, 2), Target(torch.full((600, 2), math.nan))), (x_test,))
+    assert torch.equal(found[0].output, again[0].output)
+    assert not torch.equal(found[0].output, fit_probes(kind, (x,), (Target(half, 2),), (x_test,), seed=1)[0].output)
+
+
+def test_numbers_are_read() -> None:
+    """y = |x|: of a quadratic kind, so no linear probe finds it."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(1500, 3, generator=draw)
+    y = (x[:, :1].abs() - 0.8) / 0.6
+    for kind, low, high in (("linear", -0.05, 0.05), ("mlp", 0.9, 1.0)):
+        (probed,) = fit_probes(kind, (x[:1000],), (Target(y[:1000]),), (x[1000:],))  # type: ignore[arg-type]
+        assert low <= r2(probed, y[1000:], y[:1000].mean(0)) <= high, kind
 
 
 def test_constant_features_do_not_change_a_probe() -> None:
     """Neither zeros, with standard deviation 0, nor a constant whose standard deviation is a rounding error."""
-    (x, y), (x_test, y_test) = labelled(300, 0, 1.0), labelled(200, 1, 1.0)
+    (x, y), (x_test, y_test) = planted("sign", 400, 1), planted("sign", 300, 2)
     constant = torch.tensor([0.0, 0.1, 1000.1])
     more, more_test = (torch.cat([part, constant.expand(len(part), 3)], dim=1) for part in (x, x_test))
-    assert linear_probe(more, y, more_test, y_test) == pytest.approx(linear_probe(x, y, x_test, y_test), abs=1.0)
+    scores = [
+        100 * float(accuracy(fit_probes("linear", (a,), (Target(y, 2),), (b,))[0], y_test).mean())
+        for a, b in ((x, x_test), (more, more_test))
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1.5)
 
 
-@pytest.mark.parametrize(
-    ("where", "value"),
-    [("train", torch.nan), ("train", torch.inf), ("train", 1e30), ("test", torch.nan), ("test", torch.inf)],
-)
-def test_features_that_are_not_finite_are_refused(where: str, value: float) -> None:
-    (x, y), (x_test, y_test) = labelled(60, 0, 1.0), labelled(40, 1, 1.0)
-    (x if where == "train" else x_test)[3, 7] = value
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_features_that_are_not_finite_are_refused(kind: ProbeKind, value: float) -> None:
+    x, y = planted("sign", 60, 1)
+    x[:, 3] = value
     with pytest.raises(UserError, match="NaN, inf"):
-        list(probe_all(linear_probe, [(x, y, x_test, y_test)]))
+        fit_probes(kind, (x,), (Target(y, 2),), (x[:4],))
 
 
-def test_linear_probe_finds_signal_and_not_noise() -> None:
-    for signal, low, high in ((2.0, 95, 100), (0.0, 10, 32)):
-        (x, y), (x_test, y_test) = labelled(400, 0, signal), labelled(200, 1, signal)
-        score = linear_probe(x, y, x_test, y_test)
-        assert low <= score <= high
-        assert list(probe_all(linear_probe, [(x, y, x_test, y_test)] * 2)) == [score, score]
-
-
-def test_attentive_probe_finds_a_factor_in_one_token_of_many() -> None:
-    """The factor is in one of 8 tokens, indicated by a marker; a linear probe of the mean token cannot find it."""
-
-    def synthetic(rows: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
-        rng = np.random.default_rng(seed)
-        labels, position = rng.integers(4, size=rows), rng.integers(8, size=rows)
-        tokens = 0.3 * rng.standard_normal((rows, 8, 16))
-        for i in range(rows):
-            tokens[i, :, :4] = np.eye(4)[rng.integers(4, size=8)] * 2  # decoys everywhere
-            tokens[i, position[i], :4] = np.eye(4)[labels[i]] * 2
-            tokens[i, position[i], 4:8] = 3.0
-        return torch.tensor(tokens).float(), labels
-
-    (x, y), (x_test, y_test) = synthetic(1500, 0), synthetic(300, 1)
-    masks = [torch.ones(t.shape[:2], dtype=torch.bool) for t in (x, x_test)]
-    runs = list(probe_all(attentive_probe, [(x, masks[0], [y], x_test, masks[1], [y_test])] * 2, seed=1))
-    assert runs[0] == runs[1]
-    assert runs[0][0] > 90
-    assert linear_probe(x.mean(1), y, x_test.mean(1), y_test) < 75
+def test_bits_of_hand_made_predictions() -> None:
+    """Logits of a quarter and three quarters: 2 bits where the rare class is right, log2(4/3) where the other is."""
+    made = Probed("linear", torch.tensor([[0.0, math.log(3)]] * 2), 0.0)
+    assert bits(made, torch.tensor([0, 1])).tolist() == pytest.approx([2.0, math.log2(4 / 3)])
+    assert accuracy(made, torch.tensor([0, 1])).tolist() == [0, 1]
 
 
 def test_normalised_score() -> None:
     assert normalised_score(20, 20, 80) == 0
     assert normalised_score(80, 20, 80) == 100
-    assert np.isnan(normalised_score(50, 50, 50))
-
-
-def test_labels_from_a_file(world: Path, tmp_path: Path) -> None:
-    labels = read_labels(world / "factors.csv")
-    assert labels.ownership["hue"] == ("vision",)
-    name = next(iter(labels.values))
-    assert labels.of("hue", [name, "nowhere"]).tolist()[1] == -1
-    own = tmp_path / "mine.csv"
-    own.write_text("vision,material\na.jpg,wood\nb.jpg,\n")
-    mine = read_labels(own)
-    assert mine.levels == {"material": ["wood"]}
-    assert mine.of("material", ["a.jpg", "b.jpg"]).tolist() == [0, -1]
-    assert mine.ownership == {"material": ()}
-    own.write_text("photo,material\n")
-    with pytest.raises(UserError, match="needs a vision column"):
-        read_labels(own)
-    with pytest.raises(UserError, match="no such label file"):
-        read_labels(tmp_path / "none.csv")
+    assert normalised_score(5, 20, 80) == -25
+    with pytest.raises(ValueError, match="not above chance"):
+        normalised_score(50, 50, 50)

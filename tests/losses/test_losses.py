@@ -105,6 +105,17 @@ def test_norm_and_reconstruction_error_ignore_masked_tokens() -> None:
     assert float(masked_mean(result.error, result.mask)) == pytest.approx(1, abs=1e-4)
 
 
+def test_the_norm_of_a_token_that_is_zero_has_a_zero_gradient() -> None:
+    tokens = torch.zeros(2, 2, 3)
+    tokens[0, 0] = torch.tensor([0.0, 3.0, 4.0])
+    tokens.requires_grad_()
+    norm = token_norm(tokens, torch.ones(2, 2, dtype=torch.bool))
+    norm.backward()
+    assert norm.item() == pytest.approx(5 / 4, abs=1e-5)
+    assert torch.allclose(tokens.grad[0, 0], torch.tensor([0.0, 0.6, 0.8]) / 4)
+    assert torch.equal(tokens.grad[0, 1], torch.zeros(3)) and torch.equal(tokens.grad[1], torch.zeros(2, 3))
+
+
 def test_mean_over_an_empty_mask_is_zero() -> None:
     assert float(masked_mean(torch.tensor([1.0, float("inf")]), torch.tensor([False, False]))) == 0
 

@@ -10,6 +10,7 @@ from tvl_align.contract import Features, Output, Tokens
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.losses import alignment as alignment_module
 from tvl_align.losses.alignment import pair_name
+from tvl_align.losses.independence import independence
 from tvl_align.methods.base import Stage2Loss, TVLStage2
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
@@ -31,13 +32,23 @@ def test_documented_defaults_give_a_finite_loss_and_gradients() -> None:
 
 
 def test_the_documented_formula() -> None:
-    output = model().train()(random_features(6))
+    output = model(independence_weight=0.0).train()(random_features(6))
     numbers = Stage2Loss(complementary_reg_weight=0.3, preservation_weight=0.0)(output)
     pairs = [numbers[f"{p}_loss"] for p in ("tactile_vision", "tactile_text", "text_vision")]
     assert torch.allclose(numbers["overlapping_loss"], torch.stack(pairs).mean())
     assert torch.allclose(numbers["total_loss"], numbers["overlapping_loss"] + 0.3 * numbers["complementary_reg"])
     weighed = Stage2Loss(complementary_reg_weight=0.3, preservation_weight=2.0)(output)
     assert torch.allclose(weighed["total_loss"], numbers["total_loss"] + 2 * weighed["preservation"])
+    assert "critic_loss" not in weighed
+    critical = Stage2Loss(preservation_weight=2.0, independence_weight=0.5)(model().train()(random_features(6)))
+    terms = {
+        "overlapping_loss": 1.0,
+        "complementary_reg": 0.01,
+        "preservation": 2.0,
+        "critic_loss": 1.0,
+        "independence": 0.5,
+    }
+    assert torch.allclose(critical["total_loss"], sum(w * critical[name] for name, w in terms.items()))
 
 
 def test_a_disabled_pair_is_not_in_the_average() -> None:
@@ -84,6 +95,43 @@ def test_each_loss_term_has_gradients_for_its_own_group_only() -> None:
     ):
         grads = torch.autograd.grad(numbers[term], groups[group], retain_graph=True, allow_unused=True)
         assert all(g is None or not g.any() for g in grads), (term, group)
+
+
+def gradients(net: TVLStage2, term: torch.Tensor) -> dict[str, float]:
+    """{first part of a parameter's name: largest absolute gradient of the term}."""
+    found: dict[str, float] = {}
+    grads = torch.autograd.grad(term, list(net.parameters()), retain_graph=True, allow_unused=True)
+    for (name, _), g in zip(net.named_parameters(), grads, strict=True):
+        part = name.partition(".")[0]
+        found[part] = max(found.get(part, 0.0), 0.0 if g is None else float(g.abs().max()))
+    return found
+
+
+def test_critics_and_encoders_are_trained_by_their_own_terms() -> None:
+    """Critics get no gradient from the penalty, and encoders none from the loss of the critics."""
+    net = model().train()
+    numbers = Stage2Loss()(net(random_features(6), kept=torch.ones(6, 4, dtype=torch.bool)))
+    critic, penalty = gradients(net, numbers["critic_loss"]), gradients(net, numbers["independence"])
+    assert {part for part, g in critic.items() if g} == {"critics"}
+    assert not penalty["critics"] and not penalty["linear"] and not penalty["narrow"] and not penalty["decoders"]
+    assert all(penalty[part] for part in ("comp_linear", "comp_narrow", "stacks", "readers"))
+
+
+def test_rows_without_a_complementary_token_are_not_criticised() -> None:
+    """The critics' terms are those of the rows that keep one; their codes may still be named by the others."""
+    net, features = model().eval(), random_features(6)
+    kept = torch.ones(6, 4, dtype=torch.bool)
+    kept[:4, 3] = False
+    output = net(features, kept=kept)
+    numbers = Stage2Loss()(output)
+    extras = output.extras
+    valid = {m: kept[:, 3] for m in output.present}
+    expected = independence(
+        extras["codes"], extras["guesses"], extras["answers"], valid, output.present, output.caption_keys
+    )
+    assert torch.allclose(torch.stack(expected), torch.stack([numbers["critic_loss"], numbers["independence"]]))
+    full = Stage2Loss()(net(features))
+    assert not torch.allclose(full["critic_loss"], numbers["critic_loss"], atol=1e-6)
 
 
 def test_pooling_uses_kept_overlapping_tokens_only() -> None:

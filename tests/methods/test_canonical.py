@@ -1,107 +1,135 @@
-"""Canonical projections on synthetic tokens with a known shared part."""
+"""Canonical projections of data with a known shared part, and of noise, against plain NumPy."""
 
 import numpy as np
+import pytest
 import torch
 
-from tvl_align.contract import FeatureSpec, Tokens
-from tvl_align.methods.canonical import CanonicalProjection, _whitening
-from tvl_align.metrics.retrieval import retrieval
+from tvl_align.methods.canonical import MAX_ROUNDING, MIN_CORRELATION, canonical, residual_components, ridge_regression
 
-ROWS, SHARED = 2000, 4
+ROWS, SHARED = 3000, 2
 
 
-def tokens_of(x: torch.Tensor) -> Tokens:
-    rows, count = x.shape[:2]
-    return Tokens(x, torch.ones(rows, count, dtype=torch.bool), x.mean(1), torch.ones(rows, dtype=torch.bool))
-
-
-def synthetic_tokens(seed: int, rows: int = ROWS) -> dict[str, Tokens]:
-    """Noise tokens with a shared source, added at one position and subtracted at another, so the mean over positions cancels
-    it."""
+def planted(seed: int, count: int = 2, rows: int = ROWS, noise: float = 1.0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Shared variables (n, 2) and modalities (n, 8 to 10) of them, of other variables and of noise, all of zero mean."""
     g = torch.Generator().manual_seed(seed)
-    source = torch.randn(rows, SHARED, generator=g)
-    tokens_by_modality = {}
-    for i, (name, count, width) in enumerate((("a", 6, 12), ("b", 5, 10))):
-        mixing = torch.randn(SHARED, width, generator=torch.Generator().manual_seed(i))
-        tokens = torch.randn(rows, count, width, generator=g)
-        tokens[:, 1] += source @ mixing
-        tokens[:, 3] -= source @ mixing
-        tokens_by_modality[name] = tokens_of(tokens)
-    return tokens_by_modality
-
-
-def specs() -> dict[str, FeatureSpec]:
-    return {"a": FeatureSpec(12, 6, 12), "b": FeatureSpec(10, 5, 10)}
+    shared = torch.randn(rows, SHARED, generator=g)
+    modalities = {}
+    for i, name in enumerate("abc"[:count]):
+        mixing = torch.linalg.qr(torch.randn(8 + i, 8 + i, generator=torch.Generator().manual_seed(i)))[0]
+        own = noise * torch.randn(rows, 8 + i - SHARED, generator=g)
+        x = torch.cat([shared + 0.5 * torch.randn(rows, SHARED, generator=g), own], dim=1) @ mixing
+        modalities[name] = x - x.mean(0)
+    return shared - shared.mean(0), modalities
 
 
 def correlation(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    x, y = x - x.mean(0), y - y.mean(0)
-    return (x * y).sum(0) / (x.norm(dim=0) * y.norm(dim=0)).clamp(min=1e-9)
+    return (x * y).mean(0) / (x.std(0, unbiased=False) * y.std(0, unbiased=False))
 
 
-def test_finds_the_shared_directions() -> None:
-    projection = CanonicalProjection(specs(), 8)
-    projection.fit([synthetic_tokens(0)])
-    fresh = synthetic_tokens(1)
-    a, b = (projection(m, t.tokens, t.mask) for m, t in fresh.items())
-    correlations = correlation(a, b)
-    assert (correlations[:SHARED] > 0.6).all()
-    assert (correlations[SHARED:].abs() < 0.25).all()
-    assert (a.var(0)[:-1] >= a.var(0)[1:] * 0.8).all()  # highest correlation first
-    everyone = torch.ones(ROWS, dtype=torch.bool)
-
-    def acc1(x: torch.Tensor, y: torch.Tensor) -> float:
-        return retrieval(*(torch.nn.functional.normalize(v, dim=-1) for v in (x, y)), everyone).acc1
-
-    assert acc1(a, b) > 2  # chance: 0.05
-    assert acc1(fresh["a"].tokens.mean(1)[:, :10], fresh["b"].tokens.mean(1)) < 0.5  # the means contain no shared part
+def explained(target: torch.Tensor, x: torch.Tensor) -> float:
+    """Part of the variance of the target that a linear regression on x explains."""
+    rest = target - x @ torch.linalg.lstsq(x, target).solution
+    return 1 - float(rest.square().sum() / target.square().sum())
 
 
 def test_correlations_equal_numpys_canonical_correlations() -> None:
-    data = synthetic_tokens(0)
-    projection = CanonicalProjection(specs(), SHARED)
-    projection.fit([data])
-    flat = [projection.flatten(m, t.tokens, t.mask).double().numpy() for m, t in data.items()]
-    flat = [x - x.mean(0) for x in flat]
-    white = [np.linalg.svd(x, full_matrices=False)[0] for x in flat]
-    expected = np.linalg.svd(white[0].T @ white[1])[1][:SHARED]
-    a, b = (projection(m, t.tokens, t.mask) for m, t in data.items())
-    assert np.allclose(correlation(a, b).numpy(), expected, atol=0.02)
+    data = planted(0)[1]
+    white = [np.linalg.svd(x.double().numpy(), full_matrices=False)[0] for x in data.values()]
+    expected = np.linalg.svd(white[0].T @ white[1])[1]
+    maps, strengths = canonical(data, 8)
+    a, b = (data[m] @ w for m, w in maps.items())
+    assert a.shape == (ROWS, SHARED)
+    assert np.allclose(correlation(a, b).numpy(), expected[:SHARED], atol=0.01)
+    assert torch.allclose(a.std(0), torch.ones(SHARED), atol=1e-3)
+    assert np.allclose(strengths.numpy(), expected[:SHARED], atol=0.02)  # on held-out rows
+    assert (a.T @ a / ROWS - torch.eye(SHARED)).abs().max() < 0.02
 
 
-def test_the_fit_does_not_depend_on_the_batches() -> None:
-    data = synthetic_tokens(0, 300)
-    whole, parts = CanonicalProjection(specs(), 3), CanonicalProjection(specs(), 3)
-    whole.fit([data])
-    parts.fit([{m: t.map(lambda x, i=i: x[i : i + 70]) for m, t in data.items()} for i in range(0, 300, 70)])
-    for m, t in data.items():
-        one, other = whole(m, t.tokens, t.mask), parts(m, t.tokens, t.mask)
-        assert torch.allclose(correlation(one, other).abs(), torch.ones(3), atol=1e-3)
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_planted_variables_are_found_in_new_rows(count: int) -> None:
+    """They have much less variance than what is not shared, so principal components do not find them."""
+    maps, strengths = canonical(planted(0, count, noise=4.0)[1], 8)
+    shared, data = planted(1, count, noise=4.0)
+    assert strengths.tolist() == pytest.approx([0.8] * SHARED, abs=0.05)  # 1 / (1 + 0.5^2)
+    variates = {m: data[m] @ w for m, w in maps.items()}
+    for m, v in variates.items():
+        assert explained(shared, v) > 0.75
+        first = torch.linalg.svd(data[m], full_matrices=False)[2][:SHARED]
+        assert explained(shared, data[m] @ first.T) < 0.1
+    for one in variates.values():
+        assert all((correlation(one, other) > 0.7).all() for other in variates.values())
 
 
-def test_the_sketched_whitening_equals_the_full_one() -> None:
-    rows = torch.randn(20, 60, generator=torch.Generator().manual_seed(0))
-    rows -= rows.mean(0)
-    covariance = rows.T @ rows / 20
-    sketched, full = _whitening(covariance, 19), _whitening(covariance, 60)[:, :19]
-    assert torch.allclose(sketched @ sketched.T, full @ full.T, atol=1e-3 * float((full @ full.T).abs().max()))
+@pytest.mark.parametrize("rows", [20, 400, 2000])
+@pytest.mark.parametrize("count", [2, 3])
+def test_noise_has_no_shared_directions(rows: int, count: int) -> None:
+    """Many features of few rows correlate on these rows, but not on others."""
+    g = torch.Generator().manual_seed(rows)
+    data = {m: torch.randn(rows, 50, generator=g) for m in "abc"[:count]}
+    data = {m: x - x.mean(0) for m, x in data.items()}
+    maps, strengths = canonical(data, 24)
+    assert [w.shape[1] for w in maps.values()] == [1] * count  # the strongest is kept, so that there is a code
+    assert 0 <= float(strengths) < MIN_CORRELATION
+    if rows == 400:
+        assert correlation(*(data[m] @ maps[m] for m in "ab")).abs() > 0.25  # on the rows of the fit
 
 
-def test_zero_until_fitted_and_with_too_few_rows() -> None:
-    projection, data = CanonicalProjection(specs(), 3), synthetic_tokens(0, 1)
-    projection.fit([data])
-    assert not projection.fitted
-    assert not projection("a", data["a"].tokens, data["a"].mask).any()
+def test_equal_modalities_have_strengths_just_below_one() -> None:
+    x = planted(0)[1]["a"]
+    strengths = canonical({"a": x, "b": x.clone()}, 4)[1]
+    assert len(strengths) == 4 and (strengths <= MAX_ROUNDING).all() and (strengths > 0.99).all()
 
 
-def test_long_and_wide_sequences_are_averaged_and_narrowed() -> None:
-    projection = CanonicalProjection({"a": FeatureSpec(512, 40, 8), "b": FeatureSpec(10, 5, 10)}, 3)
-    tokens = torch.randn(2, 40, 512)
-    mask = torch.ones(2, 40, dtype=torch.bool)
-    mask[1, 3:] = False
-    flat = projection.flatten("a", tokens, mask)
-    assert flat.shape[1] <= 4096
-    first = torch.nn.functional.layer_norm(tokens, (512,)) @ projection.narrow_a
-    assert torch.allclose(flat[0, : first.shape[-1]], first[0, :3].mean(0), atol=1e-5)
-    assert torch.allclose(flat[1, : first.shape[-1]], first[1, :3].mean(0), atol=1e-5)
-    assert not flat[1, first.shape[-1] :].any()
+def test_at_most_rank_directions_are_kept_in_descending_order() -> None:
+    data = planted(0)[1]
+    data["b"] = torch.cat([data["b"][:, :4], data["a"] + torch.arange(8) * 0.3 * torch.randn(ROWS, 8)], dim=1)
+    data["b"] -= data["b"].mean(0)
+    maps, strengths = canonical(data, 5)
+    assert maps["a"].shape == (8, 5) and maps["b"].shape == (12, 5)
+    assert (strengths[:-1] >= strengths[1:]).all()
+
+
+def test_ridge_regression_equals_numpys() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(100, 4, generator=g), torch.randn(100, 3, generator=g)
+    assert np.allclose(ridge_regression(x, y, 0.0).numpy(), np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0], atol=1e-4)
+    inner = (x.T @ x).double().numpy()
+    expected = np.linalg.solve(inner + 0.5 * np.diag(inner).mean() * np.eye(4), (x.T @ y).double().numpy())
+    assert np.allclose(ridge_regression(x, y, 0.5).numpy(), expected, atol=1e-5)
+
+
+def residual(oblique: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A shared variable (n, 1), a unique one (n, 1) and features (n, 6) of both, in orthogonal or oblique directions."""
+    g = torch.Generator().manual_seed(0)
+    shared, unique = torch.randn(2, ROWS, 1, generator=g)
+    directions = torch.linalg.qr(torch.randn(6, 6, generator=g))[0][:2]
+    if oblique:
+        directions[1] = (directions[0] + directions[1]) / 2**0.5
+    x = 3 * shared * directions[0] + 2 * unique * directions[1] + 0.1 * torch.randn(ROWS, 6, generator=g)
+    return shared - shared.mean(0), unique - unique.mean(0), x - x.mean(0)
+
+
+@pytest.mark.parametrize("oblique", [False, True])
+def test_the_residual_is_the_planted_unique_variable(oblique: bool) -> None:
+    shared, unique, x = residual(oblique)
+    map_ = residual_components(x, torch.linalg.lstsq(x, shared).solution, 1)
+    found = x @ map_
+    assert float(found.std()) == pytest.approx(1, abs=1e-3)
+    least = 0.5 if oblique else 0.99
+    assert correlation(found, unique).abs() > least
+    if not oblique:
+        assert correlation(found, shared).abs() < 0.05
+
+
+def test_the_residual_is_uncorrelated_with_the_code_in_any_directions() -> None:
+    shared, _, x = residual(oblique=True)
+    assert correlation(x @ residual_components(x, torch.linalg.lstsq(x, shared).solution, 1), shared).abs() < 0.05
+
+
+def test_residual_components_of_everything_are_those_of_the_features() -> None:
+    """If the code is unrelated to the features, they are principal components, each of unit variance."""
+    x = planted(0, noise=2.0)[1]["a"]
+    found = x @ residual_components(x, torch.zeros(x.shape[1], 1), 3)
+    expected = x @ torch.linalg.svd(x, full_matrices=False)[2][:3].T
+    assert explained(expected, found) > 0.98
+    assert torch.allclose(found.std(0), torch.ones(3), atol=1e-3)

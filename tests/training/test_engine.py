@@ -2,19 +2,23 @@
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from tvl_align.contract import Features, Stage2Model
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.inputs import DataConfig
-from tvl_align.methods.base import Stage2Config, Stage2Loss
+from tvl_align.methods.base import Stage2Config, Stage2Loss, TVLStage2
 from tvl_align.methods.registry import METHODS
 from tvl_align.system.checkpoint import load_checkpoint, save_checkpoint
 from tvl_align.system.console import UserError
+from tvl_align.training.engine import calibrate as calibrate_model
 from tvl_align.training.engine import evaluate, fit, selection_scores
 from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.run import Run, epoch_lines
@@ -27,7 +31,7 @@ BASE = METHODS["base"]
 def settings(world: Path, stage1_checkpoint: Path, feature_dir: Path, tmp_path: Path) -> Settings[Stage2Config]:
     return Settings(
         Stage1Config(stage1_checkpoint),
-        Stage2Config(register_token_dim=32, num_heads=4, drop_rate=0.1),
+        Stage2Config(register_token_dim=32, num_heads=4, drop_rate=0.1, components=32),
         DataConfig(world, views=1, feature_dir=feature_dir, num_workers=0),
         OptimConfig(batch_size=16, epochs=3, warmup_epochs=1, lr=1e-3),
         RunConfig(tmp_path / "runs", "one", device="cpu"),
@@ -59,12 +63,15 @@ def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: 
     for row in rows:
         assert {f"{split}_{name}" for split in ("train", "val") for name in named} | {"epoch", "lr"} <= row.keys()
     assert rows[-1]["train_total_loss"] < rows[0]["train_total_loss"]
+    times = [json.loads(line) for line in (folder / "times.jsonl").read_text().splitlines()]
+    assert [row.pop("epoch") for row in times] == [0, 1, 2]
+    assert all(row.keys() == {"train", "validate"} and min(row.values()) >= 0 for row in times)
     for name in ("checkpoint.pth", "checkpoint-acc1.pth", "checkpoint-acc5.pth"):
         content = load_checkpoint(folder / name)
         assert {"model", "optimizer", "progress"} <= content.keys()
     assert list(folder.glob("events.out.tfevents*"))
     said = capsys.readouterr().out
-    assert "[STAGE2] stage2_base v2.1" in said
+    assert "[STAGE2] stage2_base v3.0" in said
     assert "(chance " in said
 
 
@@ -103,6 +110,61 @@ def test_resume_ends_where_the_uninterrupted_run_ends(
     assert torch.equal(weights(folder), weights(whole))
     assert metrics(folder) == metrics(whole)
     assert load_checkpoint(folder / "checkpoint.pth")["progress"] == load_checkpoint(whole / "checkpoint.pth")["progress"]
+
+
+def test_calibration_happens_once_and_not_on_resume(
+    settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first epoch, in evaluation mode, with all training rows without augmentation, twice over."""
+    calls: list[list[int]] = []
+    calibrate, record = TVLStage2.calibrate, Run.record
+
+    def counted(self: TVLStage2, batches: Callable[[], Iterable[Features]]) -> None:
+        assert not self.training and not torch.is_grad_enabled()
+        calls.append([row for features in batches() for row in features.rows.tolist()])
+        assert calls[-1] == [row for features in batches() for row in features.rows.tolist()]
+        calibrate(self, batches)
+
+    def stop_after_the_first(self: Run, row: dict[str, Any], seconds: dict[str, float]) -> None:
+        record(self, row, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TVLStage2, "calibrate", counted)
+    monkeypatch.setattr(Run, "record", stop_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings, BASE)
+    monkeypatch.setattr(Run, "record", record)
+    rows = len(settings.open_inputs(torch.device("cpu")).splits["train"])
+    assert calls == [list(range(rows))]
+    principal = load_checkpoint(settings.folder / "checkpoint.pth")["model"]["codes.principal.vectors_vision"]
+    assert len(metrics(fit(settings, BASE))) == 3 and len(calls) == 1
+    after = load_checkpoint(settings.folder / "checkpoint.pth")["model"]
+    assert torch.equal(after["codes.principal.vectors_vision"], principal) and bool(after["codes.principal.fitted"])
+
+
+def test_calibration_reads_evenly_spaced_rows(settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+
+    class Recorded(nn.Module, Stage2Model):
+        def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
+            found.extend(row for features in batches() for row in features.rows.tolist())
+
+    source = settings.open_inputs(torch.device("cpu")).splits["train"]
+    monkeypatch.setattr("tvl_align.training.engine.CALIBRATION_ROWS", len(source) // 4)
+    calibrate_model(Recorded(), source, torch.device("cpu"))
+    assert found == list(range(0, len(source), found[1])) and len(source) // 5 <= len(found) <= len(source) // 4
+
+
+def test_condensed_training_equals_training_on_tokens(
+    settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = changed(settings, "optim", epochs=1)
+    condensed = metrics(fit(short, BASE))
+    monkeypatch.setattr("tvl_align.features.store.MAX_CONDENSED", 0)
+    tokens = metrics(fit(changed(short, "run", log_name="tokens"), BASE))
+    for one, other in zip(condensed, tokens, strict=True):
+        for name in one:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-3) or "acc" in name, name
 
 
 def test_the_best_so_far_survives_resume(settings: Settings[Stage2Config]) -> None:

@@ -1,7 +1,14 @@
-"""Probes of every factor on every group of tokens: retention and leak."""
+"""Probes of every factor on every group of tokens: retention and leak, each by the strongest probe.
 
+A factor belongs to the modalities that own it: shared by several, or unique to one. Retention: shared factors are read from
+overlapping tokens, unique ones from complementary tokens. Leak: the opposite groups.
+
+Shapes: M probe rows, Q test rows.
+"""
+
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,156 +18,287 @@ from torch import Tensor
 
 from tvl_align.contract import Features
 from tvl_align.evaluation.labels import Labels
-from tvl_align.evaluation.probes import attentive_probe, linear_probe, normalised_score, probe_all
-from tvl_align.evaluation.split_tokens import SplitTokens
-from tvl_align.features.store import FeatureSource
-from tvl_align.system.console import UserError, progress
+from tvl_align.evaluation.probes import ProbeKind, Target, accuracy, bits, fit_probes, normalised_score, r2
+from tvl_align.evaluation.uncertainty import interval, weighted_mean
+from tvl_align.system.console import progress
+from tvl_align.system.workers import run_in_threads
 
-MIN_MINORITY = 10  # rows outside the most common level, so that a random fifth of the rows does not contain all of them
+KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
+CEILING = "stage1"  # the group of the frozen features
+MIN_MARGIN = 5.0  # percentage points and
+MIN_ERRORS = 2.0  # standard errors that a ceiling must be above chance
+MIN_BITS = 0.05  # usable bits of a ceiling that are divided by
+MIN_ROWS = 20  # labelled probe rows of a factor
+SUMMARY = {  # name: (is the factor shared, group)
+    "shared_retention": (True, "overlapping"),
+    "unique_retention": (False, "complementary"),
+    "shared_leak": (True, "complementary"),
+    "unique_leak": (False, "overlapping"),
+}
 
 
 @dataclass(frozen=True)
-class ProbeData:
-    """Data that all probes share.
+class Rows:
+    """The rows that probes are fitted on (`probe`) or tested on (`test`): names and frozen features, on one device."""
 
-    rows (M,): indices into `train` of the rows that probes are fitted on. test: the split they are tested on. frozen: frozen
-    features of these rows, under "train" and "test".
-    """
+    names: Sequence[str]
+    frozen: Features
 
-    labels: Labels
-    train: FeatureSource
-    rows: Tensor
-    test: FeatureSource
-    frozen: Mapping[str, Features]
-    seed: int
-    steps: int = 600
 
-    def rows_of(self, modality: str, factors: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(M,) bool masks of the training and the test rows that have this modality and a label for every factor."""
-        masks = []
-        for split, names in (("train", self._names), ("test", list(self.test.names))):
-            known = np.all([self.labels.of(f, names) >= 0 for f in factors], axis=0)
-            masks.append(self.frozen[split].modalities[modality].present & torch.from_numpy(known))
-        return masks[0], masks[1]
+@dataclass(frozen=True)
+class Reading:
+    """What one kind of probe reads of a factor: correct (Q,) 1, 0 or NaN (row without the factor), bits (usable
+    information, less than 0 if the probe is worse than the frequencies of the levels), r2 of real-valued factors."""
 
-    def targets(self, factor: str, train_rows: Tensor, test_rows: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Levels of a factor in the masked training and test rows, int64. Raises UserError for too few labelled rows."""
-        y, y_test = self.labels.of(factor, self._names), self.labels.of(factor, list(self.test.names))
-        y, y_test = y[train_rows.numpy()], y_test[test_rows.numpy()]
-        minority, needed = len(y) - int(np.bincount(y, minlength=1).max()), min(MIN_MINORITY, len(y) // 5 + 2)
-        if minority < needed or not len(y_test):
-            raise UserError(
-                f"the label {factor!r} cannot be probed: at least {needed} of its {len(y)} training rows must differ from "
-                f"the most common level ({minority} do) and at least 1 test row must be labelled ({len(y_test)} are); "
-                "remove its column or raise --probe_rows."
-            )
-        return y, y_test
+    correct: Tensor
+    bits: float
+    r2: float | None = None
 
     @property
-    def _names(self) -> list[str]:
-        return [self.train.names[i] for i in self.rows.tolist()]
+    def accuracy(self) -> float:
+        """Percent of the labelled test rows."""
+        return 100 * float(self.correct.nanmean())
 
 
-def probe_factors(
-    tokens: Mapping[str, tuple[SplitTokens, SplitTokens]], data: ProbeData
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Probe every factor in every modality that may contain it, all groups of tokens on the same rows.
+@dataclass
+class Factor:
+    """One factor in one modality. chance: accuracy in percent of the most frequent level of the test rows. entropy: bits of
+    the levels, by their frequencies in the probe rows. readings: {group: {kind: Reading}}."""
 
-    tokens: {"": of the trained model, "untrained_": of an untrained one}, each on training and on test rows. Returns
-    {modality: {factor: results}}; scores are accuracies in percent.
+    ownership: tuple[str, ...]
+    chance: float
+    entropy: float
+    rows: int
+    readings: dict[str, dict[str, Reading]] = field(default_factory=dict)
+
+    def best(self, group: str, kind: str | None = None) -> Reading:
+        """The reading of the most accurate probe of a group, or of the given kind."""
+        readings = self.readings[group]
+        return readings[kind] if kind else max(readings.values(), key=lambda r: r.accuracy)
+
+    @property
+    def readable(self) -> bool:
+        """Whether the ceiling is above chance, beyond the error of a proportion."""
+        error = 100 * (self.chance / 100 * (1 - self.chance / 100) / max(1, self.rows)) ** 0.5
+        return self.best(CEILING).accuracy > self.chance + max(MIN_MARGIN, MIN_ERRORS * error)
+
+    def score(self, group: str, kind: str | None = None) -> float:
+        """The normalised score of a group, by its strongest probe or by the given kind: 0 = chance, 100 = ceiling."""
+        return normalised_score(self.best(group, kind).accuracy, self.chance, self.best(CEILING).accuracy)
+
+    def bits_score(self, group: str) -> float:
+        """Usable bits of a group in percent of those of the frozen features."""
+        most = max(r.bits for r in self.readings[CEILING].values())
+        return 100 * max(0.0, *(r.bits for r in self.readings[group].values())) / max(most, MIN_BITS)
+
+    def resampled(self, group: str, weights: Tensor) -> Tensor:
+        """The normalised score under (R, Q) bootstrap weights -> (R,); the ceiling is resampled with it."""
+        read, ceiling = (100 * weighted_mean(self.best(g).correct, weights) for g in (group, CEILING))
+        return 100 * (read - self.chance) / (ceiling - self.chance).clamp(min=MIN_MARGIN / 2)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain numbers for results.json; no NaN."""
+        return {
+            "ownership": list(self.ownership),
+            "chance": self.chance,
+            "entropy": self.entropy,
+            "readable": self.readable,
+            "accuracy": {g: {k: r.accuracy for k, r in rs.items()} for g, rs in self.readings.items()},
+            "bits": {g: {k: r.bits for k, r in rs.items()} for g, rs in self.readings.items()},
+            "r2": {g: {k: r.r2 for k, r in rs.items()} for g, rs in self.readings.items() if self._real_valued},
+            "score": {g: self.score(g) for g in self.readings} if self.readable else {},
+        }
+
+    @property
+    def _real_valued(self) -> bool:
+        return any(r.r2 is not None for rs in self.readings.values() for r in rs.values())
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """A factor in a modality: levels of the probe and test rows (-1: none), and numbers (NaN: none) if it is real-valued."""
+
+    probe: Tensor
+    test: Tensor
+    levels: int
+    numbers: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One probe to fit for all factors of a modality: inputs of the probe and test rows, fraction of the probe rows."""
+
+    modality: str
+    group: str
+    label: str
+    kind: ProbeKind
+    probe: Sequence[Tensor]
+    test: Sequence[Tensor]
+    share: float = 1.0
+    shared_only: bool = False
+    thorough: bool = True
+
+
+class FactorProbes:
+    """The factors of every modality, and the probes that have read them so far.
+
+    Factors with fewer than MIN_ROWS labelled probe rows, one level only, or no labelled test row are left out and named in
+    `left_out`, {modality: {factor: reason}}.
     """
-    labels, groups = data.labels, [prefix + group for prefix in tokens for group in ("overlapping", "complementary")]
-    factors = {
-        m: [f for f in labels.levels if not labels.ownership[f] or m in labels.ownership[f]]
-        for m in tokens[""][0].overlapping
-    }
-    modalities = [m for m in factors if factors[m]]
-    rows = {m: data.rows_of(m, factors[m]) for m in modalities}
-    targets = {m: {f: data.targets(f, *rows[m]) for f in factors[m]} for m in modalities}
 
-    def attentive_job(modality: str) -> tuple[Any, ...]:
-        train_rows, test_rows = rows[modality]
-        a, b = (data.frozen[split].modalities[modality] for split in ("train", "test"))
-        y = targets[modality].values()
-        return (
-            *(a.tokens[train_rows], a.mask[train_rows], [train for train, _ in y]),
-            *(_resized(b.tokens, a.tokens)[test_rows], _resized(b.mask, a.mask)[test_rows], [test for _, test in y]),
-        )
+    def __init__(self, labels: Labels, probe: Rows, test: Rows, seed: int, steps: int = 400) -> None:
+        self.labels, self.probe, self.test, self.seed, self.steps = labels, probe, test, seed, steps
+        self.factors: dict[str, dict[str, Factor]] = {}
+        self.left_out: dict[str, dict[str, str]] = {}
+        self._labelled: dict[str, dict[str, _Labelled]] = {}
+        for modality in probe.frozen.modalities:
+            for name in labels.levels:
+                if not labels.ownership[name] or modality in labels.ownership[name]:
+                    self._add(modality, name)
 
-    def linear_jobs(modality: str, factor: str) -> Iterator[tuple[Any, ...]]:
-        (train_rows, test_rows), (y, y_test) = rows[modality], targets[modality][factor]
-        yield (
-            *(data.frozen["train"].modalities[modality].pooled[train_rows], y),
-            *(data.frozen["test"].modalities[modality].pooled[test_rows], y_test),
-        )
-        for on_train, on_test in tokens.values():
-            for group in ("overlapping", "complementary"):
-                x, x_test = (getattr(split, group)[modality].flatten(1) for split in (on_train, on_test))
-                yield x[train_rows], y, x_test[test_rows], y_test
+    def _add(self, modality: str, name: str) -> None:
+        sides = []
+        for rows in (self.probe, self.test):
+            levels = torch.from_numpy(self.labels.of(name, rows.names))
+            sides.append(torch.where(rows.frozen.modalities[modality].present.cpu(), levels, -1))
+        probe, test = sides
+        known, tested = probe[probe >= 0], test[test >= 0]
+        if len(known) < MIN_ROWS or not len(tested) or len(known.unique()) < 2:
+            reason = f"{len(known)} labelled probe rows with {len(known.unique())} levels, {len(tested)} test rows"
+            self.left_out.setdefault(modality, {})[name] = reason
+            return
+        count = len(self.labels.levels[name])
+        frequency = (known.bincount(minlength=count) + 0.5) / (len(known) + 0.5 * count)
+        entropy = float(-frequency.log2()[tested].mean())
+        chance = 100 * int(tested.bincount().max()) / len(tested)
+        self.factors.setdefault(modality, {})[name] = Factor(self.labels.ownership[name], chance, entropy, len(tested))
+        numbers = None
+        if name in self.labels.numbers:
+            values = self.labels.numbers[name]
+            found = [torch.tensor([values.get(n, math.nan) for n in r.names])[:, None] for r in (self.probe, self.test)]
+            numbers = found[0], found[1]
+        self._labelled.setdefault(modality, {})[name] = _Labelled(probe, test, count, numbers)
 
-    results: dict[str, dict[str, dict[str, Any]]] = {}
-    with progress(sum(map(len, factors.values())), "probe", "factor") as bar:
-        ceilings = list(
-            probe_all(partial(attentive_probe, steps=data.steps), (attentive_job(m) for m in modalities), data.seed)
-        )
-        jobs = (job for m in modalities for f in factors[m] for job in linear_jobs(m, f))
-        scores = probe_all(linear_probe, jobs, data.seed)
-        for modality, attentive in zip(modalities, ceilings, strict=True):
-            results[modality] = {}
-            for factor, ceiling in zip(factors[modality], attentive, strict=True):
-                y_test = targets[modality][factor][1]
-                entry: dict[str, Any] = {name: next(scores) for name in ("stage1_pooled", *groups)}
-                entry |= {
-                    "ownership": list(labels.ownership[factor]),
-                    "chance": 100 * float(np.bincount(y_test).max() / len(y_test)),
-                    "stage1": max(ceiling, entry["stage1_pooled"]),
-                }
-                results[modality][factor] = entry
+    def read_ceilings(self) -> None:
+        """Probe the frozen features: pooled features and token sequences, by every kind of probe."""
+        jobs = []
+        for modality in self.factors:
+            a, b = (rows.frozen.modalities[modality] for rows in (self.probe, self.test))
+            length = min(a.tokens.shape[1], b.tokens.shape[1])
+            x, y = ((t.tokens[:, :length], t.mask[:, :length]) for t in (a, b))
+            flat, flat_test = ((tokens * mask[..., None]).flatten(1) for tokens, mask in (x, y))
+            jobs += [_Job(modality, CEILING, "attentive", "attentive", x, y)]
+            jobs += [_Job(modality, CEILING, f"{kind} on tokens", kind, (flat,), (flat_test,)) for kind in KINDS]
+            jobs += [_Job(modality, CEILING, f"{kind} on pooled", kind, (a.pooled,), (b.pooled,)) for kind in KINDS]
+        self._run(jobs, "ceilings")
+
+    def read(
+        self,
+        group: str,
+        probe: Mapping[str, Tensor],
+        test: Mapping[str, Tensor],
+        *,
+        share: float = 1.0,
+        kinds: Sequence[ProbeKind] = KINDS,
+        shared_only: bool = False,
+        thorough: bool = False,
+    ) -> None:
+        """Probe tokens {modality: (M, n, D)} and {modality: (Q, n, D)}; the readings get the name `group`.
+
+        share: fraction of the probe rows to use. shared_only: only factors that several modalities own. thorough: try every
+        strength of regularisation.
+        """
+        flat = {m: ((probe[m].flatten(1),), (test[m].flatten(1),)) for m in self.factors}
+        jobs = [_Job(m, group, kind, kind, *flat[m], share, shared_only, thorough) for m in self.factors for kind in kinds]
+        self._run(jobs, group.replace("_", " "))
+
+    def _run(self, jobs: Sequence["_Job"], title: str) -> None:
+        work = [partial(self._probe, job) for job in jobs]
+        with progress(len(work), f"probe {title}", "fit") as bar:
+            lanes = torch.get_num_threads() if self.probe.frozen.rows.device.type == "cpu" else 1
+            for job, readings in zip(jobs, run_in_threads(work, lanes=lanes), strict=True):
+                for name, reading in readings.items():
+                    self.factors[job.modality][name].readings.setdefault(job.group, {})[job.label] = reading
                 bar.update()
-    return results
 
+    def _probe(self, job: "_Job") -> dict[str, Reading]:
+        modality = job.modality
+        chosen = {
+            name: labelled
+            for name, labelled in self._labelled[modality].items()
+            if not job.shared_only or len(self.labels.ownership[name]) > 1
+        }
+        if not chosen:
+            return {}
+        at = self.probe.frozen.modalities[modality].present.nonzero().squeeze(1)
+        at = at[: max(MIN_ROWS, math.ceil(job.share * len(at)))]
+        device, rows = at.device, at.cpu()
+        targets, places = [], []
+        for name, x in chosen.items():
+            targets.append(Target(x.probe[rows].to(device), x.levels))
+            places.append((name, "class"))
+            if x.numbers is not None:
+                values = x.numbers[0][rows]
+                mean, std = _moments(values)
+                targets.append(Target(((values - mean) / std).to(device)))
+                places.append((name, "number"))
+        outputs = fit_probes(job.kind, [x[at] for x in job.probe], targets, job.test, self.seed, self.steps, job.thorough)
+        found = dict(zip(places, outputs, strict=True))
+        readings = {}
+        for name, x in chosen.items():
+            present, probed = x.test >= 0, found[name, "class"]
+            correct = torch.where(present, accuracy(probed, x.test), torch.nan)
+            usable = self.factors[modality][name].entropy - float(bits(probed, x.test.clamp(min=0))[present].mean())
+            explained = None
+            if x.numbers is not None:
+                mean, std = _moments(x.numbers[0][rows])
+                values = (x.numbers[1] - mean) / std
+                explained = r2(found[name, "number"], values, torch.zeros(1))
+            readings[name] = Reading(correct, usable, explained)
+        return readings
 
-def _resized(x: Tensor, like: Tensor) -> Tensor:
-    """Truncate or zero-pad the token axis of x to the length of `like`."""
-    missing = like.shape[1] - x.shape[1]
-    return x[:, : like.shape[1]] if missing <= 0 else torch.cat([x, x.new_zeros(len(x), missing, *x.shape[2:])], 1)
+    def each(self) -> Iterator[Factor]:
+        """All factors of all modalities."""
+        for factors in self.factors.values():
+            yield from factors.values()
 
+    def summary(self, weights: Tensor) -> dict[str, dict[str, float]]:
+        """Retention and leak: {name: {score, low, high, linear, bits, ...}}, averaged over modalities and factors.
 
-def shared_retention(
-    on_train: SplitTokens, on_test: SplitTokens, data: ProbeData, factors: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> float | None:
-    """Shared retention as in `summary`, computed from the given overlapping tokens.
-
-    factors: the results of `probe_factors`. Returns None if no factor is shared.
-    """
-    jobs, bounds = [], []
-    for modality, entries in factors.items():
-        train_rows, test_rows = data.rows_of(modality, list(entries))
-        for factor, entry in entries.items():
-            if len(entry["ownership"]) > 1:
-                y, y_test = data.targets(factor, train_rows, test_rows)
-                x, x_test = (split.overlapping[modality].flatten(1) for split in (on_train, on_test))
-                jobs.append((x[train_rows], y, x_test[test_rows], y_test))
-                bounds.append((entry["chance"], entry["stage1"]))
-    scores = list(probe_all(linear_probe, jobs, data.seed))
-    return float(np.mean([normalised_score(s, *b) for s, b in zip(scores, bounds, strict=True)])) if scores else None
-
-
-def summary(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
-    """Retention and leak: normalised scores (0 = chance, 100 = ceiling), averaged over modalities and factors.
-
-    Shared factors belong to two or more modalities, unique factors to one. Retention: probes of shared factors on
-    overlapping tokens and of unique factors on complementary tokens. Leak: the opposite groups.
-    """
-    groups: dict[str, list[float]] = {}
-    for modality in factors.values():
-        for entry in modality.values():
-            if not entry["ownership"]:
+        weights: (R, Q) bootstrap weights of the test rows. low, high: 95% interval. linear: by linear probes alone. bits:
+        usable bits in percent. half, untrained: of other readings of the same group, if they were made. Factors without
+        owners or with a ceiling at chance are left out.
+        """
+        result = {}
+        for name, (shared, group) in SUMMARY.items():
+            factors = [f for f in self.each() if f.ownership and (len(f.ownership) > 1) == shared and f.readable]
+            if not factors or group not in factors[0].readings:
                 continue
-            shared = len(entry["ownership"]) > 1
-            over, comp = (
-                normalised_score(entry[g], entry["chance"], entry["stage1"]) for g in ("overlapping", "complementary")
-            )
-            groups.setdefault("shared_retention" if shared else "unique_leak", []).append(over)
-            groups.setdefault("shared_leak" if shared else "unique_retention", []).append(comp)
-    return {name: float(np.mean(groups[name])) for name in sorted(groups)}
+            samples = torch.stack([f.resampled(group, weights) for f in factors]).mean(0)
+            low, high = interval(samples)
+            entry = {"score": _mean(f.score(group) for f in factors), "low": low, "high": high}
+            entry |= {"linear": _mean(f.score(group, "linear") for f in factors)}
+            entry |= {"bits": _mean(f.bits_score(group) for f in factors)}
+            for other in ("half", "untrained"):
+                if f"{other}_{group}" in factors[0].readings:
+                    entry[other] = _mean(f.score(f"{other}_{group}") for f in factors)
+            result[name] = entry
+        return result
+
+    def shared_score(self, group: str) -> float | None:
+        """Mean normalised score of the shared factors in a group; None if there are none."""
+        factors = [f for f in self.each() if len(f.ownership) > 1 and f.readable and group in f.readings]
+        return _mean(f.score(group) for f in factors) if factors else None
+
+    def as_json(self) -> dict[str, dict[str, Any]]:
+        """{modality: {factor: plain numbers}}."""
+        return {m: {name: f.as_json() for name, f in factors.items()} for m, factors in self.factors.items()}
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    known = values[values.isfinite()]
+    return known.mean(), known.std(correction=0).clamp(min=1e-9)
+
+
+def _mean(values: Iterator[float]) -> float:
+    return float(np.mean(list(values)))

@@ -1,7 +1,7 @@
 """A run -> results.json: retrieval, probes of each group of registers, prefixes of registers, and controls.
 
-All scores are in percent, with their chance levels. Retrieval is over the full split. Probes are fitted on training rows
-only.
+All scores are in percent, with their chance levels. Retrieval is over the full split. Probes are fitted on rows that
+neither the model nor its closed forms saw: the probe rows, or the validation rows if there are none.
 """
 
 import json
@@ -17,17 +17,22 @@ import tyro
 from torch import Tensor, nn
 
 from tvl_align.data.samples import Samples
-from tvl_align.evaluation.factors import ProbeData, probe_factors, shared_retention, summary
-from tvl_align.evaluation.labels import read_labels
+from tvl_align.evaluation.cross_reading import cross_readings
+from tvl_align.evaluation.factors import FactorProbes, Rows
+from tvl_align.evaluation.labels import Labels, read_labels
+from tvl_align.evaluation.oracle import oracle
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, stage1_features
+from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
+from tvl_align.features.inputs import DataConfig
 from tvl_align.features.store import FeatureSource
 from tvl_align.losses.alignment import pair_name
-from tvl_align.metrics.retrieval import TVL_THRESHOLDS, retrieval, tvl_protocol
+from tvl_align.losses.contrastive import positive_mask
+from tvl_align.metrics.retrieval import TVL_THRESHOLDS, Retrieval, retrieval, tvl_protocol
 from tvl_align.system.checkpoint import load_checkpoint
 from tvl_align.system.console import UserError
 from tvl_align.system.provenance import provenance
-from tvl_align.system.runtime import pick_device, seed_everything
-from tvl_align.training.engine import build_model
+from tvl_align.system.runtime import generator, pick_device, seed_everything
+from tvl_align.training.engine import build_model, calibrate
 from tvl_align.training.run import load_run
 
 EXAMPLES = 8  # number of test rows shown on the page
@@ -45,10 +50,10 @@ class EvaluateConfig:
     """Method of the run, as for train; default: the one stored in the run folder."""
     labels: Path | None = None
     """CSV with a vision column and one column per factor; default: the labels stored with the data, if any."""
-    probe_steps: int = 600
-    """Training steps of an attentive probe, which sets the ceiling of a factor. Fewer steps give too low a ceiling."""
+    probe_steps: int = 400
+    """Most training steps of a probe."""
     probe_rows: int = 3000
-    """Maximal number of training rows that probes are fitted on, drawn with the seed of the run."""
+    """Maximal number of probe rows, drawn with the seed of the run."""
     split: Literal["test", "val"] = "test"
     """Split to evaluate. Use val to choose settings; it writes results-val.json and no page."""
     device: str | None = None
@@ -67,76 +72,139 @@ def measure(options: EvaluateConfig) -> Path:
         where = settings.data.store or settings.data.datasets_dir
         raise UserError(f"{where} has no {options.split} rows; give --split another one of its splits.")
     model = build_model(method, settings.knobs, inputs.specs).to(device)
-    model.load_state_dict(load_checkpoint(options.run / options.checkpoint)["model"])
+    try:
+        model.load_state_dict(load_checkpoint(options.run / options.checkpoint)["model"])
+    except RuntimeError as error:
+        version = config["implementation"]["version"]
+        raise UserError(
+            f"{options.run / options.checkpoint} was written by version {version} of the method and does not fit version "
+            f"{method.implementation.version}; train again, or evaluate with the package of that run."
+        ) from error
     seed_everything(settings.run.own_seed + 1)
     untrained = build_model(method, settings.knobs, inputs.specs).to(device)
-    train, test = inputs.splits["train"], inputs.splits[options.split]
+    calibrate(untrained, inputs.splits["train"], device)  # the floor has the closed forms that the trained model has
+    test, names = inputs.splits[options.split], list(inputs.specs)
+    probe_split = "probe" if "probe" in inputs.splits else "val"
+    probe = inputs.splits[probe_split]
+    rows = torch.randperm(len(probe), generator=generator(settings.run.seed, 5))[: options.probe_rows]
     samples = inputs.samples.get(options.split)  # None for a feature store without images
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.run.seed))
-    rows = order[: options.probe_rows].sort().values
-    frozen = {"train": stage1_features(train, rows, device), "test": stage1_features(test, all_rows(test), device)}
+    weights = group_weights(test.groups, settings.run.seed)
     results: dict[str, Any] = {
         "method": config["implementation"]["experiment_id"],
         "version": config["implementation"]["version"],
         "seed": settings.run.own_seed,
         "split": options.split,
         "gallery": len(test),
+        "groups": len(test.groups.unique()),
+        "probe_rows": {"split": probe_split, "rows": len(rows)},
         "checkpoint": options.checkpoint,
         "root": str((samples.root if samples else settings.data.store or Path()).resolve()),
         "examples": [asdict(row) for row in samples.rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]] if samples else [],
-        "retrieval": {},
-        "factors": {},
     }
-    names = list(inputs.specs)
+    labels = _labels(options, settings.data)
     trained_tokens, untrained_tokens = (compute_tokens(m, test, all_rows(test), device) for m in (model, untrained))
-    pooled = {m: t.pooled.cpu() for m, t in frozen["test"].modalities.items()}
-    for first, second in combinations(names, 2):
-        results["retrieval"][pair_name(first, second)] = _pair(first, second, trained_tokens, pooled)
-    results["tvl_protocol"] = _tvl_protocol(trained_tokens, pooled, names) if samples else {}
-    results["controls"] = {
-        "shuffled_acc1": _shuffled_acc1(trained_tokens, names, settings.run.seed),
-        "untrained_acc1": float(np.mean(list(_acc1(untrained_tokens, names).values()))),
+    frozen = stage1_features(test, all_rows(test), device)
+    pooled = {m: t.pooled for m, t in frozen.modalities.items()}
+    meanings = Meanings(labels, list(test.names), trained_tokens.keys)
+    results["retrieval"] = {
+        pair_name(a, b): _pair(a, b, trained_tokens, untrained_tokens, pooled, meanings, weights)
+        for a, b in combinations(names, 2)
     }
+    results["tvl_protocol"] = _tvl_protocol(trained_tokens, pooled, names) if samples else {}
+    results["controls"] = {"shuffled_acc1": _shuffled_acc1(trained_tokens, names, meanings, settings.run.seed)}
     has_pair = {"vision", "tactile"} <= set(names)
     results["confusions"] = _confusions(trained_tokens, samples) if samples and has_pair else []
-    default_labels = (
-        settings.data.store / "labels.csv" if settings.data.store else settings.data.datasets_dir / "factors.csv"
-    )
-    path, probes = options.labels or default_labels, None
-    if options.labels is not None or path.is_file():
-        probes = ProbeData(read_labels(path), train, rows, test, frozen, settings.run.seed, options.probe_steps)
-        tokens = {
-            prefix: (compute_tokens(m, train, rows, device), on_test)
-            for prefix, m, on_test in (("", model, trained_tokens), ("untrained_", untrained, untrained_tokens))
-        }
-        results["factors"] = probe_factors(tokens, probes)
-        results["summary"] = summary(results["factors"])
-    results["prefix"] = _prefixes(model, test, device, names, probes, results["factors"])
+    on_probe = compute_tokens(model, probe, rows, device)
+    results["label_free"] = cross_readings(on_probe, trained_tokens, settings.run.seed, device, options.probe_steps)
+    factors: FactorProbes | None = None
+    if labels is not None:
+        sides = Rows([probe.names[i] for i in rows.tolist()], stage1_features(probe, rows, device).to(device))
+        factors = FactorProbes(
+            labels, sides, Rows(list(test.names), frozen.to(device)), settings.run.seed, options.probe_steps
+        )
+        factors.read_ceilings()
+        for group in ("overlapping", "complementary"):
+            on_rows, on_test = getattr(on_probe, group), getattr(trained_tokens, group)
+            factors.read(group, on_rows, on_test, thorough=True)
+            factors.read(f"half_{group}", on_rows, on_test, share=0.5)
+        floor = compute_tokens(untrained, probe, rows, device)
+        for group in ("overlapping", "complementary"):
+            factors.read(f"untrained_{group}", getattr(floor, group), getattr(untrained_tokens, group))
+    results["prefix"] = _prefixes(model, test, device, names, meanings, weights, (probe, rows), factors)
+    if factors is not None:
+        results["summary"] = factors.summary(weights)
+        results["left_out"] = factors.left_out
+    results["factors"] = factors.as_json() if factors is not None else {}
     results |= {"run": config, "evaluated_by": provenance()}
     written = options.run / ("results.json" if options.split == "test" else f"results-{options.split}.json")
-    written.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    written.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return written
 
 
-def _keys(first: str, second: str, tokens: SplitTokens) -> Tensor | None:
-    """Caption keys, which define the positives of pairs with text; None for other pairs."""
-    return tokens.keys if "text" in (first, second) else None
+def _labels(options: EvaluateConfig, data: DataConfig) -> Labels | None:
+    """The labels of `--labels`, else those beside the data; None if there are none."""
+    default = data.store / "labels.csv" if data.store else data.datasets_dir / "factors.csv"
+    path = options.labels or default
+    return read_labels(path) if options.labels is not None or path.is_file() else None
 
 
-def _pair(first: str, second: str, tokens: SplitTokens, stage1: Mapping[str, Tensor]) -> dict[str, float | None]:
-    """Retrieval of a pair with the registers and, if their widths agree, with the frozen features."""
-    valid, keys = tokens.present[first] & tokens.present[second], _keys(first, second, tokens)
-    ours = retrieval(tokens.pooled[first], tokens.pooled[second], valid, keys, tokens.scale)
-    one, other = stage1[first].cpu(), stage1[second].cpu()
-    comparable = one.shape[1] == other.shape[1]  # otherwise the encoders have no common embedding space
-    frozen = retrieval(one, other, valid, keys, tokens.scale) if comparable else None
-    return {
-        "acc1": ours.acc1,
-        "acc5": ours.acc5,
-        "chance1": ours.chance1,
-        "stage1_acc1": frozen.acc1 if frozen else None,
-        "stage1_acc5": frozen.acc5 if frozen else None,
-    }
+class Meanings:
+    """What is known about the partners of test rows: which captions mean the same, and what an oracle would find.
+
+    keys: (M, K) int64 caption keys of the rows; with labels that name the factors of the captions, a key of their levels.
+    """
+
+    def __init__(self, labels: Labels | None, names: Sequence[str], keys: Tensor) -> None:
+        self.labels, self.names, self.keys = labels, names, keys
+        if labels is not None and labels.text_factors:
+            levels = np.stack([labels.of(f, names) for f in labels.text_factors], axis=1)
+            levels[(levels < 0).any(1)] = -1 - np.arange(len(levels))[(levels < 0).any(1), None]  # a meaning of its own
+            self.keys = torch.from_numpy(np.unique(levels, axis=0, return_inverse=True)[1].reshape(-1, 1).astype(np.int64))
+
+    def of(self, first: str, second: str) -> Tensor | None:
+        """Keys that define the positives of pairs with text; None for other pairs: only the own row is positive."""
+        return self.keys if "text" in (first, second) else None
+
+    def oracle(self, first: str, second: str, valid: Tensor) -> tuple[float, float] | None:
+        """Acc@1 and Acc@5 of tvl_align.evaluation.oracle; None if no factor is known to be in both."""
+        if self.labels is None:
+            return None
+        shared = [f for f, owners in self.labels.ownership.items() if {first, second} <= set(owners)]
+        rows = [name for name, known in zip(self.names, valid.tolist(), strict=True) if known]
+        if not shared or not rows:
+            return None
+        keys = self.of(first, second)
+        ids = torch.arange(len(rows))[:, None] if keys is None else keys[valid]
+        one, other = (torch.from_numpy(self.labels.told(m, shared, rows)) for m in (first, second))
+        return oracle(one, other, positive_mask(ids, ids))
+
+
+def _pair(
+    first: str,
+    second: str,
+    trained: SplitTokens,
+    untrained: SplitTokens,
+    stage1: Mapping[str, Tensor],
+    meanings: Meanings,
+    weights: Tensor,
+) -> dict[str, float | None]:
+    """Retrieval of a pair with the registers, trained and not, and, if their widths agree, with the frozen features."""
+    valid, keys = trained.present[first] & trained.present[second], meanings.of(first, second)
+    entry: dict[str, float | None] = {}
+    comparable = stage1[first].shape[1] == stage1[second].shape[1]  # otherwise there is no common embedding space
+    for prefix, pooled, known in (
+        ("", trained.pooled, True),
+        ("untrained_", untrained.pooled, True),
+        ("stage1_", stage1, comparable),
+    ):
+        found = retrieval(pooled[first], pooled[second], valid, keys, trained.scale) if known and valid.any() else None
+        low, high = interval(100 * weighted_mean(found.hits, weights[:, valid])) if found else (None, None)
+        values = {"acc1": found.acc1, "acc5": found.acc5} if found else {"acc1": None, "acc5": None}
+        entry |= {f"{prefix}{name}": v for name, v in (values | {"low": low, "high": high}).items()}
+        if not prefix:
+            entry["chance1"] = found.chance1 if found else None
+    best = meanings.oracle(first, second, valid)
+    return entry | {"oracle_acc1": best[0] if best else None, "oracle_acc5": best[1] if best else None}
 
 
 def _tvl_protocol(
@@ -165,51 +233,60 @@ def _prefixes(
     test: FeatureSource,
     device: torch.device,
     names: Sequence[str],
-    probes: ProbeData | None,
-    factors: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    meanings: Meanings,
+    weights: Tensor,
+    probe: tuple[FeatureSource, Tensor],
+    factors: FactorProbes | None,
 ) -> list[dict[str, Any]]:
     """Results for every number k of kept registers (with more than 8 registers: powers of two).
 
-    Mean Acc@1 over the pairs, shared retention (None without labels) and the reconstruction error in percent of the variance
-    of the frozen tokens (None without a decoder).
+    Mean Acc@1 over the pairs with its interval, shared retention (None without labels) and the reconstruction error in
+    percent of the variance of the frozen tokens (None without a decoder).
     """
     results: list[dict[str, Any]] = []
     previous: SplitTokens | None = None
     count = len(model.get_parameter("registers"))
     for k in [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]:
         tokens = compute_tokens(model, test, all_rows(test), device, k)
-        scores = _acc1(tokens, names)
+        found = _retrievals(tokens, names, meanings)
+        samples = [weighted_mean(r.hits, weights[:, valid]) for r, valid in found.values()]
+        low, high = interval(100 * torch.stack(samples).mean(0)) if samples else (None, None)
         errors = list(tokens.reconstruction_error.values())
         entry = {
             "k": k,
-            "acc1": float(np.mean(list(scores.values()))),
+            "acc1": float(np.mean([r.acc1 for r, _ in found.values()])) if found else None,
+            "low": low,
+            "high": high,
             "shared_retention": None,
             "reconstruction": float(np.mean(errors)) if errors else None,
-            "pairs": scores,
+            "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
             "reconstructions": tokens.reconstruction_error,
         }
-        if probes is not None and previous is not None and _equal(tokens.overlapping, previous.overlapping):
+        if factors is not None and previous is not None and _equal(tokens.overlapping, previous.overlapping):
             entry["shared_retention"] = results[-1]["shared_retention"]  # only complementary registers were added
-        elif probes is not None:
-            on_train = compute_tokens(model, probes.train, probes.rows, device, k)
-            entry["shared_retention"] = shared_retention(on_train, tokens, probes, factors)
+        elif factors is not None:
+            on_probe = compute_tokens(model, *probe, device, k)
+            group = f"first_{k}_registers"
+            factors.read(group, on_probe.overlapping, tokens.overlapping, shared_only=True)
+            entry["shared_retention"] = factors.shared_score(group)
         results.append(entry)
         previous = tokens
     return results
 
 
+def _retrievals(tokens: SplitTokens, names: Sequence[str], meanings: Meanings) -> dict[str, tuple[Retrieval, Tensor]]:
+    """{pair: (retrieval, (M,) bool rows that have both)}, of pairs that have rows."""
+    found = {}
+    for a, b in combinations(names, 2):
+        valid = tokens.present[a] & tokens.present[b]
+        if valid.any():
+            scores = retrieval(tokens.pooled[a], tokens.pooled[b], valid, meanings.of(a, b), tokens.scale)
+            found[pair_name(a, b)] = scores, valid
+    return found
+
+
 def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     return all(torch.equal(x, second[m]) for m, x in first.items())
-
-
-def _acc1(tokens: SplitTokens, names: Sequence[str]) -> dict[str, float]:
-    """Acc@1 of every pair."""
-    return {
-        pair_name(a, b): retrieval(
-            tokens.pooled[a], tokens.pooled[b], tokens.present[a] & tokens.present[b], _keys(a, b, tokens), tokens.scale
-        ).acc1
-        for a, b in combinations(names, 2)
-    }
 
 
 def _confusions(tokens: SplitTokens, samples: Samples) -> list[dict[str, Any]]:
@@ -221,14 +298,15 @@ def _confusions(tokens: SplitTokens, samples: Samples) -> list[dict[str, Any]]:
     return [{"query": asdict(samples.rows[a]), "found": asdict(samples.rows[b])} for a, b in pairs]
 
 
-def _shuffled_acc1(tokens: SplitTokens, names: Sequence[str], seed: int) -> float:
-    """Control: mean Acc@1 over the pairs with the rows of the second modality shuffled. Must be at chance level."""
+def _shuffled_acc1(tokens: SplitTokens, names: Sequence[str], meanings: Meanings, seed: int) -> float | None:
+    """Control: mean Acc@1 over the pairs with the test rows of the second modality shuffled. Must be at chance level."""
     scores = []
     for a, b in combinations(names, 2):
         valid = tokens.present[a] & tokens.present[b]
         order = torch.randperm(int(valid.sum()), generator=torch.Generator().manual_seed(seed))
         x, y = tokens.pooled[a][valid], tokens.pooled[b][valid][order]
-        keys = _keys(a, b, tokens)
+        keys = meanings.of(a, b)
         keys = keys[valid] if keys is not None else None
-        scores.append(retrieval(x, y, torch.ones(len(x), dtype=torch.bool), keys, tokens.scale).acc1)
-    return float(np.mean(scores))
+        if len(x):
+            scores.append(retrieval(x, y, torch.ones(len(x), dtype=torch.bool), keys, tokens.scale).acc1)
+    return float(np.mean(scores)) if scores else None

@@ -81,7 +81,7 @@ def compute_tokens(
             sums[0] += float(r.error[r.mask].sum())
             sums[1] += float(r.mask.sum())
         pooled.append(pooled_overlapping(output))
-        outputs.append(replace(output, features=None, reconstruction={}))  # they are large
+        outputs.append(replace(output, features=None, reconstruction={}, extras={}))  # they are large
 
     def joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {m: torch.cat([part[m] for part in parts]).cpu() for m in parts[0]}

@@ -16,7 +16,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def token_norm(tokens: Tensor, kept: Tensor) -> Tensor:
     """Mean L2 norm of the kept tokens: (B, n, D), (B, n) bool -> ()."""
     squared = torch.where(kept[..., None], tokens, 1.0).square().sum(-1)  # the gradient of sqrt at 0 is infinite
-    return masked_mean(squared.sqrt(), kept)
+    return masked_mean(squared.clamp(min=1e-12).sqrt(), kept)  # so is it for a token that is exactly zero
 
 
 def diversity(tokens: Tensor, kept: Tensor) -> Tensor:

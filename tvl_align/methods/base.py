@@ -1,44 +1,129 @@
-"""stage2_base v2.1. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v3.0. TVLStage2, the base model: register tokens that separate shared from unique information.
 
-The same learnable registers attend to the frozen tokens of each modality separately. Every modality has its own key
-projection and, unless `share_weights` is set, its own blocks. The loss aligns the first `num_overlapping_tokens` registers
-across modalities; the rest are complementary. tvl_align.methods.separated describes how the two groups are separated.
+1. The frozen tokens of a modality are read as whitened principal components, and each group of registers attends to keys of
+   its own made of them, in blocks of its own (tvl_align.registers.principal).
+2. Each token is a narrow code: a linear projection, which starts at the canonical correlations of the modalities, plus what
+   the register has attended to (tvl_align.methods.canonical, tvl_align.methods.codes).
+3. Complementary codes start at the principal components of what the overlapping ones leave, and have few discrete levels
+   (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces cannot hide in them. A decoder
+   rebuilds the components from both codes; only the complementary ones get gradients from it.
+4. Critics try to tell from the complementary code of a modality which row the OTHER modalities' overlapping codes belong to;
+   the code is trained so that they cannot (tvl_align.losses.independence).
+
+Training and evaluation compute the same codes; only the noise and nested dropout are absent in evaluation.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from inspect import signature
+from typing import Any, cast
 
-from tvl_align.contract import MODALITIES, FeatureSpec, Implementation, Method
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tvl_align.contract import MODALITIES, Features, FeatureSpec, Implementation, Method, Output, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
+from tvl_align.losses.independence import independence
 from tvl_align.losses.register_loss import RegisterLoss
-from tvl_align.methods.separated import SeparatedConfig, SeparatedModel
-from tvl_align.registers.model import RegisterConfig
+from tvl_align.methods.canonical import canonical, residual_components
+from tvl_align.methods.codes import CodeConfig, Codes
+from tvl_align.registers.model import RegisterModel
 from tvl_align.registers.nested import NestedMode
+from tvl_align.registers.principal import component_count
+
+log = logging.getLogger(__name__)
+START = 0.1  # scale of what registers add to the linear projections at the start
+CRITIC_WIDTH = 128
+DECODER_WIDTH = 256
 
 
 @dataclass(frozen=True)
-class Stage2Config(SeparatedConfig):
+class Stage2Config(CodeConfig):
     """The registers and their loss."""
 
+    num_cross_attn_layers: int = 1
+    """Number of cross-attention blocks between the registers and the keys."""
+    preservation_weight: float = 1.0
+    """Weight of the error of rebuilding the frozen tokens from all registers; 0: no decoders."""
+    independence_weight: float = 0.1
+    """Weight of what critics tell of the other modalities from complementary tokens; 0: no critics."""
     share_weights: bool = False
     """Use the same blocks for every modality."""
+    block_width: int = 96
+    """Width of the blocks; narrow ones learn faster. Must be divisible by --num_heads."""
+    num_keys: int = 16
+    """Keys that each group of registers attends to in a modality."""
+    levels: int = 5
+    """Levels of a unit of a complementary token, an odd number."""
+    critics: int = 2
+    """Critics of each complementary code."""
+    linear: bool = True
+    """Add linear projections that start at the closed forms to what registers attend to."""
 
 
-class TVLStage2(SeparatedModel):
+class PrincipalKeys(nn.Module):
+    """Components (B, 1, K) -> keys (B, groups, P, width), linear, with learned positions."""
+
+    def __init__(self, components: int, groups: int, keys: int, width: int) -> None:
+        super().__init__()
+        self.shape = groups, keys, width
+        self.project = nn.Linear(components, groups * keys * width)
+        self.positions = nn.Parameter(torch.randn(groups, keys, width) * 0.02)
+
+    def forward(self, components: Tensor) -> Tensor:
+        return self.project(components[:, 0]).unflatten(1, self.shape) + self.positions
+
+
+class Decoder(nn.Module):
+    """Codes (B, U) -> components (B, K): a linear map plus a small MLP."""
+
+    def __init__(self, units: int, components: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(units, components)
+        self.mlp = nn.Sequential(nn.Linear(units, DECODER_WIDTH), nn.GELU(), nn.Linear(DECODER_WIDTH, components))
+
+    def forward(self, code: Tensor) -> Tensor:
+        return self.linear(code) + self.mlp(code)
+
+
+class Critics(nn.Module):
+    """Complementary codes (B, U) -> a guess of a shared code by each of C MLPs (B, C, V)."""
+
+    def __init__(self, units: int, shared: int, count: int) -> None:
+        super().__init__()
+        self.critics = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(units, CRITIC_WIDTH), nn.GELU(), nn.Linear(CRITIC_WIDTH, CRITIC_WIDTH), nn.GELU(),
+                nn.Linear(CRITIC_WIDTH, shared),
+            )
+            for _ in range(count)
+        )  # fmt: skip
+
+    def forward(self, code: Tensor) -> Tensor:
+        return torch.stack([critic(code) for critic in self.critics], dim=1)
+
+
+def quantise(x: Tensor, levels: int) -> Tensor:
+    """Round tanh(x) to `levels` values in [-1, 1], an odd number; the gradient is that of tanh (straight-through)."""
+    bounded, half = torch.tanh(x), (levels - 1) / 2
+    return bounded + ((bounded * half).round() / half - bounded).detach()
+
+
+class TVLStage2(RegisterModel):
     """Registers over frozen features. `forward` takes raw inputs or stored features (see RegisterModel).
 
     Args:
         stage1_model: the frozen encoders, or the shapes of their features if the model is used on stored features only.
         num_register_tokens: N.
         num_overlapping_tokens: No < N; the other registers are complementary.
-        register_token_dim: D, divisible by num_heads.
+        register_token_dim: D.
         nested_dropout_rate: drop probability of the last register (see tvl_align.registers.nested).
         preservation: build the decoders that the preservation term of the loss needs.
         share_weights: use the same blocks for every modality.
-        bottleneck, noise, canonical: see tvl_align.methods.separated.SeparatedConfig.
+        components, units, ...: see Stage2Config.
     Raises:
-        UserError: N <= No, or D not divisible by the number of heads.
+        UserError: N <= No, or block_width not divisible by the number of heads.
     """
 
     def __init__(
@@ -47,7 +132,7 @@ class TVLStage2(SeparatedModel):
         num_register_tokens: int = 4,
         num_overlapping_tokens: int = 3,
         register_token_dim: int = 768,
-        num_cross_attn_layers: int = 2,
+        num_cross_attn_layers: int = 1,
         num_heads: int = 8,
         mlp_ratio: float = 4.0,
         drop_rate: float = 0.0,
@@ -57,11 +142,9 @@ class TVLStage2(SeparatedModel):
         nested_dropout_mode: NestedMode = "nested",
         preservation: bool = True,
         share_weights: bool = False,
-        bottleneck: int = 24,
-        noise: float = 0.6,
-        canonical: int = 60,
+        **more: Any,
     ) -> None:
-        knobs = SeparatedConfig(
+        knobs = Stage2Config(
             num_register_tokens=num_register_tokens,
             num_overlapping_tokens=num_overlapping_tokens,
             register_token_dim=register_token_dim,
@@ -74,20 +157,156 @@ class TVLStage2(SeparatedModel):
             nested_dropout_rate=nested_dropout_rate,
             nested_dropout_mode=nested_dropout_mode,
             preservation_weight=float(preservation),
-            bottleneck=bottleneck,
-            noise=noise,
-            canonical=canonical,
+            share_weights=share_weights,
+            **more,
         )
-        super().__init__(stage1_model, knobs, share_weights=share_weights)
+        self.knobs = knobs
+        super().__init__(
+            stage1_model,
+            knobs,
+            share_weights=share_weights,
+            separate_groups=True,
+            causal=nested_dropout_mode == "nested",
+            width=knobs.block_width,
+        )
+        self.codes = codes = Codes(self.specs, knobs)
+        sizes, counts, width = codes.principal.sizes, codes.principal.counts, knobs.block_width
+        start = START if knobs.linear else 1.0
+        (count, rank), (comp_count, comp_rank) = codes.shape, codes.comp_shape
+        shared, unique = count * rank, comp_count * comp_rank
+        self.narrow = nn.ModuleDict({m: _narrow(count, width, rank, start) for m in sizes})
+        self.comp_narrow = nn.ModuleDict({m: _narrow(comp_count, width, comp_rank, start) for m in sizes})
+        self.linear = nn.ModuleDict({m: nn.Linear(k, shared) for m, k in sizes.items() if knobs.linear})
+        self.comp_linear = nn.ModuleDict({m: nn.Linear(k, unique) for m, k in sizes.items() if knobs.linear})
+        self.decoders = nn.ModuleDict({m: Decoder(shared + unique, k) for m, k in counts.items() if preservation})
+        has_critics = knobs.independence_weight > 0 and preservation
+        self.critics = nn.ModuleDict({m: Critics(unique, shared, knobs.critics) for m in sizes if has_critics})
+        wide = torch.randn(max(width, register_token_dim), min(width, register_token_dim))
+        basis = torch.linalg.qr(wide)[0]
+        self.register_buffer("widen", basis if width > register_token_dim else basis.T.contiguous())
 
     @classmethod
     def of(cls, knobs: Stage2Config, specs: Mapping[str, FeatureSpec]) -> "TVLStage2":
         """Build the model from the options of a run, with decoders if `preservation_weight` > 0."""
-        shape = {name: value for name, value in vars(knobs).items() if name in signature(cls).parameters}
-        return cls(specs, preservation=knobs.preservation_weight > 0, **shape)
+        unused = ("complementary_reg_weight", "preservation_weight", "disable_vision_text_loss", "disable_tactile_text_loss")
+        options = {name: value for name, value in vars(knobs).items() if name not in unused}
+        return cls(specs, preservation=knobs.preservation_weight > 0, **options)
+
+    def _make_readers(self, width: int) -> nn.ModuleDict:
+        components = self.knobs.components
+        sizes = {m: component_count(spec, components) + spec.pooled_width for m, spec in self.specs.items()}
+        return nn.ModuleDict({m: PrincipalKeys(k, 2, self.knobs.num_keys, width) for m, k in sizes.items()})
+
+    def inputs(self, name: str, modality: Tokens) -> tuple[Tensor, Tensor]:
+        """The components of a modality as one token (B, 1, K), with noise in training, and its mask (B, 1)."""
+        return self.codes.noisy(self.codes.read(name, modality)[0])[:, None], modality.present[:, None]
+
+    def condense(self, name: str, tokens: Tokens) -> Tensor:
+        """Components of the tokens, (B, K + 1); see Stage2Model."""
+        return self.codes.condense(name, tokens)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Registers (B, N, width of the blocks) -> (B, N, D)."""
+        return z @ cast(Tensor, self.widen)
+
+    def postprocess(
+        self, over: dict[str, Tensor], comp: dict[str, Tensor], inputs: dict[str, Tensor], features: Features
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Attended registers and components -> tokens of narrow codes, and what the critics say of them."""
+        shared, unique = {}, {}
+        extras: dict[str, dict[str, Tensor]] = {"codes": {}, "guesses": {}, "answers": {}} if self.critics else {}
+        for m in over:
+            units, comp_units = self._units(self.narrow, over[m], m), self._units(self.comp_narrow, comp[m], m)
+            if m in self.linear:
+                units = units + self.linear[m](inputs[m][:, 0]).view_as(units)
+                comp_units = comp_units + self.comp_linear[m](inputs[m][:, 0]).view_as(comp_units)
+            comp_units = quantise(comp_units, self.knobs.levels)
+            shared[m], unique[m] = Codes.tokens(units, self.codes.over), Codes.tokens(comp_units, self.codes.comp)
+            if m in self.critics:
+                critics, code = self.critics[m], comp_units.flatten(1)
+                frozen = {name: p.detach() for name, p in critics.named_parameters()}
+                extras["codes"][m] = units.detach().flatten(1)
+                extras["guesses"][m] = critics(code.detach())
+                extras["answers"][m] = functional_call(critics, frozen, code)
+        return shared, unique, extras
+
+    @staticmethod
+    def _units(narrow: nn.ModuleDict, z: Tensor, modality: str) -> Tensor:
+        """Attended registers (B, n, width) -> units (B, n, r)."""
+        layers = cast(nn.ModuleList, narrow[modality])
+        return torch.stack([layer(z[:, i]) for i, layer in enumerate(layers)], dim=1)
+
+    def reconstruct(
+        self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor, frozen: Tokens
+    ) -> Reconstruction:
+        """The error of the frozen tokens rebuilt from both codes: (B, 1), over the whole sequence.
+
+        In training it is that of the components, with more weight on those of small variance.
+        """
+        code = torch.cat([Codes.units(over.detach(), self.codes.over), Codes.units(comp, self.codes.comp)], dim=1)
+        principal = self.codes.principal
+        with torch.no_grad():
+            read, rest = self.codes.read(name, frozen)
+        if self.training:
+            return Reconstruction(principal.balanced_error(name, read, self.decoders[name](code))[:, None], mask)
+        return Reconstruction(principal.squared_error(name, read, self.decoders[name](code), rest)[:, None], mask)
+
+    @torch.no_grad()
+    def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
+        """Fit the principal components, and start the linear projections at the closed forms."""
+        self.codes.principal.fit(batches)
+        if not self.linear:
+            return
+        scores = self.codes.paired_scores(batches)
+        if len(next(iter(scores.values()))) < 2:
+            log.warning(
+                "fewer than 2 training rows have all of %s, so nothing shared is known at the start", ", ".join(scores)
+            )
+            return
+        means = {m: x.mean(0) for m, x in scores.items()}
+        centred = {m: x - means[m] for m, x in scores.items()}
+        maps, strengths = canonical(centred, self.codes.shape[0] * self.codes.shape[1])
+        for m, x in centred.items():
+            rest = residual_components(x, maps[m], self.codes.comp_shape[0] * self.codes.comp_shape[1])
+            starts = (self.linear[m], maps[m] * strengths), (self.comp_linear[m], rest)
+            for linear, map_ in cast(Sequence[tuple[nn.Linear, Tensor]], starts):
+                weight = torch.zeros_like(linear.weight)
+                weight[: map_.shape[1]] = map_.T
+                linear.weight.copy_(weight)
+                linear.bias.copy_(-weight @ means[m])
 
 
-class Stage2Loss(RegisterLoss):
+def _narrow(count: int, width: int, units: int, scale: float) -> nn.ModuleList:
+    layers = nn.ModuleList(nn.Linear(width, units) for _ in range(count))
+    for layer in layers:
+        cast(nn.Linear, layer).weight.data *= scale
+        cast(nn.Linear, layer).bias.data.zero_()
+    return layers
+
+
+class BaseLoss(RegisterLoss):
+    """RegisterLoss + critic_loss + independence_weight * independence, where the model has critics."""
+
+    def __init__(self, knobs: Stage2Config, modalities: Sequence[str] = MODALITIES) -> None:
+        super().__init__(knobs, modalities)
+        self.independence_weight = knobs.independence_weight
+
+    def forward(self, output: Output) -> dict[str, Tensor]:
+        numbers = super().forward(output)
+        if "guesses" not in output.extras:
+            return numbers
+        kept = output.nested_dropout_mask
+        computed = {
+            m: torch.ones_like(present) if kept is None else kept[:, output.overlapping_tokens[m].shape[1] :].any(1)
+            for m, present in output.present.items()
+        }
+        codes, guesses, answers = (output.extras[name] for name in ("codes", "guesses", "answers"))
+        critic, penalty = independence(codes, guesses, answers, computed, output.present, output.caption_keys)
+        total = numbers["total_loss"] + critic + self.independence_weight * penalty
+        return numbers | {"critic_loss": critic, "independence": penalty, "total_loss": total}
+
+
+class Stage2Loss(BaseLoss):
     """The loss of the base: takes a model's Output and returns named scalars, among them `total_loss`. It has no parameters.
 
     `num_overlapping_tokens` is part of the documented signature and has no effect, because the Output holds its own number.
@@ -99,18 +318,20 @@ class Stage2Loss(RegisterLoss):
         active_modalities: Sequence[str] = MODALITIES,
         num_overlapping_tokens: int = 3,
         complementary_reg_weight: float = 0.01,
-        preservation_weight: float = 0.0,
+        preservation_weight: float = 1.0,
         disable_vision_text_loss: bool = False,
         disable_tactile_text_loss: bool = False,
+        independence_weight: float = Stage2Config.independence_weight,
     ) -> None:
-        knobs = RegisterConfig(
+        knobs = Stage2Config(
             num_overlapping_tokens=num_overlapping_tokens,
             complementary_reg_weight=complementary_reg_weight,
             preservation_weight=preservation_weight,
             disable_vision_text_loss=disable_vision_text_loss,
             disable_tactile_text_loss=disable_tactile_text_loss,
+            independence_weight=independence_weight,
         )
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "2.1", "STAGE2"), Stage2Config, TVLStage2.of, RegisterLoss)
+BASE = Method(Implementation("stage2_base", "3.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)

@@ -1,131 +1,90 @@
-"""Linear projections of the whole frozen token sequence, found by canonical correlation analysis (CCA).
+"""Linear projections that modalities share, found by canonical correlation analysis (CCA), and what they leave.
 
-A register averages the positions it attends to, which loses where something is and how positions differ. A linear map of
-the whole sequence keeps this. The maps that modalities share have a closed form: the directions in which the whitened
-modalities correlate most (CCA, Hotelling 1936; for more than two modalities MAXVAR, Kettenring 1971). The fit needs neither
-labels nor gradients. Frozen features do not change, so one fit per run is enough.
+The directions in which whitened modalities correlate most have a closed form (Hotelling 1936; for more than two modalities
+MAXVAR, Kettenring 1971). With many directions and few rows most correlations are over-fitted, so their strengths are
+measured on held-out rows, and directions below MIN_CORRELATION are dropped.
 
-Shapes: B rows, T tokens of width W, P positions of width w after averaging and narrowing, F = P * w, R variates.
+Shapes: n rows that have every modality, K features of a modality, R variates.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from tvl_align.contract import FeatureSpec, Tokens
-from tvl_align.system.console import progress
-from tvl_align.system.distributed import is_main
-
-MAX_POSITIONS = 17  # longer sequences are averaged over at most this many segments
-MAX_SIZE = 4096  # maximal P * w; wider tokens first pass a random projection
-MAX_COMPONENTS = 2048  # principal components per modality that enter the CCA
-RIDGE = 3e-3  # added before whitening, as a fraction of the mean variance
-ROUNDING = 1e-6  # added before whitening, so that rounding errors of constant tokens are not amplified
+FOLDS = 3
+RIDGE = 1e-2  # added to the variances before whitening, as a fraction of their mean
+MIN_CORRELATION = 0.2  # on held-out rows
+MAX_ROUNDING = 0.999  # correlations are taken to be at most this
 
 
-class CanonicalProjection(nn.Module):
-    """Projects tokens (B, T, W) to R canonical variates (B, R), sorted by correlation. The result is zero until `fit`.
+def canonical(scores: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Features {modality: (n, K)} of zero mean -> maps {modality: (K, R)} to variates of unit variance, strengths (R,).
 
-    Each variate is weighted by its squared correlation. The weighted variates together have a mean squared norm of 1.
+    The strength of a variate is its correlation between modalities on held-out rows (mean of the pairs, 3-fold). Variates
+    are in descending order of it; R <= rank are kept, at least one.
     """
-
-    fitted: Tensor
-
-    def __init__(self, specs: Mapping[str, FeatureSpec], rank: int) -> None:
-        super().__init__()
-        self.rank, self.names = rank, list(specs)
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-        for name, spec in specs.items():
-            positions = -(-spec.tokens // -(-spec.tokens // MAX_POSITIONS))
-            width = min(spec.width, MAX_SIZE // positions)
-            narrow = torch.linalg.qr(torch.randn(spec.width, width))[0] if width < spec.width else torch.zeros(0)
-            self.register_buffer(f"narrow_{name}", narrow)
-            self.register_buffer(f"mean_{name}", torch.zeros(positions * width))
-            self.register_buffer(f"map_{name}", torch.zeros(positions * width, rank))
-
-    def forward(self, name: str, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Tokens (B, T, W) of the modality `name`, mask (B, T) bool -> (B, R)."""
-        return (self.flatten(name, tokens, mask) - self.get_buffer(f"mean_{name}")) @ self.get_buffer(f"map_{name}")
-
-    def flatten(self, name: str, tokens: Tensor, mask: Tensor) -> Tensor:
-        """(B, T, W), (B, T) -> (B, P * w): normalised tokens, averaged over segments; segments without tokens are zero."""
-        tokens = F.layer_norm(tokens, tokens.shape[-1:])
-        narrow, size = self.get_buffer(f"narrow_{name}"), self.get_buffer(f"mean_{name}").numel()
-        tokens = tokens @ narrow if narrow.numel() else tokens
-        positions = size // tokens.shape[-1]
-        segment = -(-tokens.shape[1] // positions)
-        padding = positions * segment - tokens.shape[1]
-        weight = F.pad(mask, (0, padding))[..., None].to(tokens.dtype).unflatten(1, (positions, segment))
-        sums = (F.pad(tokens, (0, 0, 0, padding)).unflatten(1, (positions, segment)) * weight).sum(2)
-        return (sums / weight.sum(2).clamp(min=1)).flatten(1)
-
-    @torch.no_grad()
-    def fit(self, batches: Iterable[Mapping[str, Tokens]]) -> None:
-        """Fit on batches of rows that have every modality. With fewer than two rows nothing is fitted."""
-        count, sizes = 0, [self.get_buffer(f"mean_{m}").numel() for m in self.names]
-        sums, moments = torch.zeros(0), torch.zeros(0)
-        for batch in batches:
-            joined = torch.cat([self.flatten(m, batch[m].tokens, batch[m].mask) for m in self.names], dim=1)
-            if count == 0:
-                sums, moments = joined.new_zeros(joined.shape[1]), joined.new_zeros(joined.shape[1], joined.shape[1])
-            count += len(joined)
-            sums += joined.sum(0)
-            moments.addmm_(joined.T, joined)
-        if count < 2:
-            return
-        mean = sums / count
-        covariance = moments.div_(count).addr_(mean, mean, alpha=-1)
-        indices = zip(self.names, torch.arange(sum(sizes), device=mean.device).split(sizes), strict=True)
-        parts = {m: slice(int(at[0]), int(at[-1]) + 1) for m, at in indices}
-        with progress(len(parts) + 1, "canonical correlations", "decomposition", quiet=not is_main()) as bar:
-            white = {}
-            for m, at in parts.items():
-                white[m] = _whitening(covariance[at, at], count - 1)
-                bar.update()
-            maps, correlations = _maxvar(white, covariance, parts, self.rank)
-            bar.update()
-        for m, map_ in maps.items():
-            own = covariance[parts[m], parts[m]]
-            weighted = map_ * correlations.clamp(max=1).square()
-            power = torch.einsum("fr,fg,gr->", weighted, own, weighted).clamp(min=ROUNDING)
-            self.get_buffer(f"mean_{m}").copy_(mean[parts[m]])
-            self.get_buffer(f"map_{m}").zero_()[:, : weighted.shape[1]] = weighted / power.sqrt()
-        self.fitted.fill_(True)
+    count = len(next(iter(scores.values())))
+    maps = _maxvar(scores, rank)
+    fold = torch.arange(count) * FOLDS // count  # contiguous: rows of a group, such as frames of one press, stay together
+    strengths = torch.zeros(next(iter(maps.values())).shape[1])
+    if count >= 10 * FOLDS:
+        strengths = torch.stack([_held_out(scores, fold == i, rank) for i in range(FOLDS)]).mean(0)
+    order = strengths.argsort(descending=True)
+    least = max(MIN_CORRELATION, 3 * (count / FOLDS) ** -0.5)  # three standard errors of a correlation of 0
+    order = order[: max(1, int((strengths[order] > least).sum()))]
+    return {m: w[:, order] for m, w in maps.items()}, strengths[order].clamp(0, MAX_ROUNDING).to(next(iter(maps.values())))
 
 
-def _whitening(covariance: Tensor, rank: int) -> Tensor:
-    """Regularised PCA whitening of a covariance (F, F) of at most the given rank -> (F, K), largest variance first."""
-    size = len(covariance)
-    kept = min(MAX_COMPONENTS, rank, size)
-    if rank < size // 2:  # few rows: a random sketch spans the range of the covariance exactly and is much cheaper
-        sketch = torch.randn(size, rank, generator=torch.Generator().manual_seed(0)).to(covariance)
-        span = torch.linalg.qr(covariance @ sketch)[0]
-        values, vectors = torch.linalg.eigh(span.T @ covariance @ span)
-        vectors = span @ vectors
-    else:
-        values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0)[:kept].clamp(min=0), vectors.flip(1)[:, :kept]
-    return vectors / (values + RIDGE * covariance.diagonal().mean() + ROUNDING).sqrt()
+def _held_out(scores: Mapping[str, Tensor], held: Tensor, rank: int) -> Tensor:
+    """Correlations (R,) on the held-out rows (n,) bool, mean of all pairs of modalities."""
+    maps = _maxvar({m: x[~held] for m, x in scores.items()}, rank)
+    variates = [scores[m][held] @ w for m, w in maps.items()]
+    variates = [(v - v.mean(0)) / v.std(0).clamp(min=1e-6) for v in variates]
+    pairs = [(a * b).mean(0) for i, a in enumerate(variates) for b in variates[:i]]
+    return torch.stack(pairs).mean(0).cpu()
 
 
-def _maxvar(
-    white: Mapping[str, Tensor], covariance: Tensor, parts: Mapping[str, slice], rank: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """MAXVAR directions {modality: (F, R)} and their correlations (R,), in descending order.
+def _maxvar(scores: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """MAXVAR directions {modality: (K, R)}, most correlated first, scaled to variates of unit variance on these rows."""
+    names = list(scores)
+    white = {m: _whitening(x) for m, x in scores.items()}
+    projected = [scores[m] @ white[m] for m in names]
+    joined = torch.cat(projected, dim=1)
+    between = joined.T @ joined / len(joined)
+    sizes = [x.shape[1] for x in projected]
+    for at in torch.arange(sum(sizes), device=between.device).split(sizes):
+        between[at[:, None], at[None]] = 0
+    vectors = torch.linalg.eigh(between.double())[1].flip(1)[:, : min(rank, *sizes)].to(between.dtype)
+    maps = {}
+    for m, x, part in zip(names, projected, vectors.split(sizes), strict=True):
+        maps[m] = white[m] @ part / (x @ part).std(0).clamp(min=1e-6)
+    return maps
 
-    A correlation is an eigenvalue of the between-modality correlation matrix. For two modalities it is the canonical
-    correlation.
+
+def _whitening(x: Tensor) -> Tensor:
+    """Ridge whitening (K, K) of rows (n, K) of zero mean."""
+    covariance = x.T @ x / len(x)
+    values, vectors = torch.linalg.eigh(covariance.double())
+    scale = values.clamp(min=0) + RIDGE * values.mean() + 1e-9
+    return (vectors / scale.sqrt()).to(x.dtype)
+
+
+def residual_components(scores: Tensor, code: Tensor, count: int, ridge: float = 1e-2) -> Tensor:
+    """What a linear code leaves of the features -> map (K, count) from scores to its principal components, of unit variance.
+
+    scores (n, K) of zero mean; code (K, U): map from scores to the code. What a ridge regression on the code predicts is
+    removed from the scores, and components of the rest are read from the rest: read from the scores, they tell the code.
     """
-    sizes = [w.shape[1] for w in white.values()]
-    between = covariance.new_zeros(sum(sizes), sum(sizes))
-    at = dict(zip(white, torch.arange(sum(sizes), device=covariance.device).split(sizes), strict=True))
-    for a, w_a in white.items():
-        for b, w_b in white.items():
-            if a != b:
-                between[at[a][:, None], at[b][None]] = w_a.T @ covariance[parts[a], parts[b]] @ w_b
-    values, vectors = torch.linalg.eigh(between)
-    kept = min(rank, int((values > 0).sum()))
-    values, vectors = values.flip(0)[:kept], vectors.flip(1)[:, :kept]
-    return {m: w @ vectors[at[m]] for m, w in white.items()}, values
+    remove = torch.eye(len(code), device=code.device) - code @ ridge_regression(scores @ code, scores, ridge)
+    rest = scores @ remove
+    _, vectors = torch.linalg.eigh((rest.T @ rest / len(rest)).double())
+    directions = remove @ vectors.flip(1)[:, :count].to(scores.dtype)
+    return directions / (scores @ directions).std(0).clamp(min=1e-6)
+
+
+def ridge_regression(x: Tensor, y: Tensor, ridge: float = 1e-2) -> Tensor:
+    """Coefficients (F, G) of y (n, G) on x (n, F), both of zero mean; ridge: fraction of the mean variance of x."""
+    inner = (x.T @ x).double()
+    inner += (ridge * inner.diagonal().mean() + 1e-9) * torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    return torch.linalg.solve(inner, (x.T @ y).double()).to(x.dtype)

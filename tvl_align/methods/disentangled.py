@@ -1,38 +1,19 @@
-"""stage2_disentangled v2. The base without canonical projections (CCA) and with three complementary registers.
+"""stage2_disentangled v3.0. The base without linear projections: registers alone. An ablation."""
 
-An ablation: registers alone, separated by block stacks, bottleneck, noise and regressions (tvl_align.methods.separated).
-"""
-
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tvl_align.contract import FeatureSpec, Implementation, Method
-from tvl_align.losses.register_loss import RegisterLoss
-from tvl_align.methods.separated import SeparatedConfig, SeparatedModel
+from tvl_align.contract import Implementation, Method
+from tvl_align.methods.base import BaseLoss, Stage2Config, TVLStage2
 
 
 @dataclass(frozen=True)
-class DisentangledConfig(SeparatedConfig):
+class DisentangledConfig(Stage2Config):
     """The registers and their loss."""
 
-    num_register_tokens: int = 6
-    """Number of registers."""
-    complementary_reg_weight: float = 0.0
-    """Weight of the L2-norm and diversity penalties on complementary tokens."""
-    canonical: int = 0
-    """Canonical variates per overlapping token; 0: no canonical projections."""
-
-
-class Disentangled(SeparatedModel):
-    """SeparatedModel with `canonical=0` by default."""
-
-    def __init__(self, specs: Mapping[str, FeatureSpec], knobs: DisentangledConfig) -> None:
-        super().__init__(specs, knobs)
+    linear: bool = False
+    """Add linear projections that start at the closed forms to what registers attend to."""
 
 
 DISENTANGLED = Method(
-    Implementation("stage2_disentangled", "2", "DISENTANGLED"),
-    DisentangledConfig,
-    lambda knobs, specs: Disentangled(specs, knobs),
-    RegisterLoss,
+    Implementation("stage2_disentangled", "3.0", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss
 )

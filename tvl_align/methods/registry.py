@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tvl_align.contract import Method
 from tvl_align.methods.base import BASE
+from tvl_align.methods.closed import CLOSED
 from tvl_align.methods.cursor import CURSOR
 from tvl_align.methods.disentangled import DISENTANGLED
 from tvl_align.methods.flextok import FLEXTOK
 from tvl_align.methods.matryoshka import MATRYOSHKA
+from tvl_align.methods.mlp import MLP
 from tvl_align.system.console import UserError
 
 METHODS: dict[str, Method] = {
@@ -20,6 +22,8 @@ METHODS: dict[str, Method] = {
     "flextok": FLEXTOK,
     "matryoshka": MATRYOSHKA,
     "disentangled": DISENTANGLED,
+    "closed": CLOSED,
+    "mlp": MLP,
 }
 
 

@@ -6,7 +6,7 @@ Constant features therefore score 0.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
@@ -25,7 +25,8 @@ TVL_THRESHOLDS = (0.6356450319, 0.8591097295, 0.8927201033, 0.9208499491)
 class Retrieval:
     """Retrieval results, averaged over both directions.
 
-    acc1, acc5, chance1: percent. loss: InfoNCE with all rows as candidates. gallery: number of rows.
+    acc1, acc5, chance1: percent. loss: InfoNCE with all rows as candidates. gallery: number of rows. hits (gallery,): the
+    mean of both directions of a row's hit at 1, for intervals.
     """
 
     acc1: float
@@ -33,6 +34,7 @@ class Retrieval:
     chance1: float
     loss: float
     gallery: int
+    hits: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
 
 class _Direction:
@@ -55,14 +57,14 @@ class _Direction:
         """Count candidates that score below the best positive. Positives must be -inf; NaN is not counted."""
         self.ranked_lower[at] += torch.lt(scores, (self.best[at] - tie).unsqueeze(dim), out=buffer).sum(dim)
 
-    def totals(self, queries: Tensor, gallery: Tensor, shift: float, chunk: int) -> Tensor:
-        """(3,) float64: number of hits at 1, number of hits at 5, sum of the losses."""
+    def per_query(self, queries: Tensor, gallery: Tensor, shift: float, chunk: int) -> Tensor:
+        """(M, 3) float64: hit at 1, hit at 5 and loss of every query."""
         ranked_higher = len(gallery) - self.ranked_lower
         log_sum = shift + self.exp_sum.log()
         for rows in (~(self.exp_sum > MIN_EXP_SUM)).nonzero().squeeze(1).split(chunk):  # underflow, or NaN
             log_sum[rows] = (queries[rows] @ gallery.T).logsumexp(1)
         losses = log_sum - self.positive_sum / self.positives
-        return torch.stack([(ranked_higher < 1).sum(), (ranked_higher < 5).sum(), losses.double().sum()])
+        return torch.stack([ranked_higher < 1, ranked_higher < 5, losses], dim=1).double()
 
 
 def retrieval(
@@ -99,9 +101,10 @@ def retrieval(
         weights = scores.sub_(shift).exp_()
         x_to_y.exp_sum[rows] += weights.sum(1)
         y_to_x.exp_sum[columns] += weights.sum(0)
-    totals = x_to_y.totals(x, y, shift, chunk) + y_to_x.totals(y, x, shift, chunk)
-    hits1, hits5, loss = (totals / 2 / count).tolist()
-    return Retrieval(100 * hits1, 100 * hits5, 100 * x_to_y.positives.mean().item() / count, loss, count)
+    per_row = (x_to_y.per_query(x, y, shift, chunk) + y_to_x.per_query(y, x, shift, chunk)) / 2
+    hits1, hits5, loss = per_row.mean(0).tolist()
+    chance = 100 * x_to_y.positives.mean().item() / count
+    return Retrieval(100 * hits1, 100 * hits5, chance, loss, count, per_row[:, 0].float().cpu())
 
 
 def _first_row_with_same_key(column: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Shapes as in tvl_align.contract.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,10 @@ class RegisterConfig:
     disable_tactile_text_loss: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the tactile-text pair out of the loss."""
 
-    @property
-    def block(self) -> BlockOptions:
-        """Options of a register block."""
+    def block(self, width: int | None = None) -> BlockOptions:
+        """Options of a register block; width: default the register width."""
         rates = self.drop_rate, self.attn_drop_rate, self.drop_path_rate
-        return BlockOptions(self.register_token_dim, self.num_heads, self.mlp_ratio, *rates)
+        return BlockOptions(width or self.register_token_dim, self.num_heads, self.mlp_ratio, *rates)
 
 
 Keys = Literal["tokens", "pooled"]
@@ -79,6 +78,7 @@ class RegisterModel(nn.Module, Stage2Model):
         share_weights: use the same blocks for every modality.
         separate_groups: give overlapping and complementary registers separate block stacks, without attention between them.
         causal: a register does not attend to later registers.
+        width: width of the blocks; default: the register width D. Other widths need an `expand`, see `attend`.
         preservation: build decoders that reconstruct the frozen tokens.
     Raises:
         UserError: N <= No, D not divisible by the number of heads, or causal registers with independent dropout.
@@ -96,9 +96,10 @@ class RegisterModel(nn.Module, Stage2Model):
         separate_groups: bool = False,
         causal: bool = False,
         preservation: bool = False,
+        width: int | None = None,
     ) -> None:
         super().__init__()
-        registers, overlapping, options = knobs.num_register_tokens, knobs.num_overlapping_tokens, knobs.block
+        registers, overlapping, options = knobs.num_register_tokens, knobs.num_overlapping_tokens, knobs.block(width)
         if not 0 < overlapping < registers:
             raise UserError(
                 f"{registers} registers cannot hold {overlapping} overlapping tokens and a complementary one; "
@@ -113,12 +114,13 @@ class RegisterModel(nn.Module, Stage2Model):
         specs = stage1.specs if isinstance(stage1, Stage1) else dict(stage1)
         self.num_overlapping, self.key_kind, self.causal = overlapping, keys, causal
         self.nested_rate, self.nested_mode = knobs.nested_dropout_rate, knobs.nested_dropout_mode
-        self.registers = nn.Parameter(torch.randn(registers, options.dim) * 0.02)
+        self.registers = nn.Parameter(torch.randn(registers, knobs.register_token_dim) * 0.02)
+        self.query = nn.Linear(knobs.register_token_dim, width) if width is not None else nn.Identity()
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         if keys == "pooled":
             specs = {m: FeatureSpec(spec.pooled_width, 1, spec.pooled_width) for m, spec in specs.items()}
         self.specs = dict(specs)
-        self.readers = nn.ModuleDict({m: KeyProjection(spec, options.dim) for m, spec in specs.items()})
+        self.readers = self._make_readers(options.dim)
         self.groups = [slice(0, overlapping), slice(overlapping, registers)] if separate_groups else [slice(0, registers)]
         owners = ["shared"] if share_weights else list(specs)
         layers = knobs.num_cross_attn_layers
@@ -126,8 +128,12 @@ class RegisterModel(nn.Module, Stage2Model):
         self.stacks = nn.ModuleDict(
             {o: nn.ModuleList(RegisterStack(options, layers, size, causal) for size in sizes) for o in owners}
         )
-        decoders = {m: TokenDecoder(spec, options.dim) for m, spec in specs.items()} if preservation else {}
+        decoders = {m: TokenDecoder(spec, knobs.register_token_dim) for m, spec in specs.items()} if preservation else {}
         self.decoders = nn.ModuleDict(decoders)
+
+    def _make_readers(self, width: int) -> nn.ModuleDict:
+        """Modules that map the tokens of a modality to keys of the blocks' width."""
+        return nn.ModuleDict({m: KeyProjection(spec, width) for m, spec in self.specs.items()})
 
     def forward(self, batch: Batch | Features, kept: Tensor | None = None, joint: bool = True) -> Output:
         """Raw inputs or stored features -> Output (tvl_align.contract).
@@ -143,15 +149,16 @@ class RegisterModel(nn.Module, Stage2Model):
                 kept = self.draw_kept(len(features))
         kept = kept.to(self.registers.device)
         names = list(features.modalities)
-        tokens, masks = zip(*(self._keys(features.modalities[name]) for name in names), strict=True)
+        tokens, masks = zip(*(self.inputs(name, features.modalities[name]) for name in names), strict=True)
         keys = [self.readers[name](t) for name, t in zip(names, tokens, strict=True)]
+        key_masks = [m.expand(-1, k.shape[-2]) if m.shape[1] == 1 else m for m, k in zip(masks, keys, strict=True)]
         # Causal registers do not depend on later ones, so dropped registers can attend too and are zeroed below.
         attending = torch.ones_like(kept) if self.causal else kept
         needed = kept if self.training else None  # in training a group of dropped registers is not used
-        attended = self.attend_each(names, keys, list(masks), attending, needed)
+        attended = self.attend_each(names, keys, key_masks, attending, needed)
         split = self.num_overlapping
         over, comp = {n: z[:, :split] for n, z in attended.items()}, {n: z[:, split:] for n, z in attended.items()}
-        over, comp = self.postprocess(over, comp, features)
+        over, comp, extras = self.postprocess(over, comp, dict(zip(names, tokens, strict=True)), features)
         over = {n: z * kept[:, :split, None].to(z.dtype) for n, z in over.items()}
         comp = {n: z * kept[:, split:, None].to(z.dtype) for n, z in comp.items()}
         return Output(
@@ -162,13 +169,14 @@ class RegisterModel(nn.Module, Stage2Model):
             present={name: m.present for name, m in features.modalities.items()},
             caption_keys=features.caption_keys,
             reconstruction={
-                n: self.reconstruct(n, over[n], comp[n], kept, t, m)
+                n: self.reconstruct(n, over[n], comp[n], kept, t, m, features.modalities[n])
                 for n, t, m in zip(names, tokens, masks, strict=True)
                 if n in self.decoders
             },
             nested_dropout_mask=kept if dropping else None,
-            register_tokens=self.attend(names, keys, list(masks), kept) if joint else None,
+            register_tokens=self.expand(self.attend(names, keys, key_masks, kept)) if joint else None,
             features=features,
+            extras=extras,
         )
 
     def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
@@ -192,8 +200,8 @@ class RegisterModel(nn.Module, Stage2Model):
             raise UserError(f"this model has no modality {unknown[0]!r}; give it features of {known} only.")
         return features.float()
 
-    def _keys(self, modality: Tokens) -> tuple[Tensor, Tensor]:
-        """The frozen tokens that registers attend to (B, T, W) and their mask (B, T)."""
+    def inputs(self, name: str, modality: Tokens) -> tuple[Tensor, Tensor]:
+        """What registers attend to in a modality, before it is projected to keys: (B, T, W) and its mask (B, T)."""
         if self.key_kind == "pooled":
             return modality.pooled[:, None], modality.present[:, None]
         return modality.tokens, modality.mask & modality.present[:, None]
@@ -203,22 +211,29 @@ class RegisterModel(nn.Module, Stage2Model):
     ) -> Tensor:
         """Let the registers attend to all named modalities at once: (B, N, D); dropped registers are zero.
 
+        keys: per modality (B, T, D), or (B, groups, T, D) with keys of its own for every group of registers.
         needed: (B, N) bool. In rows where no register of a group is needed, the whole group is skipped and left at zero.
         """
-        present = [mask.any(1) for mask in masks]
+        present, queries = [mask.any(1) for mask in masks], self.query(self.registers)
         key = "shared" if "shared" in self.stacks else None
         owners = [cast(Sequence[RegisterStack], self.stacks[key or name]) for name in names]
         parts = []
         for i, g in enumerate(self.groups):
             stacks = [owner[i] for owner in owners]
+            group_keys = [k[:, i] if k.ndim == 4 else k for k in keys]
             rows_needed = None if needed is None or len(self.groups) == 1 else needed[:, g].any(1)
             if rows_needed is None or rows_needed.all():
-                parts.append(attend_jointly(stacks, self.registers[g], keys, masks, kept[:, g], present))
+                parts.append(attend_jointly(stacks, queries[g], group_keys, masks, kept[:, g], present))
                 continue
             rows_needed[0] = True  # so that every parameter has a gradient on every process
             at = rows_needed.nonzero().squeeze(1)
-            inputs = [k.index_select(0, at) for k in keys], [m[at] for m in masks], kept[at][:, g], [p[at] for p in present]
-            z = attend_jointly(stacks, self.registers[g], *inputs)
+            inputs = (
+                [k.index_select(0, at) for k in group_keys],
+                [m[at] for m in masks],
+                kept[at][:, g],
+                [p[at] for p in present],
+            )
+            z = attend_jointly(stacks, queries[g], *inputs)
             parts.append(z.new_zeros(len(kept), *z.shape[1:]).index_copy(0, at, z))
         return torch.cat(parts, dim=1)
 
@@ -231,21 +246,28 @@ class RegisterModel(nn.Module, Stage2Model):
         """
         if "shared" not in self.stacks or len(names) == 1:
             return {n: self.attend([n], [k], [m], kept, needed) for n, k, m in zip(names, keys, masks, strict=True)}
-        longest = max(k.shape[1] for k in keys)
-        joined = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[1])) for k in keys])
+        longest = max(k.shape[-2] for k in keys)
+        joined = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[-2])) for k in keys])
         mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for m in masks])
         needed = needed.repeat(len(names), 1) if needed is not None else None
         attended = self.attend(names[:1], [joined], [mask], kept.repeat(len(names), 1), needed)
         return dict(zip(names, attended.chunk(len(names)), strict=True))
 
+    def expand(self, z: Tensor) -> Tensor:
+        """Registers (B, N, width of the blocks) -> (B, N, D); by default unchanged."""
+        return z
+
     def postprocess(
-        self, over: dict[str, Tensor], comp: dict[str, Tensor], features: Features
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Transform overlapping (B, No, D) and complementary (B, Nc, D) tokens after attention; by default unchanged."""
-        return over, comp
+        self, over: dict[str, Tensor], comp: dict[str, Tensor], inputs: dict[str, Tensor], features: Features
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Map attended registers, overlapping (B, No, width) and complementary (B, Nc, width), to tokens of width D.
+
+        inputs: what was attended to, as from `inputs`. Also returns extra entries of the output. By default unchanged.
+        """
+        return over, comp, {}
 
     def reconstruct(
-        self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor
+        self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor, frozen: Tokens
     ) -> Reconstruction:
         """Reconstruct the frozen tokens of a modality from all registers.
 

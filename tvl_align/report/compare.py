@@ -1,11 +1,14 @@
-"""Comparison of several runs: one HTML page and the same tables as Markdown, averaged over seeds.
+"""Comparison of several runs: one HTML page and the same tables as Markdown.
 
-Only runs with the same feature store and the same test split can be compared.
+Runs of the same feature store are compared directly. Runs of several stores (worlds, or seeds of the data) are compared if
+they have the same pairs, factors and number of test rows: methods are averaged over stores and seeds, and differences are
+taken between runs of the same store and seed.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,16 @@ import numpy as np
 
 from tvl_align.data.transforms import preview
 from tvl_align.data.tvl import Row
-from tvl_align.evaluation.probes import normalised_score
-from tvl_align.report.page import as_url, fill_template, is_synthetic, number, read_metrics, score_text
+from tvl_align.evaluation.uncertainty import t_interval
+from tvl_align.report.page import as_url, fill_template, is_synthetic, read_metrics
+from tvl_align.report.tables import GROUPS, LEAKS, Cells, leak, mean_known, number, plain, score, score_text
 from tvl_align.system.console import UserError
 
 MAIN = "tactile_vision"
 SUMMARY = ("shared_retention", "unique_retention", "unique_leak", "shared_leak")
+SHUFFLED = ", shuffled pairs"
+Results = Mapping[str, Any]
+Groups = Mapping[str, Sequence[Results]]
 
 
 def load_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
@@ -31,86 +38,216 @@ def load_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
         if not path.is_file():
             raise UserError(f"{run} has no results.json; run tvl-align evaluate {run} first.")
         results.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": str(run)})
-    first = results[0]
+        if "label_free" not in results[-1]:
+            raise UserError(f"{path} is from an older version; run tvl-align evaluate {run} again.")
     for other in results[1:]:
-        for what, a, b in (
-            ("feature stores", first["run"]["store"], other["run"]["store"]),
-            ("splits", first["run"]["rows"], other["run"]["rows"]),
-            ("sets of test rows", first["gallery"], other["gallery"]),
-            ("label columns", _label_columns(first), _label_columns(other)),
+        store = other["run"]["store"]
+        same = next(r for r in results if r["run"]["store"] == store)
+        for first, what, of in (
+            (results[0], "pairs", lambda r: ", ".join(sorted(r["retrieval"]))),
+            (results[0], "label columns", _label_columns),
+            (results[0], "sets of test rows", lambda r: r["gallery"]),
+            (same, "splits", lambda r: r["run"]["rows"]),
+            (same, "probe rows", lambda r: r["probe_rows"]),
         ):
+            a, b = of(first), of(other)
             if a != b:
                 raise UserError(
                     f"{first['folder']} and {other['folder']} were made on different {what} ({a} and {b}); "
-                    "compare only runs of the same data, Stage 1 and data options."
+                    "compare only runs of the same data, Stage 1 and data options, or of worlds of one kind."
                 )
     return results
 
 
-def _label_columns(results: Mapping[str, Any]) -> str:
-    """The factors of every modality, as text."""
-    return ", ".join(f"{m}: {f}" for m, table in sorted(results["factors"].items()) for f in sorted(table))
+def _label_columns(results: Results) -> str:
+    """The factors of every modality, as text; with those that had too few rows for a probe."""
+    tables = (results["factors"], results.get("left_out", {}))
+    return ", ".join(sorted({f"{m}: {f}" for table in tables for m, factors in table.items() for f in factors}))
 
 
-def main_pair(results: Mapping[str, Any]) -> str:
+def main_pair(results: Results) -> str:
     """The pair that methods are ranked by: tactile-vision if it was evaluated, else the first one."""
     return MAIN if MAIN in results["retrieval"] else next(iter(results["retrieval"]))
 
 
-def by_method(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Group runs by method, sorted by the Acc@1 of the main pair, best first."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
+def method_name(results: Results) -> str:
+    """Name and version of the method; a run that was trained on shuffled pairs is a method of its own."""
+    shuffled = results["run"].get("settings", {}).get("data", {}).get("shuffle_pairs", False)
+    return f"{results['method']} v{results['version']}" + (SHUFFLED if shuffled else "")
+
+
+def by_method(results: Sequence[Results]) -> dict[str, list[Results]]:
+    """Group runs by method, sorted by the Acc@1 of the main pair, best first; shuffled pairs come last."""
+    groups: dict[str, list[Results]] = {}
     for result in results:
-        groups.setdefault(f"{result['method']} v{result['version']}", []).append(result)
+        groups.setdefault(method_name(result), []).append(result)
     pair = main_pair(results[0])
-    order = sorted(groups, key=lambda m: -np.mean([r["retrieval"][pair]["acc1"] for r in groups[m]]))
+    accuracy = {m: mean_known([r["retrieval"][pair]["acc1"] for r in rs]) or 0.0 for m, rs in groups.items()}
+    order = sorted(groups, key=lambda m: (m.endswith(SHUFFLED), -accuracy[m]))
     return {name: groups[name] for name in order}
 
 
-def leaderboard(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
-    """Column names and text cells: mean ± standard deviation over the seeds of each method."""
-    some = next(iter(groups.values()))[0]
-    columns = ["method", "seeds", *(f"{pair.replace('_', '-')} Acc@1" for pair in some["retrieval"])]
-    columns += [name.replace("_", " ") for name in SUMMARY if name in some.get("summary", {})]
-    columns += ["Acc@1 with 1 register (% of all)"]
-    rows = []
-    for method, runs in groups.items():
-        cells = [method, ", ".join(str(r["seed"]) for r in runs)]
-        cells += [_spread([r["retrieval"][pair]["acc1"] for r in runs]) for pair in some["retrieval"]]
-        cells += [_score_spread([r["summary"][name] for r in runs]) for name in SUMMARY if name in some.get("summary", {})]
-        cells.append(_spread([100 * r["prefix"][0]["acc1"] / max(r["prefix"][-1]["acc1"], 1e-9) for r in runs]))
-        rows.append(cells)
-    stage1 = ["Stage 1, frozen", "", *(number(n["stage1_acc1"]) for n in some["retrieval"].values())]
-    chance = ["chance", "", *(f"{n['chance1']:.2f}" for n in some["retrieval"].values())]
-    return columns, [*rows, *(row + [""] * (len(columns) - len(row)) for row in (stage1, chance))]
+@dataclass(frozen=True)
+class Metric:
+    """A column of the comparison: how it is read from results, and whether more is better."""
+
+    title: str
+    read: Callable[[Results], float | None]
+    more: bool = True
+    digits: int = 1
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def metrics(groups: Groups) -> list[Metric]:
+    """The columns of these runs: Acc@1 of every pair, retention and leak, leak without labels, Acc@1 with one register."""
+    runs = [r for rs in groups.values() for r in rs]
+    found = [Metric(f"{pair.replace('_', '-')} Acc@1", partial(_acc1, pair)) for pair in runs[0]["retrieval"]]
+    found += [
+        Metric(plain(name), partial(_summary, name, "score"), not name.endswith("leak"))
+        for name in SUMMARY
+        if any(name in r.get("summary", {}) for r in runs)
+    ]
+    found += [Metric(f"{name} (R2)", partial(_leak, name), False, 2) for name in LEAKS]
+    return [*found, Metric("Acc@1 with 1 register (% of all)", _first_register)]
+
+
+def _acc1(pair: str, results: Results) -> float | None:
+    return results["retrieval"][pair]["acc1"]
+
+
+def _summary(name: str, column: str, results: Results) -> float | None:
+    return results.get("summary", {}).get(name, {}).get(column)
+
+
+def _leak(name: str, results: Results) -> float | None:
+    return leak(results, name)
+
+
+def _first_register(results: Results) -> float | None:
+    first, last = results["prefix"][0]["acc1"], results["prefix"][-1]["acc1"]
+    return None if first is None or not last else 100 * first / last
+
+
+@dataclass(frozen=True)
+class Leaderboard:
+    """columns and rows of cells; bold: (row, column) of methods that are better than all others.
+
+    differences: rows of the paired differences to the best method of each metric, under the same columns as the metrics.
+    """
+
+    columns: list[str]
+    rows: Cells
+    bold: frozenset[tuple[int, int]]
+    differences: Cells
+
+
+def leaderboard(groups: Groups) -> Leaderboard:
+    """Mean ± standard deviation over the runs of each method, then the floors: Stage 1, untrained, oracle and chance."""
+    some, columns = next(iter(groups.values()))[0], metrics(groups)
+    rows = [
+        [m, str(len({r["run"]["store"] for r in rs})), ", ".join(map(str, sorted({r["seed"] for r in rs})))]
+        + [_spread([c.read(r) for r in rs], c.digits) for c in columns]
+        for m, rs in groups.items()
+    ]
+    differences, bold = [[m] for m in groups], set()
+    for at, metric in enumerate(columns):
+        cells, best = _against_best(groups, metric)
+        for row, cell in zip(differences, cells, strict=True):
+            row.append(cell)
+        if best is not None:
+            bold.add((best, at + 3))
+    everything = [r for rs in groups.values() for r in rs]
+    for name, column in (("Stage 1, frozen", "stage1_acc1"), ("oracle", "oracle_acc1"), ("chance", "chance1")):
+        accuracy = [mean_known([r["retrieval"][p][column] for r in everything]) for p in some["retrieval"]]
+        cells = ["" if a is None else number(a, 2 if name == "chance" else 1) for a in accuracy]
+        rows.append([name, "", "", *cells, *[""] * (len(columns) - len(cells))])
+    untrained = [mean_known([r["retrieval"][p]["untrained_acc1"] for r in everything]) for p in some["retrieval"]]
+    for metric in columns[len(untrained) :]:
+        names = [name for name in SUMMARY if plain(name) == metric.title]
+        untrained.append(mean_known([_summary(names[0], "untrained", r) for r in everything]) if names else None)
+    cells = ["" if value is None else number(value) for value in untrained]
+    rows.insert(len(groups) + 1, ["untrained, mean of methods", "", "", *cells])
+    return Leaderboard(["method", "stores", "seeds", *(c.title for c in columns)], rows, frozenset(bold), differences)
+
+
+def _against_best(groups: Groups, metric: Metric) -> tuple[list[str], int | None]:
+    """Difference of every method to the best one, as text, and the index of the best if all others differ from it.
+
+    The best method is never one that was trained on shuffled pairs, which are a control. A difference is the mean over the
+    (store, seed) that both methods have, with a 95% t interval: "none" if it contains 0, a dash with fewer than two.
+    """
+    values = {m: _paired(rs, metric) for m, rs in groups.items()}
+    ranked = [m for m, found in values.items() if found and not m.endswith(SHUFFLED)]
+    if not ranked:
+        return ["-"] * len(groups), None
+    best = (max if metric.more else min)(ranked, key=lambda m: float(np.mean(list(values[m].values()))))
+    cells, differ = [], len(ranked) > 1
+    for name, found in values.items():
+        both = sorted(found.keys() & values[best].keys())
+        pairs = [found[key] - values[best][key] for key in both]
+        cell = "best" if name == best else "-"
+        if name != best and len(pairs) > 1:
+            low, high = t_interval(pairs)
+            digits = metric.digits
+            text = f"{np.mean(pairs):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+            cell = "none" if low <= 0 <= high else text
+        differ &= name not in ranked or cell not in ("none", "-")
+        cells.append(cell)
+    return cells, list(groups).index(best) if differ else None
+
+
+def _paired(runs: Sequence[Results], metric: Metric) -> dict[tuple[str, int], float]:
+    """{(store, seed): value}, averaged over runs with the same; without runs that lack the value."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for run in runs:
+        value = metric.read(run)
+        if value is not None:
+            found.setdefault((run["run"]["store"], run["seed"]), []).append(value)
+    return {key: float(np.mean(values)) for key, values in found.items()}
+
+
+def incomplete(groups: Groups) -> list[str]:
+    """The methods that lack a (store, seed) which another one has; their means are over fewer worlds or seeds."""
+    keys = {m: {(r["run"]["store"], r["seed"]) for r in rs} for m, rs in groups.items()}
+    return [m for m, found in keys.items() if found != set().union(*keys.values())]
+
+
+def _spread(values: Sequence[float | None], digits: int = 1) -> str:
     """Mean ± standard deviation as text; values of None are left out."""
     known = [v for v in values if v is not None]
     if not known:
         return ""
-    return f"{np.mean(known):.1f}" + (f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else "")
+    return f"{np.mean(known):z.{digits}f}" + (f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else "")
 
 
-def _score_spread(scores: Sequence[float | None]) -> str:
-    """As `_spread`, for normalised scores, which are NaN if the ceiling is not above chance."""
-    undefined = any(score is not None and math.isnan(score) for score in scores)
-    return score_text(math.nan) if undefined else _spread(scores)
+def readers(groups: Groups) -> tuple[list[str], Cells]:
+    """What other readings say: each summary row of a method by linear probes, fewer rows, in bits, and without training."""
+    columns = ["method", "score", "strongest probe", "linear", "half the rows", "untrained", "usable bits (%)"]
+    rows = [
+        [
+            m,
+            plain(name),
+            *(_spread([_summary(name, c, r) for r in rs]) for c in ("score", "linear", "half", "untrained", "bits")),
+        ]
+        for m, rs in groups.items()
+        for name in SUMMARY
+        if any(name in r.get("summary", {}) for r in rs)
+    ]
+    return columns, rows
 
 
-def mean_factors(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """The factor results, averaged over runs."""
-    first = runs[0]["factors"]
-    return {
-        m: {
-            f: {
-                k: v if k == "ownership" else float(np.mean([r["factors"][m][f][k] for r in runs])) for k, v in entry.items()
-            }
-            for f, entry in table.items()
-        }
-        for m, table in first.items()
-    }
+def mean_factors(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
+    """{"modality: factor": {"ownership", group: score}}, averaged over runs.
+
+    A score is None if a run has a ceiling at chance or left the factor out.
+    """
+    names = {(m, f): e["ownership"] for r in runs for m, table in r["factors"].items() for f, e in table.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for (m, f), owners in names.items():
+        found[f"{m}: {f}"] = {"ownership": owners}
+        for group in GROUPS:
+            scores = [score(r["factors"][m][f], group) if f in r["factors"].get(m, {}) else None for r in runs]
+            found[f"{m}: {f}"][group] = None if None in scores else mean_known(scores)
+    return found
 
 
 def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
@@ -122,32 +259,39 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
 
     results = load_results(runs)
     groups = by_method(results)
-    columns, rows = leaderboard(groups)
-    root = Path(results[0]["root"])
+    factors = _with_all({m: mean_factors(rs) for m, rs in groups.items()})
     figures = {"score": as_url(plots.methods_against_k({m: [r["prefix"] for r in rs] for m, rs in groups.items()}))}
     figures["curves"] = as_url(
         plots.methods_curves(
             {m: [read_metrics(Path(r["folder"])) for r in rs] for m, rs in groups.items()}, main_pair(results[0])
         )
     )
-    if results[0]["factors"]:
-        figures["heat"] = as_url(plots.methods_heat_map({m: mean_factors(rs) for m, rs in groups.items()}))
-    confusions = {m: _confusion(root, rs[0]["confusions"]) for m, rs in groups.items()}
-    commands = [(r["method"], r["seed"], r["folder"], r["run"]["command"], r["run"]["commit"]) for r in results]
+    if any(factors.values()):
+        figures["heat"] = as_url(plots.methods_heat_map(factors))
+    confusions = {m: _confusion(Path(rs[0]["root"]), rs[0]["confusions"]) for m, rs in groups.items()}
     facts = {
-        "columns": columns,
-        "rows": rows,
-        "synthetic": is_synthetic(root),
+        "board": leaderboard(groups),
+        "readers": readers(groups),
+        "synthetic": all(map(is_synthetic, results)),
         "gallery": results[0]["gallery"],
-        "store": results[0]["run"]["store"],
-        "commands": commands,
+        "stores": sorted({r["run"]["store"] for r in results}),
+        "incomplete": incomplete(groups),
+        "commands": [(method_name(r), r["seed"], r["run"]["command"], r["run"]["commit"]) for r in results],
         "command": command,
     }
     out.mkdir(parents=True, exist_ok=True)
     page = fill_template("compare.html", **facts, **figures, confusions=confusions)
     (out / "report.html").write_text(page, encoding="utf-8")
-    (out / "report.md").write_text(_markdown(facts, groups), encoding="utf-8")
+    (out / "report.md").write_text(_markdown(facts, groups, factors), encoding="utf-8")
     return out / "report.html"
+
+
+def _with_all(factors: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The same factors for every method, without scores where a method has none."""
+    names = {
+        f: {"ownership": e["ownership"]} | dict.fromkeys(GROUPS) for table in factors.values() for f, e in table.items()
+    }
+    return {m: {f: table.get(f, empty) for f, empty in names.items()} for m, table in factors.items()}
 
 
 def _confusion(root: Path, confusions: Sequence[Mapping[str, Any]]) -> str | None:
@@ -163,42 +307,38 @@ def _confusion(root: Path, confusions: Sequence[Mapping[str, Any]]) -> str | Non
     return as_url(plots.confusion(strip)) if strip else None
 
 
-def _markdown(facts: Mapping[str, Any], groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _markdown(facts: Mapping[str, Any], groups: Groups, factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The tables of the page as Markdown."""
 
-    def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def table(columns: Sequence[str], rows: Cells) -> str:
         lines = ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in [columns, *rows]]
         return "\n".join([lines[0], "|" + "---|" * len(columns), *lines[1:]])
 
-    from tvl_align.report import plots
-
-    kind = "Synthetic data. " if facts["synthetic"] else ""
-    parts = [f"{kind}Retrieval over {facts['gallery']} test rows, feature store {facts['store']}; in percent."]
-    parts.append(table(facts["columns"], facts["rows"]))
+    kind, board = "Synthetic data. " if facts["synthetic"] else "", facts["board"]
+    stores = ", ".join(facts["stores"])
+    parts = [f"{kind}Retrieval over {facts['gallery']} test rows, feature store {stores}; in percent, R2 from 0 to 1."]
+    rows = [[f"**{c}**" if (i, j) in board.bold else c for j, c in enumerate(row)] for i, row in enumerate(board.rows)]
+    parts.append(table(board.columns, rows))
+    if facts["incomplete"]:
+        parts.append(f"Without some of the stores or seeds: {'; '.join(facts['incomplete'])}.")
+    text = 'Paired differences to the best method, with 95% t intervals; "none" if the interval contains 0'
+    parts.append(f"{text}\n\n{table(['method', *board.columns[3:]], board.differences)}")
+    if facts["readers"][1]:
+        parts.append(f"Retention and leak by other readings\n\n{table(*facts['readers'])}")
     for method, runs in groups.items():
-        factors = mean_factors(runs)
         rows = [
-            [
-                f"{m}: {f}",
-                ", ".join(e["ownership"]),
-                *(score_text(normalised_score(e[g], e["chance"], e["stage1"])) for g in plots.GROUPS),
-            ]
-            for m, entries in factors.items()
-            for f, e in entries.items()
+            [name, ", ".join(e["ownership"]), *(score_text(e[group]) for group in GROUPS)]
+            for name, e in factors[method].items()
         ]
         if rows:
-            head = ["factor", "owners", *(g.replace("_", " ") for g in plots.GROUPS)]
-            parts.append(f"{method}: normalised scores (0 = chance, 100 = Stage 1)\n\n{table(head, rows)}")
-        prefixes = [
-            [
-                str(p["k"]),
-                _spread([r["prefix"][i]["acc1"] for r in runs]),
-                _score_spread([r["prefix"][i]["shared_retention"] for r in runs]),
-                _spread([r["prefix"][i]["reconstruction"] for r in runs]),
-            ]
-            for i, p in enumerate(runs[0]["prefix"])
+            head = ["factor", "owners", *map(plain, GROUPS)]
+            parts.append(f"{method}: normalised scores (0 = chance, 100 = ceiling)\n\n{table(head, rows)}")
+        found = [{p["k"]: p for p in r["prefix"]} for r in runs]
+        rows = [
+            [str(k), *(_spread([f[k][column] for f in found]) for column in ("acc1", "shared_retention", "reconstruction"))]
+            for k in sorted(set(found[0]).intersection(*found))
         ]
         head = ["registers kept", "mean Acc@1", "shared retention", "reconstruction error"]
-        parts.append(f"{method}: prefixes of registers\n\n{table(head, prefixes)}")
-    parts.append("\n".join(f"- {m}, seed {s}, {c[:12]}: `{command}`" for m, s, _, command, c in facts["commands"]))
+        parts.append(f"{method}: prefixes of registers\n\n{table(head, rows)}")
+    parts.append("\n".join(f"- {m}, seed {s}, {c[:12]}: `{command}`" for m, s, command, c in facts["commands"]))
     return "\n\n".join([*parts, f"Command of this report: `{facts['command']}`"]) + "\n"

@@ -1,8 +1,8 @@
-"""The report of one run: a self-contained HTML page and a table for the terminal."""
+"""The report of one run: a self-contained HTML page and tables for the terminal."""
 
 import base64
 import json
-import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from tvl_align.data.transforms import preview
 from tvl_align.data.tvl import Row
-from tvl_align.evaluation.probes import normalised_score
+from tvl_align.report import tables
 
 
 def write_page(run: Path) -> Path:
@@ -31,8 +31,7 @@ def write_page(run: Path) -> Path:
     if strip:
         figures["strip"] = plots.samples(strip)
     urls = {name: as_url(image) for name, image in figures.items()}
-    synthetic = is_synthetic(Path(results["root"]))
-    page = fill_template("run.html", r=results, synthetic=synthetic, score_text=score_text, **urls)
+    page = fill_template("run.html", r=results, synthetic=is_synthetic(results), tables=tables, **urls)
     (run / "report.html").write_text(page, encoding="utf-8")
     return run / "report.html"
 
@@ -55,20 +54,10 @@ def as_url(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
-def is_synthetic(root: Path) -> bool:
-    """True for the data folder of a synthetic world."""
-    legend = root / "factors.json"
+def is_synthetic(results: Mapping[str, Any]) -> bool:
+    """True for results on the data folder of a synthetic world."""
+    legend = Path(results["root"]) / "factors.json"
     return legend.is_file() and bool(json.loads(legend.read_text(encoding="utf-8")).get("synthetic"))
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """A number as text for tables; None is a dash."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def score_text(score: float) -> str:
-    """A normalised score as text for tables; it is NaN if the ceiling is not above chance."""
-    return "ceiling at chance" if math.isnan(score) else f"{score:.0f}"
 
 
 def _strip(root: Path, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray, str]]:
@@ -81,29 +70,35 @@ def _strip(root: Path, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray
 
 
 def print_table(path: Path) -> None:
-    """Print the main results of a results.json as a table."""
+    """Print the main results of a results.json as tables."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     results = json.loads(path.read_text(encoding="utf-8"))
-    synthetic = is_synthetic(Path(results["root"]))
+    console = Console()
+
+    def show(title: str, columns: Sequence[str], rows: tables.Cells) -> None:
+        table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+
     title = f"{results['method']} v{results['version']}, seed {results['seed']}"
-    title += f", {results['gallery']} {results['split']} rows" + (" (synthetic data)" if synthetic else "")
-    table = Table(title=title, title_justify="left")
-    for column in ("in percent", "registers", "Stage 1", "chance"):
-        table.add_column(column, justify="left" if column == "in percent" else "right")
-    for pair, n in results["retrieval"].items():
-        for k in (1, 5):
-            chance = f"{n['chance1']:.2f}" if k == 1 else ""
-            table.add_row(f"{pair.replace('_', '-')} Acc@{k}", f"{n[f'acc{k}']:.1f}", number(n[f"stage1_acc{k}"]), chance)
-    for name, value in results.get("summary", {}).items():
-        table.add_row(name.replace("_", " ") + " (normalised)", score_text(value), "100", "0")
-    if results["factors"]:
-        lowest, name = min(
-            (normalised_score(entry["stage1"], entry["chance"]), f"{modality} {factor}")
-            for modality, factors in results["factors"].items()
-            for factor, entry in factors.items()
-        )
-        table.add_row(f"lowest ceiling: {name}", "", score_text(lowest), "0")
-    table.add_row("shuffled partners Acc@1", f"{results['controls']['shuffled_acc1']:.2f}", "", "")
-    Console().print(table)
+    title += f", {results['gallery']} {results['split']} rows" + (" (synthetic data)" if is_synthetic(results) else "")
+    show(f"{title}, in percent", tables.RETRIEVAL_COLUMNS, tables.retrieval_rows(results))
+    shuffled = tables.number(results["controls"]["shuffled_acc1"], 2)
+    console.print(
+        f"Untrained: random weights with closed forms. Shuffled partners: mean Acc@1 {shuffled}.\n", highlight=False
+    )
+    if results.get("summary"):
+        show("Normalised: 0 = chance, 100 = ceiling", tables.SUMMARY_COLUMNS, tables.summary_rows(results))
+    leaks = [(name, tables.leak(results, name)) for name in tables.LEAKS]
+    rows = [[name, tables.number(value, 2)] for name, value in leaks]
+    show("Leak without labels: R2, 1 = everything", ("read", "strongest probe"), rows)
+    named = tables.unreadable(results)
+    if named:
+        console.print(escape(f"Ceiling at chance, not in the scores: {'; '.join(named)}."), highlight=False)

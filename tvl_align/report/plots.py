@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
-from tvl_align.evaluation.probes import normalised_score
+from tvl_align.report.tables import GROUPS, entries, plain, score
 
 matplotlib.use("Agg")
 
@@ -35,26 +35,30 @@ def curves(metrics: Sequence[Mapping[str, Any]], pairs: Sequence[str]) -> bytes:
     left.plot(epochs, [m["val_total_loss"] for m in metrics], label="validation (full split)", color="black")
     left.set(xlabel="epoch", ylabel="total loss")
     left.legend(frameon=False)
+    pairs = [pair for pair in pairs if f"val_{pair}_acc1" in metrics[0]]
     for pair in pairs:
-        if f"val_{pair}_acc1" not in metrics[0]:
-            continue
         colour = COLOURS.get(pair)
         right.plot(epochs, [m[f"val_{pair}_acc1"] for m in metrics], label=pair.replace("_", "-"), color=colour)
         right.axhline(metrics[-1][f"val_{pair}_chance1"], color=colour, linestyle=":", linewidth=1)
     right.set(xlabel="epoch", ylabel="validation Acc@1 (%)", ylim=(0, None))
-    right.legend(frameon=False)
+    if pairs:
+        right.legend(frameon=False)
     return png(figure)
 
 
 def against_k(prefixes: Sequence[Mapping[str, Any]]) -> bytes:
-    """Acc@1, shared retention and reconstruction error against the number of kept registers."""
+    """Acc@1 with the 95% interval of its mean, shared retention and reconstruction error against the kept registers."""
     ks = [p["k"] for p in prefixes]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.2))
     for pair in prefixes[0]["pairs"]:
         scores = [p["pairs"][pair] for p in prefixes]
-        left.plot(ks, scores, marker="o", label=pair.replace("_", "-"), color=COLOURS.get(pair))
+        left.plot(ks, scores, marker="o", label=pair.replace("_", "-"), color=COLOURS.get(pair), linewidth=1)
+    if prefixes[0]["pairs"]:
+        mean = np.array([[p["acc1"], p["low"], p["high"]] for p in prefixes])
+        left.plot(ks, mean[:, 0], color="black", label="mean, 95% interval")
+        left.fill_between(ks, mean[:, 1], mean[:, 2], color="black", alpha=0.15, linewidth=0)
+        left.legend(frameon=False)
     left.set(xlabel="registers kept", ylabel="test Acc@1 (%)", xticks=ks, ylim=(0, None))
-    left.legend(frameon=False)
     if prefixes[0]["shared_retention"] is not None:
         middle.plot(ks, [p["shared_retention"] for p in prefixes], marker="o", color="black")
     middle.set(xlabel="registers kept", ylabel="shared retention (normalised)", xticks=ks, ylim=(0, 110))
@@ -66,25 +70,29 @@ def against_k(prefixes: Sequence[Mapping[str, Any]]) -> bytes:
     return png(figure)
 
 
-GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_complementary")
-
-
 def heat_map(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
-    """Normalised scores (0 = chance, 100 = Stage-1 ceiling) of every factor and group of tokens.
+    """Normalised scores (0 = chance, 100 = ceiling) of every factor and group of tokens, by the linear and strongest probe.
 
-    A cell is grey if the ceiling is not above chance.
+    A cell is grey if the ceiling is at chance.
     """
-    rows = [(m, f, e) for m, table in factors.items() for f, e in table.items()]
-    values = np.array([[normalised_score(e[g], e["chance"], e["stage1"]) for g in GROUPS] for _, _, e in rows])
-    figure, axes = plt.subplots(figsize=(7.5, 0.36 * len(rows) + 1))
+    rows = entries(factors)
+    columns = [(group, kind) for group in GROUPS for kind in ("linear", None)]
+    values = np.array([[score(e, group, kind) for group, kind in columns] for _, e in rows], dtype=float)
+    figure, axes = plt.subplots(figsize=(11, 0.36 * len(rows) + 1))
     _show_scores(axes, values)
-    owners = ["shared" if len(e["ownership"]) > 1 else "unique" if e["ownership"] else "" for _, _, e in rows]
-    axes.set_yticks(
-        range(len(rows)), [f"{m}: {f} ({o})" if o else f"{m}: {f}" for (m, f, _), o in zip(rows, owners, strict=True)]
+    axes.set_yticks(range(len(rows)), [_with_owners(name, entry) for name, entry in rows])
+    axes.set_xticks(
+        range(len(columns)), [f"{_wrapped(group)}\n{kind or 'strongest'}" for group, kind in columns], fontsize=8
     )
-    axes.set_xticks(range(len(GROUPS)), [g.replace("_", "\n") for g in GROUPS])
     axes.xaxis.tick_top()
+    for x in range(2, len(columns), 2):
+        axes.axvline(x - 0.5, color="white", linewidth=3)
     return png(figure)
+
+
+def _with_owners(name: str, entry: Mapping[str, Any]) -> str:
+    owners = len(entry["ownership"])
+    return f"{name} ({'shared' if owners > 1 else 'unique'})" if owners else name
 
 
 def _show_scores(axes: Axes, values: np.ndarray) -> None:
@@ -93,7 +101,7 @@ def _show_scores(axes: Axes, values: np.ndarray) -> None:
     axes.imshow(np.clip(values, 0, 100), cmap="viridis", vmin=0, vmax=100, aspect="auto")
     for (y, x), value in np.ndenumerate(values):
         if not np.isnan(value):
-            axes.text(x, y, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black", fontsize=9)
+            axes.text(x, y, f"{value:z.0f}", ha="center", va="center", color="white" if value < 60 else "black", fontsize=9)
 
 
 def samples(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
@@ -102,41 +110,37 @@ def samples(rows: Sequence[tuple[np.ndarray, np.ndarray, str]]) -> bytes:
     for column, (photo, touch, caption) in enumerate(rows):
         axes[0, column].imshow(photo)
         axes[1, column].imshow(touch)
-        axes[0, column].set_title(caption, fontsize=8)
+        axes[0, column].set_title(textwrap.fill(caption, 16), fontsize=7)
         for axis in axes[:, column]:
             axis.axis("off")
     return png(figure)
 
 
-def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]) -> bytes:
-    """`heat_map` of several methods: overlapping and complementary tokens of each method side by side."""
+def methods_heat_map(methods: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> bytes:
+    """Scores of several methods by the strongest probe: overlapping and complementary tokens of each method side by side.
+
+    methods: {method: {"modality: factor": {"ownership": ..., group: score or None}}}.
+    """
     some = next(iter(methods.values()))
-    rows = [(m, f) for m, table in some.items() for f in table]
     columns = [(name, group) for name in methods for group in GROUPS[:2]]
-
-    def value(name: str, group: str, modality: str, factor: str) -> float:
-        entry = methods[name][modality][factor]
-        return normalised_score(entry[group], entry["chance"], entry["stage1"])
-
-    values = np.array([[value(name, group, m, f) for name, group in columns] for m, f in rows])
-    figure, axes = plt.subplots(figsize=(1.5 * len(columns) + 3, 0.36 * len(rows) + 1.2))
+    values = np.array([[methods[name][factor][group] for name, group in columns] for factor in some], dtype=float)
+    figure, axes = plt.subplots(figsize=(1.5 * len(columns) + 3, 0.36 * len(some) + 1.2))
     _show_scores(axes, values)
-    owners = ["shared" if len(some[m][f]["ownership"]) > 1 else "unique" for m, f in rows]
-    axes.set_yticks(range(len(rows)), [f"{m}: {f} ({o})" for (m, f), o in zip(rows, owners, strict=True)])
+    axes.set_yticks(range(len(some)), [_with_owners(name, entry) for name, entry in some.items()])
     axes.set_xticks(range(len(columns)), [f"{_wrapped(name)}\n{group}" for name, group in columns], fontsize=7)
     axes.xaxis.tick_top()
     return png(figure)
 
 
 def _wrapped(name: str) -> str:
-    """The name of a method, wrapped to the width of a column."""
-    return textwrap.fill(name.replace("_", " "), 18)
+    """A name, wrapped to the width of a column."""
+    return textwrap.fill(plain(name), 18)
 
 
 def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> bytes:
     """Mean Acc@1, shared retention and reconstruction error against the number of kept registers.
 
-    One line per method, averaged over seeds.
+    One line per method: the mean over its runs at each number that all of them have. Shaded: ± one standard deviation.
     """
     panels = {
         "acc1": "test Acc@1, mean over pairs (%)",
@@ -146,14 +150,20 @@ def methods_against_k(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]
     figure, row = plt.subplots(1, len(panels), figsize=(14, 3.4))
     for axes, (key, label) in zip(row, panels.items(), strict=True):
         for i, (name, runs) in enumerate(methods.items()):
-            if all(p[key] is not None for run in runs for p in run):
-                ks = [p["k"] for p in runs[0]]
-                scores = np.mean([[p[key] for p in run] for run in runs], axis=0)
-                axes.plot(ks, scores, marker="o", label=name, color=f"C{i}")
+            found = [{p["k"]: p[key] for p in run if p[key] is not None} for run in runs]
+            ks = sorted(set(found[0]).intersection(*found))
+            if not ks:
+                continue
+            scores = np.array([[run[k] for k in ks] for run in found])
+            mean, deviation = scores.mean(0), scores.std(0, ddof=1) if len(runs) > 1 else 0.0
+            axes.plot(ks, mean, marker="o", label=name, color=f"C{i}")
+            axes.fill_between(ks, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.15, linewidth=0)
         axes.set_xscale("log", base=2)  # methods have 4 to 32 registers
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.set(xlabel="registers kept", ylabel=label, ylim=(0, None))
-    row[0].legend(frameon=False, fontsize=7)
+    handles, labels = row[0].get_legend_handles_labels()
+    if handles:
+        row[0].legend(handles, labels, frameon=False, fontsize=7)
     return png(figure)
 
 

@@ -32,7 +32,7 @@ class ContestConfig(DemoConfig):
     """Number of training samples, 10% of them for validation."""
     pretrain_epochs: int = 3
     """Epochs of the small Stage 1."""
-    epochs: int = 2
+    epochs: int = 20
     """Epochs of Stage 2, the same for every method."""
     seed: int = 0
     """Seed of the data, Stage 1, the split and the stored views, which all runs share."""

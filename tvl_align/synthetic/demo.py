@@ -18,6 +18,7 @@ from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.settings import RunConfig, Settings
 
 T = TypeVar("T")
+WIDE = ("cursor", "flextok", "matryoshka")  # methods whose blocks have the width of the registers
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,18 @@ class DemoConfig:
     """Number of test samples."""
     pretrain_epochs: int = 6
     """Epochs of the small Stage 1."""
-    epochs: int = 3
+    epochs: int = 20
     """Epochs of Stage 2."""
     views: int = 4
     """Additional views per training row; only their sentences differ."""
     seed: int = 0
     """Seed of the data, Stage 1 and Stage 2."""
+    misregistration: float = 1.0
+    """From 0, photo and touch image are registered to the pixel, to 1, they share no frame (`tvl-align world`)."""
     probe_rows: int = 3000
-    """Maximum number of training rows for fitting the probes."""
-    probe_steps: int = 600
-    """Training steps of an attentive probe, which sets the ceiling of a factor."""
+    """Maximal number of probe rows."""
+    probe_steps: int = 400
+    """Most training steps of a probe."""
 
 
 def demo(config: DemoConfig) -> Path:
@@ -62,7 +65,8 @@ def prepare(config: DemoConfig) -> tuple[Path, Path]:
     world, stage1 = config.out / "world", config.out / "stage1"
     if not (world / "factors.json").is_file():
         title = f"data: {config.train} + {config.test} synthetic samples"
-        timed(title, lambda: write_world(world, config.train, config.test, config.seed))
+        registration = config.misregistration
+        timed(title, lambda: write_world(world, config.train, config.test, config.seed, misregistration=registration))
     if not (stage1 / "checkpoint.pth").is_file():
         settings = PretrainConfig(world, stage1, epochs=config.pretrain_epochs, seed=config.seed)
         timed(f"Stage 1: small encoders, {config.pretrain_epochs} epochs", lambda: pretrain(settings))
@@ -83,9 +87,14 @@ def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: st
             replace_synonyms=True,
             num_workers=2,
         ),
-        OptimConfig(batch_size=128, epochs=config.epochs, warmup_epochs=1, lr=1e-3),
+        optimisation_of(method, config.epochs),
         RunConfig(config.out / "runs", name, seed=config.seed, method=method),
     )
+
+
+def optimisation_of(method: str, epochs: int) -> OptimConfig:
+    """The optimisation of a method in benchmarks: 4e-3 for narrow blocks, 1e-3 for wide ones (chosen on validation rows)."""
+    return OptimConfig(batch_size=256, epochs=epochs, warmup_epochs=1, lr=1e-3 if method in WIDE else 4e-3)
 
 
 def timed(title: str, function: Callable[[], T]) -> T:

@@ -60,7 +60,8 @@ def large_batch_gradient(
                 for path, x in _differentiable(forward()).items()
                 if path in cached and x.requires_grad and (x.ndim or part == len(forwards) - 1)
             ]
-            backward(torch.stack(terms).sum(), part)
+            if terms:  # a method without training has none but the temperature
+                backward(torch.stack(terms).sum(), part)
         start += size
     _restore(after)
     return scalars

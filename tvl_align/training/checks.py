@@ -133,7 +133,9 @@ def check_gradients(method: Method) -> None:
     scalars = loss(output)
     assert all(value.ndim == 0 and torch.isfinite(value) for value in scalars.values()), scalars
     scalars["total_loss"].backward()
-    norms = {name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in model.named_parameters()}
+    norms = {
+        name: 0.0 if p.grad is None else float(p.grad.norm()) for name, p in model.named_parameters() if p.requires_grad
+    }
     threshold = MIN_GRADIENT * math.hypot(*norms.values())
     single_key = all(spec.tokens == 1 for spec in model.specs.values())
     queries = (".cross.query.", ".cross_norm.") if single_key else ()
@@ -170,11 +172,11 @@ def eight_rows(count: int) -> tuple[Features, Tensor]:
     return Features(features.modalities | {"tactile": masked}, keys, features.rows), kept
 
 
-def _one_of_two(index: int, rendezvous: str, out: str, module_name: str, experiment_id: str) -> None:
+def _one_of_two(index: int, rendezvous: str, out: str, module_names: Sequence[str], experiment_id: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=index, world_size=2)
-    module = vars(importlib.import_module(module_name))
-    candidates = [*module.values(), *module.get("METHODS", {}).values()]
+    modules = [vars(importlib.import_module(name)) for name in module_names]
+    candidates = [x for module in modules for x in (*module.values(), *module.get("METHODS", {}).values())]
     method = next(m for m in candidates if isinstance(m, Method) and m.implementation.experiment_id == experiment_id)
     features, kept = eight_rows(_register_count(method))
     half = slice(4 * rank(), 4 * rank() + 4)
@@ -184,9 +186,10 @@ def _one_of_two(index: int, rendezvous: str, out: str, module_name: str, experim
 
 def check_two_processes(method: Method) -> None:
     """A step on 2 processes with 4 rows each has the gradients of 1 process with the same 8 rows."""
-    identity = method.model.__module__, method.implementation.experiment_id
+    modules = method.model.__module__, method.knobs.__module__  # a method may use the model of another one
+    experiment_id = method.implementation.experiment_id
     with tempfile.TemporaryDirectory() as folder:
-        processes = mp.spawn(_one_of_two, (f"{folder}/rendezvous", folder, *identity), nprocs=2, join=False)
+        processes = mp.spawn(_one_of_two, (f"{folder}/rendezvous", folder, modules, experiment_id), nprocs=2, join=False)
         deadline = time.monotonic() + TIMEOUT
         while not processes.join(timeout=1.0):
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The training loop of all methods: fit, train_one_epoch, calibrate, evaluate."""
+"""The training loop of all methods: fit, calibrate, train_one_epoch, evaluate."""
 
 import json
 import logging
@@ -117,12 +117,16 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
             run.save(model, optimizer, progress)
         done = f"epoch {progress.epoch}" + (f", step {progress.step}" if progress.step else "")
         run.log(f"resuming after {done}" if progress.epoch < optim.epochs else f"all {optim.epochs} epochs are done already")
+    if checkpoint is None:
+        calibrate(model, inputs.splits["train"], device)
+    condense = cast(Stage2Model, model).condense
+    train, val = (inputs.splits[name].condensed(condense, device) for name in ("train", "val"))
     wrapped = accelerator.prepare_model(_compiled(model, device) if settings.run.compile else model)
     with StopSignals() as signals:
         for epoch in range(progress.epoch, optim.epochs):
             times = [time.perf_counter()]
             trained = train_one_epoch(
-                wrapped, model, loss, optimizer, inputs.splits["train"], settings, schedule, accelerator, progress, signals
+                wrapped, model, loss, optimizer, train, settings, schedule, accelerator, progress, signals
             )
             if trained is None:
                 if run is not None:
@@ -132,9 +136,7 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
                 accelerator.wait_for_everyone()
                 signals.end()
             times.append(time.perf_counter())
-            calibrate(model, inputs.splits["train"], device)
-            times.append(time.perf_counter())
-            validated = evaluate(model, loss, inputs.splits["val"], device)
+            validated = evaluate(model, loss, val, device)
             times.append(time.perf_counter())
             metrics = {"epoch": epoch, "lr": schedule((epoch + 1) * updates - 1)}
             metrics |= {f"train_{k}": v for k, v in trained.items()} | {f"val_{k}": v for k, v in validated.items()}
@@ -142,7 +144,7 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
             if run is not None:
                 run.save(model, optimizer, progress)
                 seconds = [end - begin for begin, end in pairwise(times)]
-                run.record(metrics, dict(zip(("train", "calibrate", "validate"), seconds, strict=True)))
+                run.record(metrics, dict(zip(("train", "validate"), seconds, strict=True)))
     if run is not None:
         run.close()
 

@@ -176,7 +176,7 @@ class Run:
     def record(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """Report a finished epoch: append to times.jsonl, write TensorBoard scalars, print two lines.
 
-        seconds: wall-clock seconds of train, calibrate and validate.
+        seconds: wall-clock seconds of train and validate.
         """
         with (self.folder / "times.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": metrics["epoch"], **{k: round(v, 3) for k, v in seconds.items()}}) + "\n")

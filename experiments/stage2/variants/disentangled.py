@@ -1,5 +1,5 @@
-"""stage2_disentangled v2. Its code is tvl_align/methods/disentangled.py."""
+"""stage2_disentangled v3.0. Its code is tvl_align/methods/disentangled.py."""
 
-from tvl_align.methods.disentangled import DISENTANGLED, Disentangled, DisentangledConfig
+from tvl_align.methods.disentangled import DISENTANGLED, DisentangledConfig
 
-__all__ = ["DISENTANGLED", "Disentangled", "DisentangledConfig"]
+__all__ = ["DISENTANGLED", "DisentangledConfig"]

@@ -1,0 +1,136 @@
+"""`make benchmarks DATA=folder`: every method on data that were not made for this project -> one report per data set.
+
+Each data set is read from a clone that the user has made; its file in this folder names the public source, its licence and
+what is shared and unique: tactip.py, ur5.py, repercent.py, disentangled_ssl.py. DATA holds one folder per clone. All methods
+and data sets use the settings that were chosen on validation rows of the synthetic data. Parts that are complete are reused.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import disentangled_ssl, repercent, tactip, ur5
+from tvl_align.config import parse
+from tvl_align.encoders.tvl import Stage1Config
+from tvl_align.evaluation.labels import read_labels
+from tvl_align.evaluation.measure import EvaluateConfig, measure
+from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens
+from tvl_align.features.arrays import Arrays
+from tvl_align.features.inputs import DataConfig
+from tvl_align.features.store import FeatureStore
+from tvl_align.methods.registry import load_method
+from tvl_align.report.compare import write_comparison
+from tvl_align.synthetic.demo import optimisation_of, timed
+from tvl_align.system.checkpoint import load_checkpoint
+from tvl_align.system.console import UserError, reports_errors
+from tvl_align.training.engine import build_model, fit
+from tvl_align.training.run import load_run
+from tvl_align.training.settings import RunConfig, Settings
+
+EXAMPLES = ("make benchmarks DATA=clones", "python -m benchmarks.away --data clones --datasets tactip --seeds 0")
+READERS: dict[str, Callable[[Path, int], Arrays]] = {
+    "tactip": tactip.arrays,
+    "ur5": ur5.arrays,
+    "repercent": repercent.arrays,
+    "disentangled_ssl": disentangled_ssl.arrays,
+}
+
+
+@dataclass(frozen=True)
+class AwayConfig:
+    """Train and evaluate methods on data of others, with the same settings everywhere."""
+
+    data: Path
+    """Folder that holds the clones."""
+    out: Path = Path("away")
+    """Folder for stores, runs and reports."""
+    datasets: tuple[str, ...] = tuple(READERS)
+    """Data sets: tactip, ur5, repercent, disentangled_ssl."""
+    methods: tuple[str, ...] = ("base", "disentangled", "cursor", "closed", "mlp")
+    """Methods to train."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs."""
+    epochs: int = 60
+    """Epochs of Stage 2."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.datasets if name not in READERS]
+        if unknown:
+            raise UserError(f"unknown data set {unknown[0]!r}; --datasets takes {', '.join(READERS)}.")
+
+
+def away(config: AwayConfig) -> list[Path]:
+    """Run the benchmarks; returns the paths of the reports."""
+    pages = []
+    for name in config.datasets:
+        folder, store = config.out / name, config.out / name / "store"
+        if not (store / "manifest.json").is_file():
+            timed(f"{name}: features", partial(_write_store, config, name, store))
+        runs = []
+        for seed, method in product(config.seeds, config.methods):
+            run = RunConfig(folder / "runs", f"{method}-{seed}", method=method, draw_seed=seed)
+            optim = optimisation_of(method, config.epochs)
+            knobs = load_method(method).knobs(register_token_dim=256)
+            settings = Settings(Stage1Config(None), knobs, DataConfig(store=store), optim, run)
+            runs.append(settings.folder)
+            if not (settings.folder / "results.json").is_file():
+                timed(f"{name}: {method}, seed {seed}", partial(_run, name, settings))
+        pages.append(write_comparison(runs, folder, " ".join(sys.argv)))
+        print(f"report: {pages[-1].resolve()}", flush=True)
+    return pages
+
+
+def _write_store(config: AwayConfig, name: str, store: Path) -> None:
+    FeatureStore.from_arrays(READERS[name](config.data, 0), store)
+
+
+def _run(name: str, settings: Settings[Any]) -> None:
+    fit(settings, load_method(settings.run.method))
+    results = measure(EvaluateConfig(settings.folder))
+    if name == "repercent":
+        content = json.loads(results.read_text(encoding="utf-8"))
+        content["repercent"] = _repercent_distance(settings)
+        results.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _repercent_distance(settings: Settings[Any]) -> dict[str, float]:
+    """RePercENT's metric of a run: one model for all modalities, its own probe on training and test rows."""
+    loaded, method, _ = load_run(settings.folder)
+    store = FeatureStore(settings.data.store or Path())
+    model = build_model(method, loaded.knobs, store.specs)
+    model.load_state_dict(load_checkpoint(settings.folder / "checkpoint.pth")["model"])
+    device = torch.device("cpu")
+    sides = [compute_tokens(model, store.splits[s], all_rows(store.splits[s]), device) for s in ("train", "test")]
+    train = np.arange(sum(len(store.splits[s]) for s in ("train", "test"))) < len(store.splits["train"])
+    names = list(store.specs)
+    over, comp = ({m: _joined(sides, group, m) for m in names} for group in ("overlapping", "complementary"))
+    read = read_labels((settings.data.store or Path()) / "labels.csv")
+    rows = [name for s in ("train", "test") for name in store.splits[s].names]
+    labels = {factor: read.of(factor, rows) for factor in read.levels}
+    pairs = [(i, j) for i in range(1, len(names) + 1) for j in range(1, len(names) + 1) if i != j]
+    unique = {(i, j): comp[names[i - 1]] for i, j in pairs}
+    shared = {(i, j): np.concatenate([over[names[i - 1]], over[names[j - 1]]], 1) for i, j in pairs if i < j}
+    found = repercent.distance(unique, shared, labels, train, ~train)
+    return {"distance": found.distance, **{k: float(v) for k, v in vars(found).items()}}
+
+
+def _joined(sides: Sequence[SplitTokens], group: str, modality: str) -> np.ndarray:
+    return torch.cat([getattr(side, group)[modality].flatten(1) for side in sides]).numpy()
+
+
+@reports_errors
+def main() -> None:
+    """Entry point of `python -m benchmarks.away`."""
+    away(parse(AwayConfig, prog="python -m benchmarks.away", examples=EXAMPLES))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""stage2_closed v1. Its code is tvl_align/methods/closed.py."""
+
+from tvl_align.methods.closed import CLOSED, Closed, ClosedConfig
+
+__all__ = ["CLOSED", "Closed", "ClosedConfig"]

@@ -1,0 +1,70 @@
+"""Leak without labels: a planted leak is found by the probe that can, and independent tokens leak nothing."""
+
+import pytest
+import torch
+
+from tvl_align.evaluation.cross_reading import cross_readings, mean_leak
+from tvl_align.evaluation.split_tokens import SplitTokens
+
+
+def tokens(rows: int, seed: int, kind: str) -> SplitTokens:
+    """Two modalities. "product": overlapping tokens of b are products of units of the complementary tokens of a;
+    "linear": they are those units. Everything else is independent."""
+    draw = torch.Generator().manual_seed(seed)
+    noise = {name: torch.randn(rows, 2, 3, generator=draw) for name in ("ao", "bo", "ac", "bc")}
+    if kind == "product":
+        noise["bo"][:, 0, 0] = noise["ac"][:, 0, 0] * noise["ac"][:, 1, 0]
+        noise["bo"] *= torch.tensor([1.0, 0.0, 0.0]) * torch.tensor([[1.0], [0.0]])
+    if kind == "linear":
+        noise["bo"] = noise["ac"].flip(1) + 0.1 * noise["bo"]
+    present = {m: torch.ones(rows, dtype=torch.bool) for m in "ab"}
+    return SplitTokens(
+        {m: noise[f"{m}o"] for m in "ab"},
+        {m: noise[f"{m}c"] for m in "ab"},
+        {},
+        present,
+        torch.zeros(rows, 1, dtype=torch.int64),
+        1.0,
+        {},
+    )
+
+
+def test_a_planted_leak_is_found() -> None:
+    found = cross_readings(tokens(1500, 0, "product"), tokens(500, 1, "product"), seed=0, steps=200)
+    leak = found["a"]["shared from complementary"]
+    assert leak["linear"] < 0.1
+    assert leak["mlp"] > 0.5
+    for modality, name in (
+        ("b", "shared from complementary"),
+        ("a", "unique from overlapping"),
+        ("b", "unique from overlapping"),
+    ):
+        assert max(found[modality][name].values()) < 0.05
+    assert mean_leak(found, "shared from complementary") == pytest.approx(
+        (leak["mlp"] + max(found["b"]["shared from complementary"].values())) / 2
+    )
+
+
+def test_a_linear_leak_is_found_by_both_and_independent_tokens_have_none() -> None:
+    found = cross_readings(tokens(800, 0, "linear"), tokens(300, 1, "linear"), seed=0, steps=150)
+    assert min(found["a"]["shared from complementary"].values()) > 0.8
+    none = cross_readings(tokens(800, 0, "independent"), tokens(300, 1, "independent"), seed=0, steps=60)
+    assert all(score < 0.05 for entry in none.values() for scores in entry.values() for score in scores.values())
+
+
+def test_modalities_without_paired_rows_are_left_out() -> None:
+    probe, test = tokens(100, 0, "independent"), tokens(40, 1, "independent")
+    probe.present["b"][19:] = False
+    found = cross_readings(probe, test, seed=0, steps=2)
+    assert found.keys() == {"a"} and found["a"].keys() == {"unique from overlapping"}
+    assert mean_leak(found, "shared from complementary") is None
+
+
+def test_rows_of_another_modality_are_paired_by_row() -> None:
+    """Absent rows are dropped on both sides alike, so that what is read belongs to the same row."""
+    probe, test = tokens(1000, 0, "linear"), tokens(300, 1, "linear")
+    for split in (probe, test):
+        split.present["b"][::3] = False
+        split.overlapping["b"][::3] = 1e3
+    found = cross_readings(probe, test, seed=0, steps=150)
+    assert found["a"]["shared from complementary"]["linear"] > 0.8

@@ -1,0 +1,125 @@
+"""The evaluation of a real, tiny run: which rows each part sees, and what results.json holds."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tvl_align.contract import Features
+from tvl_align.encoders.tvl import Stage1Config
+from tvl_align.evaluation import measure as module
+from tvl_align.evaluation.labels import Labels
+from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
+from tvl_align.evaluation.split_tokens import all_rows, stage1_features
+from tvl_align.features.inputs import DataConfig
+from tvl_align.methods.base import BASE, Stage2Config
+from tvl_align.training.engine import fit
+from tvl_align.training.optimisation import OptimConfig
+from tvl_align.training.run import load_run
+from tvl_align.training.settings import RunConfig, Settings
+
+
+@pytest.fixture(scope="module")
+def run(once: Any, world: Path, stage1_checkpoint: Path, feature_dir: Path) -> Path:
+    """A run folder of one epoch."""
+
+    def make(folder: Path) -> None:
+        fit(
+            Settings(
+                Stage1Config(stage1_checkpoint),
+                Stage2Config(register_token_dim=32, num_heads=4),
+                DataConfig(world, views=1, feature_dir=feature_dir, num_workers=0),
+                OptimConfig(batch_size=16, epochs=1, warmup_epochs=0, lr=1e-3),
+                RunConfig(folder, "run", device="cpu"),
+            ),
+            BASE,
+        )
+
+    return once("measured run", make) / "run"
+
+
+def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The untrained model is calibrated, once, on training rows, with which the probe rows share no group."""
+    settings, _, config = load_run(run, None)
+    splits = settings.open_inputs(torch.device("cpu"), config["store"]).splits
+    assert {"train", "val", "test", "probe"} <= splits.keys()
+    groups = {name: set(split.groups.tolist()) for name, split in splits.items()}
+    assert groups["probe"] and not groups["probe"] & groups["train"]
+    names = [name for split in splits.values() for name in split.names]
+    assert len(set(names)) == len(names)
+
+    seen: list[tuple[object, Tensor]] = []
+    built: list[object] = []
+    make = module.build_model
+
+    def building(*args: Any) -> Any:
+        model = make(*args)
+
+        def calibrate(batches: Callable[[], Iterator[Features]]) -> None:
+            seen.append((model, torch.cat([features.modalities["vision"].pooled for features in batches()])))
+
+        monkeypatch.setattr(model, "calibrate", calibrate)
+        built.append(model)
+        return model
+
+    probed: list[list[str]] = []
+    init = module.FactorProbes.__init__
+
+    def recorded(self: Any, labels: Labels, probe: Any, test: Any, *rest: Any) -> None:
+        probed.append(list(probe.names))
+        assert list(test.names) == list(splits["test"].names)
+        init(self, labels, probe, test, *rest)
+
+    monkeypatch.setattr(module, "build_model", building)
+    monkeypatch.setattr(module.FactorProbes, "__init__", recorded)
+    results = json.loads(measure(EvaluateConfig(run, probe_steps=1, device="cpu")).read_text())
+    assert [model for model, _ in seen] == built[1:] and len(built) == 2
+    train = stage1_features(splits["train"], all_rows(splits["train"]), torch.device("cpu"))
+    assert torch.equal(seen[0][1], train.modalities["vision"].pooled)
+    assert sorted(probed[0]) == sorted(splits["probe"].names)
+    assert results["probe_rows"] == {"split": "probe", "rows": len(splits["probe"])}
+    assert results["groups"] == len(groups["test"])
+    assert json.dumps(results, allow_nan=False)
+    assert set(results["retrieval"]) == {"tactile_vision", "text_vision", "tactile_text"}
+    assert all(n["low"] <= n["acc1"] <= n["high"] for n in results["retrieval"].values())
+    assert all(p["low"] <= p["acc1"] <= p["high"] for p in results["prefix"])
+    factors = {f for table in (*results["factors"].values(), *results["left_out"].values()) for f in table}
+    assert {"hue", "texture", "shape"} <= factors
+
+
+def labels_of(levels: Tensor, **fields: Any) -> Labels:
+    values = {f"r{i}": {"hue": h, "size": s} for i, (h, s) in enumerate(levels.tolist()) if h >= 0}
+    owners = {"hue": ("vision", "text"), "size": ("vision", "tactile")}
+    return replace(Labels({"hue": ["a", "b"], "size": ["x", "y"]}, values, owners), **fields)
+
+
+def test_captions_of_equal_levels_mean_the_same() -> None:
+    """Rows without a level have a meaning of their own; without text_factors the caption keys count."""
+    levels, names = torch.tensor([[0, 0], [1, 0], [0, 1], [-1, -1], [-1, -1]]), [f"r{i}" for i in range(5)]
+    keys = torch.arange(5)[:, None]
+    meanings = Meanings(labels_of(levels, text_factors=("hue",)), names, keys)
+    found = meanings.of("text", "vision")
+    assert found is not None
+    equal = found == found.T
+    expected = torch.eye(5, dtype=torch.bool)
+    expected[0, 2] = expected[2, 0] = True
+    assert torch.equal(equal, expected)
+    assert meanings.of("tactile", "vision") is None
+    assert Meanings(labels_of(levels), names, keys).of("text", "vision") is keys
+
+
+def test_the_oracle_knows_the_factors_that_both_own() -> None:
+    """Of 4 rows, size tells touch and photo apart in pairs; the hue, which only photo and text own, does not help."""
+    levels, names = torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]]), [f"r{i}" for i in range(4)]
+    meanings = Meanings(labels_of(levels), names, torch.arange(4)[:, None])
+    every = torch.ones(4, dtype=torch.bool)
+    assert meanings.oracle("tactile", "vision", every) == (pytest.approx(50), pytest.approx(100))
+    assert meanings.oracle("tactile", "text", every) is None
+    assert meanings.oracle("tactile", "vision", torch.tensor([True, False, True, False])) == (100, 100)
+    assert meanings.oracle("tactile", "vision", ~every) is None
+    assert Meanings(None, names, torch.arange(4)[:, None]).oracle("tactile", "vision", every) is None

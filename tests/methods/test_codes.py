@@ -1,0 +1,195 @@
+"""Narrow codes: their tokens, noise and quantisation, and the closed forms that methods start at."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tvl_align.contract import Features, FeatureSpec, Method, Tokens
+from tvl_align.methods.base import BASE, quantise
+from tvl_align.methods.closed import CLOSED
+from tvl_align.methods.codes import CodeConfig, Codes
+from tvl_align.methods.mlp import MLP
+from tvl_align.registers.pooling import pooled_overlapping
+from tvl_align.system.distributed import joint_noise
+from tvl_align.training.checks import SPECS, random_features
+
+SMALL = {"register_token_dim": 64, "num_heads": 4, "components": 20}
+
+
+def codes(**changes: Any) -> Codes:
+    torch.manual_seed(0)
+    return Codes(SPECS, CodeConfig(**{"register_token_dim": 128} | changes))
+
+
+def correlated(rows: int = 400, seed: int = 0, absent: bool = True) -> Features:
+    """Tokens with 3 variables that all modalities share and 3 of their own each; some rows lack touch."""
+    g = torch.Generator().manual_seed(seed)
+    shared, modalities = torch.randn(rows, 3, generator=g), {}
+    for i, (m, spec) in enumerate(SPECS.items()):
+        fixed = torch.Generator().manual_seed(i)
+        x = torch.cat([shared, torch.randn(rows, 3, generator=g)], dim=1)
+        signal = x @ torch.randn(6, spec.tokens * spec.width, generator=fixed)
+        tokens = (signal + torch.randn(rows, spec.tokens * spec.width, generator=g)).view(rows, spec.tokens, spec.width)
+        present = torch.rand(rows, generator=g) > 0.2 if m == "tactile" and absent else torch.ones(rows, dtype=torch.bool)
+        pooled = torch.nn.functional.normalize(tokens.mean(1)[:, : spec.pooled_width], dim=-1)
+        pooled = torch.nn.functional.pad(pooled, (0, spec.pooled_width - pooled.shape[1]))
+        modalities[m] = Tokens(tokens, torch.ones(rows, spec.tokens, dtype=torch.bool), pooled, present)
+    return Features(modalities, torch.arange(rows)[:, None], torch.arange(rows))
+
+
+def calibrated(method: Method, features: Features, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    model = method.model(method.knobs(**SMALL | changes), SPECS).eval()
+
+    def batches() -> Iterator[Features]:
+        for at in torch.arange(len(features)).split(150):
+            yield features.map(lambda t, at=at: t[at])
+
+    model.calibrate(batches)
+    return model
+
+
+@pytest.mark.parametrize("dim", [128, 30, 4])
+def test_tokens_span_orthogonal_subspaces(dim: int) -> None:
+    """Units are read back from the tokens exactly; if the width is small, every token has fewer."""
+    c = codes(register_token_dim=dim)
+    assert c.over.shape == (3, min(8, dim // 4), dim) and c.comp.shape == (1, min(16, dim // 4), dim)
+    whole = torch.cat([c.over.flatten(0, 1), c.comp.flatten(0, 1)])
+    assert torch.allclose(whole @ whole.T, torch.eye(len(whole)), atol=1e-5)
+    units = torch.randn(5, *c.over.shape[:2])
+    tokens = Codes.tokens(units, c.over)
+    assert torch.allclose(Codes.units(tokens, c.over), units.flatten(1), atol=1e-5)
+    assert Codes.units(tokens.roll(1, 1), c.over).abs().max() < 1e-5  # a token holds nothing in the basis of another
+    assert torch.allclose(tokens[3, 1], sum(u * basis for u, basis in zip(units[3, 1], c.over[1], strict=True)), atol=1e-5)
+    assert torch.allclose(tokens.sum(1).square().sum(1), units.square().sum((1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("levels", [3, 5, 9])
+def test_quantised_values_are_in_the_grid_with_the_gradient_of_tanh(levels: int) -> None:
+    x = torch.linspace(-4, 4, 201, dtype=torch.float64, requires_grad=True)
+    found = quantise(x, levels)
+    grid = torch.linspace(-1, 1, levels, dtype=torch.float64)
+    distance = (found.detach()[:, None] - grid).abs()
+    assert distance.min(1).values.max() < 1e-12
+    assert len(distance.argmin(1).unique()) == levels
+    nearest = (torch.tanh(x.detach())[:, None] - grid).abs().min(1).values
+    assert torch.allclose((found - torch.tanh(x)).abs().detach(), nearest, atol=1e-12)
+    found.sum().backward()
+    assert torch.allclose(x.grad, 1 - torch.tanh(x.detach()).square())
+
+
+def test_noise_has_the_given_standard_deviation_in_training_only() -> None:
+    c, x = codes(noise=0.3), torch.zeros(200, 500)
+    added = c.train().noisy(x)
+    assert float(added.std()) == pytest.approx(0.3, rel=0.02)
+    assert abs(float(added.mean())) < 0.005
+    assert torch.equal(c.eval().noisy(x), x)
+    assert torch.equal(codes(noise=0.0).train().noisy(x), x)
+    assert joint_noise(x).shape == x.shape
+
+
+@pytest.mark.parametrize("method", [BASE, CLOSED, MLP], ids=["base", "closed", "mlp"])
+def test_training_is_noisy_and_evaluation_deterministic(method: Method) -> None:
+    features = random_features(4)
+    model = calibrated(method, correlated(), noise=0.3)
+    kept = torch.ones(4, 4, dtype=torch.bool)
+
+    def over(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model(features, kept=kept)["overlapping_tokens"]["vision"]
+
+    assert torch.equal(over(0), over(1))
+    model.train()
+    assert torch.equal(over(0), over(0)) and not torch.allclose(over(0), over(1), atol=1e-3)
+
+
+def test_the_base_starts_at_the_closed_form() -> None:
+    """Its linear part gives the units of `closed` with the same components, up to what the registers and the grid add."""
+    data, fresh = correlated(), correlated(seed=1, absent=False)
+    base, closed = calibrated(BASE, data), calibrated(CLOSED, data, complementary_units=16, noise=0.0)
+    for layers in (*base.narrow.values(), *base.comp_narrow.values()):
+        for layer in layers:
+            layer.weight.data.zero_()  # no contribution of the registers
+    means = {m: x.mean(0) for m, x in closed.codes.paired_scores(lambda: [data]).items()}
+    one, other = base(fresh), closed(fresh)
+    for m in SPECS:
+        units = [Codes.units(x.overlapping_tokens[m], net.codes.over) for x, net in ((one, base), (other, closed))]
+        offset = means[m] @ closed.get_buffer(f"over_{m}")  # only the base subtracts the mean of the complete rows
+        assert torch.allclose(units[0], units[1] - offset, atol=1e-3)
+        assert units[0].abs().max() > 0.5
+        comp = [Codes.units(x.complementary_tokens[m], net.codes.comp) for x, net in ((one, base), (other, closed))]
+        offset = means[m] @ closed.get_buffer(f"comp_{m}")
+        grid = quantise(comp[1] - offset, base.knobs.levels)
+        assert (comp[0] - grid).abs().mean() < 0.01  # a value next to a border may round to the other side
+    start = calibrated(BASE, data)(fresh)
+    for m, pooled in pooled_overlapping(start).items():
+        similarity = (pooled * pooled_overlapping(one)[m]).sum(1)
+        assert similarity.mean() > 0.8, m  # with the registers
+
+
+@pytest.mark.parametrize("method", [BASE, CLOSED], ids=["base", "closed"])
+def test_rows_are_paired_from_the_start(method: Method) -> None:
+    """The shared variables alone name the row of another modality among 200 new ones."""
+    fresh = correlated(200, seed=3, absent=False)
+    pooled = pooled_overlapping(calibrated(method, correlated())(fresh))
+    nearest = (pooled["vision"] @ pooled["text"].T).argmax(1)
+    assert (nearest == torch.arange(200)).float().mean() > 0.2  # chance 0.005
+
+
+def test_the_closed_decoder_rebuilds_what_the_codes_hold() -> None:
+    data, fresh = correlated(), correlated(seed=1, absent=False)
+    output = calibrated(CLOSED, data)(fresh)
+    for m, reconstruction in output.reconstruction.items():
+        scores, rest = calibrated(CLOSED, data).codes.read(m, fresh.modalities[m])
+        nothing = calibrated(CLOSED, data).codes.principal.squared_error(m, scores, torch.zeros(len(scores), 20), rest)
+        assert reconstruction.error.mean() < 0.5 * nothing.mean()
+        assert (reconstruction.error[:, 0] >= rest - 1e-6).all()
+
+
+def test_without_complete_rows_nothing_is_calibrated_but_the_components(caplog: pytest.LogCaptureFixture) -> None:
+    data = correlated(40)
+    text = data.modalities["text"]
+    data.modalities["text"] = Tokens(text.tokens, text.mask, text.pooled, torch.arange(40) < 1)
+    base = calibrated(BASE, data)
+    assert "fewer than 2 training rows have all of vision, tactile, text" in caplog.text
+    assert bool(base.codes.principal.fitted)
+    assert all(x.isfinite().all() for x in base(data).overlapping_tokens.values())
+    calibrated(CLOSED, data)
+
+
+def test_the_mlp_has_no_complementary_information() -> None:
+    output = calibrated(MLP, correlated())(random_features(5))
+    assert not any(z.any() for z in output.complementary_tokens.values())
+    assert not output.reconstruction
+
+
+def test_the_joint_tokens_of_direct_models_are_the_mean_of_the_present_ones() -> None:
+    data = correlated(30)
+    output = calibrated(CLOSED, correlated())(data)
+    parts = {m: torch.cat([output.overlapping_tokens[m], output.complementary_tokens[m]], dim=1) for m in SPECS}
+    for row in range(30):
+        expected = torch.stack([z[row] for m, z in parts.items() if output.present[m][row]]).mean(0)
+        assert torch.allclose(output.register_tokens[row], expected, atol=1e-5)
+
+
+def test_narrow_modalities_have_fewer_components_than_units() -> None:
+    """The maps are padded with zeros."""
+    specs = {"a": FeatureSpec(2, 1, 2), "b": FeatureSpec(3, 1, 3)}
+    torch.manual_seed(0)
+    x = torch.randn(100, 1, 3)
+    everyone = torch.ones(100, 1, dtype=torch.bool)
+    data = Features(
+        {
+            "a": Tokens(x[..., :2], everyone, x[:, 0, :2], everyone[:, 0]),
+            "b": Tokens(x, everyone, x[:, 0], everyone[:, 0]),
+        },
+        torch.arange(100)[:, None],
+        torch.arange(100),
+    )
+    for method in (BASE, CLOSED):
+        model = method.model(method.knobs(register_token_dim=128, num_heads=4), specs)
+        model.calibrate(lambda: [data])
+        output = model.eval()(data)
+        assert all(z.isfinite().all() for z in output.overlapping_tokens.values())

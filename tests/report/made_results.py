@@ -1,0 +1,108 @@
+"""Run folders with made-up results, for tests of tables, pages and comparisons."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+CEILING = {"attentive": 70.0, "linear on tokens": 80.0, "mlp on tokens": 75.0}
+GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_complementary")
+
+
+def factor(owners: list[str], readable: bool = True, **accuracy: dict[str, float]) -> dict[str, Any]:
+    """Results of a factor with chance 20 and, if readable, ceiling 80. Groups that are not given: linear 35, mlp 50."""
+    found = {g: {"linear": 35.0, "mlp": 50.0} for g in GROUPS} | accuracy
+    found["stage1"] = CEILING if readable else {"attentive": 20.0, "linear on tokens": 21.0}
+    return {
+        "ownership": owners,
+        "chance": 20.0,
+        "entropy": 2.32,
+        "readable": readable,
+        "accuracy": found,
+        "bits": {g: {kind: 0.125 for kind in kinds} for g, kinds in found.items()},
+        "r2": {},
+        "score": {g: (max(kinds.values()) - 20) / 0.6 for g, kinds in found.items()} if readable else {},
+    }
+
+
+def summary(score: float) -> dict[str, float]:
+    return {
+        "score": score,
+        "low": score - 4,
+        "high": score + 5,
+        "linear": 11.0,
+        "bits": 44.0,
+        "half": 22.0,
+        "untrained": 33.0,
+    }
+
+
+def pair(acc1: float | None) -> dict[str, float | None]:
+    values = {"acc1": acc1, "acc5": 30.0, "low": 8.0, "high": 13.0, "chance1": 1.25}
+    for n, prefix in enumerate(("untrained_", "stage1_"), 2):
+        values |= {f"{prefix}{name}": n + 0.5 for name in ("acc1", "acc5", "low", "high")}
+    return values | {"oracle_acc1": 66.0, "oracle_acc5": 99.0}
+
+
+def made_results(**changes: Any) -> dict[str, Any]:
+    """Results of one pair and of three factors, of which vision: wood has a ceiling at chance and touch: fur no probe."""
+    prefix = {"low": 9.0, "high": 12.0, "pairs": {"tactile_vision": 10.0}, "reconstructions": {"vision": 40.0}}
+    results: dict[str, Any] = {
+        "method": "toy",
+        "version": "1",
+        "seed": 0,
+        "split": "test",
+        "gallery": 100,
+        "groups": 50,
+        "probe_rows": {"split": "probe", "rows": 80},
+        "checkpoint": "checkpoint.pth",
+        "root": "nowhere",
+        "examples": [],
+        "confusions": [],
+        "retrieval": {"tactile_vision": pair(10.0)},
+        "controls": {"shuffled_acc1": 1.5},
+        "label_free": {
+            "vision": {
+                "shared from complementary": {"linear": 0.1, "mlp": 0.3},
+                "unique from overlapping": {"linear": -0.2, "mlp": -0.4},
+            },
+            "tactile": {"shared from complementary": {"linear": 0.5, "mlp": 0.4}},
+        },
+        "factors": {
+            "vision": {"hue": factor(["vision"]), "wood": factor(["vision", "tactile"], readable=False)},
+            "tactile": {"shape": factor(["tactile"], overlapping={"linear": 20.0, "mlp": 80.0})},
+        },
+        "left_out": {"tactile": {"fur": "3 labelled probe rows with 1 levels, 2 test rows"}},
+        "summary": {"unique_retention": summary(50.0), "unique_leak": summary(75.0)},
+        "prefix": [
+            {"k": k, "acc1": acc1, "shared_retention": None, "reconstruction": 40.0} | prefix
+            for k, acc1 in ((1, 5.0), (2, 10.0))
+        ],
+        "run": {
+            "settings": {"data": {"shuffle_pairs": False}},
+            "store": "s",
+            "rows": {"train": 300, "test": 100},
+            "command": "tvl-align train",
+            "commit": "d" * 40,
+            "folder": "f",
+            "processes": 1,
+        },
+    }
+    return copy.deepcopy(results) | changes
+
+
+def write_run(folder: Path, **changes: Any) -> Path:
+    """A run folder with `made_results`. acc1, unique_leak, store, shuffle_pairs: shorthands for what lies deeper."""
+    deep = {name: changes.pop(name) for name in ("acc1", "unique_leak", "store", "shuffle_pairs") if name in changes}
+    results = made_results(**changes)
+    if "acc1" in deep:
+        results["retrieval"]["tactile_vision"] = pair(deep["acc1"])
+    if "unique_leak" in deep:
+        results["summary"]["unique_leak"] = summary(deep["unique_leak"])
+    results["run"]["store"] = deep.get("store", results["run"]["store"])
+    results["run"]["settings"]["data"]["shuffle_pairs"] = deep.get("shuffle_pairs", False)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(results, allow_nan=False))
+    epoch = {"epoch": 0, "train_total_loss": 2.0, "val_total_loss": 3.0, "val_tactile_vision_acc1": 9.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(epoch | {"val_tactile_vision_chance1": 1.0}) + "\n")
+    return folder

@@ -1,0 +1,74 @@
+"""stage2_closed v1. No training: canonical correlations, and the principal components of what they leave. A baseline.
+
+Overlapping tokens hold canonical variates, weighted by their correlation on held-out rows; those below
+canonical.MIN_CORRELATION are dropped. Complementary tokens hold principal components of the frozen tokens minus what the
+variates predict. Gradients change nothing but the temperature and the constants of the tokens; one epoch is enough.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tvl_align.contract import Features, FeatureSpec, Implementation, Method
+from tvl_align.losses.register_loss import RegisterLoss
+from tvl_align.methods.canonical import canonical, residual_components, ridge_regression
+from tvl_align.methods.codes import CodeConfig
+from tvl_align.methods.direct import DirectModel
+
+
+@dataclass(frozen=True)
+class ClosedConfig(CodeConfig):
+    """The registers and their loss."""
+
+    components: int = 512
+    """Principal components of a modality's frozen tokens that are read."""
+    complementary_units: int = 32
+    """Units of a complementary token."""
+    noise: float = 0.0
+    """Standard deviation of the Gaussian noise added in training to what is read."""
+
+
+class Closed(DirectModel):
+    """Linear maps fitted in `calibrate`; zero before."""
+
+    def __init__(self, specs: Mapping[str, FeatureSpec], knobs: ClosedConfig) -> None:
+        super().__init__(specs, knobs)
+        self.registers.requires_grad_(False)
+        (count, rank), (comp_count, comp_rank) = self.codes.shape, self.codes.comp_shape
+        for m, k in self.codes.principal.sizes.items():
+            start = torch.eye(k, max(count * rank, comp_count * comp_rank))
+            self.register_buffer(f"over_{m}", start[:, : count * rank].clone())
+            self.register_buffer(f"comp_{m}", start[:, : comp_count * comp_rank].clone())
+            self.register_buffer(
+                f"back_{m}", torch.zeros(count * rank + comp_count * comp_rank, self.codes.principal.counts[m])
+            )
+
+    def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
+        over, comp = (components @ self.get_buffer(f"{group}_{name}") for group in ("over", "comp"))
+        return over.view(-1, *self.codes.shape), comp.view(-1, *self.codes.comp_shape)
+
+    def rebuild(self, name: str, over: Tensor, comp: Tensor) -> Tensor:
+        return torch.cat([over, comp], dim=1) @ self.get_buffer(f"back_{name}")
+
+    @torch.no_grad()
+    def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
+        """Fit the principal components, the canonical variates and the components of what they leave."""
+        super().calibrate(batches)
+        scores = self.codes.paired_scores(batches)
+        if len(next(iter(scores.values()))) < 2:
+            return
+        scores = {m: x - x.mean(0) for m, x in scores.items()}
+        maps, strengths = canonical(scores, self.codes.shape[0] * self.codes.shape[1])
+        for m, x in scores.items():
+            over, comp, back = (self.get_buffer(f"{group}_{m}").zero_() for group in ("over", "comp", "back"))
+            over[:, : maps[m].shape[1]] = maps[m] * strengths
+            found = residual_components(x, maps[m], int(comp.shape[1]))
+            comp[:, : found.shape[1]] = found
+            back.copy_(ridge_regression(torch.cat([x @ over, x @ comp], dim=1), x[:, : back.shape[1]], ridge=1e-4))
+
+
+CLOSED = Method(
+    Implementation("stage2_closed", "1", "CLOSED"), ClosedConfig, lambda knobs, specs: Closed(specs, knobs), RegisterLoss
+)

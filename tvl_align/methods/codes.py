@@ -1,0 +1,100 @@
+"""Narrow codes of the principal components of a modality, and the tokens that stand for them.
+
+A token of width D holds few units: an orthonormal basis, drawn once, embeds the units of each token. The tokens span
+orthogonal subspaces, so every further token adds to the pooled mean. Everything a token tells is in its units.
+
+Shapes: B rows, K components, n tokens of r units, D token width.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+from torch import Tensor, nn
+
+from tvl_align.contract import Features, FeatureSpec, Tokens
+from tvl_align.registers.model import RegisterConfig
+from tvl_align.registers.principal import PrincipalComponents
+from tvl_align.system.console import UserError
+from tvl_align.system.distributed import joint_noise
+
+
+@dataclass(frozen=True)
+class CodeConfig(RegisterConfig):
+    """The registers and their loss."""
+
+    components: int = 256
+    """Principal components of a modality's frozen tokens that are read."""
+    units: int = 8
+    """Units of an overlapping token: the rank of its code."""
+    complementary_units: int = 16
+    """Units of a complementary token."""
+    noise: float = 0.2
+    """Standard deviation of the Gaussian noise added in training to what is read (of a mean variance of 1)."""
+
+
+class Codes(nn.Module):
+    """Components of the frozen tokens, and the bases of the tokens: `over` (No, r, D) and `comp` (Nc, q, D).
+
+    If D is too small for all units, each token has D // N.
+    """
+
+    over: Tensor
+    comp: Tensor
+
+    def __init__(self, specs: Mapping[str, FeatureSpec], knobs: CodeConfig) -> None:
+        super().__init__()
+        count, dim = knobs.num_register_tokens, knobs.register_token_dim
+        if dim < count:
+            raise UserError(f"register width {dim} is less than {count} registers; give a larger --register_token_dim.")
+        self.shape = knobs.num_overlapping_tokens, min(knobs.units, max(1, dim // count))
+        self.comp_shape = count - self.shape[0], min(knobs.complementary_units, max(1, dim // count))
+        self.noise, self.principal = knobs.noise, PrincipalComponents(specs, knobs.components)
+        rank = self.shape[0] * self.shape[1]
+        basis = torch.linalg.qr(torch.randn(dim, rank + self.comp_shape[0] * self.comp_shape[1]))[0].T.contiguous()
+        self.register_buffer("over", basis[:rank].reshape(*self.shape, dim).clone())
+        self.register_buffer("comp", basis[rank:].reshape(*self.comp_shape, dim).clone())
+
+    def read(self, name: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """What is read of a modality (B, K + E), and the part of its features outside the components (B,)."""
+        if tokens.condensed:
+            return tokens.tokens[:, 0, :-1], tokens.tokens[:, 0, -1]
+        read, rest = self.principal(name, tokens)
+        return read, rest
+
+    def condense(self, name: str, tokens: Tokens) -> Tensor:
+        """All that is read of the tokens, (B, K + E + 1)."""
+        read, rest = self.read(name, tokens)
+        return torch.cat([read, rest[:, None]], dim=1)
+
+    def noisy(self, components: Tensor) -> Tensor:
+        """Components (B, K), with noise in training."""
+        return components + self.noise * joint_noise(components) if self.training and self.noise else components
+
+    @staticmethod
+    def tokens(units: Tensor, basis: Tensor) -> Tensor:
+        """Units (B, n, r), basis (n, r, D) -> tokens (B, n, D)."""
+        return torch.einsum("bnr,nrd->bnd", units, basis)
+
+    @staticmethod
+    def units(tokens: Tensor, basis: Tensor) -> Tensor:
+        """Tokens (B, n, D) -> units (B, n r)."""
+        return torch.einsum("bnd,nrd->bnr", tokens, basis).flatten(1)
+
+    def paired_scores(self, batches: Callable[[], Iterable[Features]]) -> dict[str, Tensor]:
+        """Components {modality: (n, K)} of the rows that have every modality."""
+        parts: dict[str, list[Tensor]] = {m: [] for m in self.principal.specs}
+        for features in _complete_rows(batches(), list(parts)):
+            for m, tokens in features.modalities.items():
+                parts[m].append(self.read(m, tokens)[0])
+        return {m: torch.cat(part) if part else torch.zeros(0) for m, part in parts.items()}
+
+
+def _complete_rows(batches: Iterable[Features], names: list[str]) -> Iterator[Features]:
+    """The rows that have every modality, in float32; batches without such rows are skipped."""
+    for features in map(Features.float, batches):
+        if all(m in features.modalities for m in names):
+            complete = torch.stack([features.modalities[m].present for m in names]).all(0)
+            if complete.any():
+                yield features.only(names).map(itemgetter(complete))
