@@ -136,6 +136,18 @@ def test_the_page_and_its_markdown_say_the_same(tmp_path: Path) -> None:
         assert not {"nan", "None"} & set(re.findall(r"\w+", document))
 
 
+def test_a_script_in_a_name_is_text_on_the_page(tmp_path: Path) -> None:
+    script = "<script>alert(1)</script>"
+    runs = several(tmp_path, {"good": [40.0, 60.0]})
+    results = json.loads((runs[0] / "results.json").read_text())
+    results["method"] = script
+    results["run"]["command"] = f"{script} --output_dir <b>run"
+    (runs[0] / "results.json").write_text(json.dumps(results))
+    page = write_comparison(runs, tmp_path / "out", script).read_text()
+    assert "&lt;script&gt;" in page and "&lt;b&gt;run" in page
+    assert script not in page and "<b>run" not in page
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
