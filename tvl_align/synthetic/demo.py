@@ -87,14 +87,19 @@ def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: st
             replace_synonyms=True,
             num_workers=2,
         ),
-        optimisation_of(method, config.epochs),
+        optimisation_of(method, config.epochs, int(0.65 * config.train)),
         RunConfig(config.out / "runs", name, seed=config.seed, method=method),
     )
 
 
-def optimisation_of(method: str, epochs: int) -> OptimConfig:
-    """The optimisation of a method in benchmarks: 4e-3 for narrow blocks, 1e-3 for wide ones (chosen on validation rows)."""
-    return OptimConfig(batch_size=256, epochs=epochs, warmup_epochs=1, lr=1e-3 if method in WIDE else 4e-3)
+def optimisation_of(method: str, epochs: int, rows: int = 10_000) -> OptimConfig:
+    """The optimisation of a method in benchmarks: 4e-3 for narrow blocks, 1e-3 for wide ones (chosen on validation rows).
+
+    rows: training rows; few of them have smaller batches, so that an epoch has some steps.
+    """
+    return OptimConfig(
+        batch_size=min(256, max(8, rows // 8)), epochs=epochs, warmup_epochs=1, lr=1e-3 if method in WIDE else 4e-3
+    )
 
 
 def timed(title: str, function: Callable[[], T]) -> T:
