@@ -88,7 +88,9 @@ class Codes(nn.Module):
         for features in _complete_rows(batches(), list(parts)):
             for m, tokens in features.modalities.items():
                 parts[m].append(self.read(m, tokens)[0])
-        return {m: torch.cat(part) if part else torch.zeros(0) for m, part in parts.items()}
+        scores = {m: torch.cat(part) if part else torch.zeros(0, 1) for m, part in parts.items()}
+        finite = torch.stack([x.isfinite().all(1) for x in scores.values()]).all(0)
+        return {m: x[finite] for m, x in scores.items()}
 
 
 def _complete_rows(batches: Iterable[Features], names: list[str]) -> Iterator[Features]:

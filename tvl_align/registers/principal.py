@@ -136,6 +136,7 @@ def _moments(
     for batch in batches:
         for name, tokens in _present(batch, names):
             x = features(name, tokens.float())
+            x = x[x.isfinite().all(1)]  # a row that is not finite is reported by the training step that meets it
             if name not in sums:
                 sums[name] = [x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1], x.shape[1])]
             sums[name][0] += x.sum(0)

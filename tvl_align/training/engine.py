@@ -117,12 +117,12 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
             run.save(model, optimizer, progress)
         done = f"epoch {progress.epoch}" + (f", step {progress.step}" if progress.step else "")
         run.log(f"resuming after {done}" if progress.epoch < optim.epochs else f"all {optim.epochs} epochs are done already")
-    if checkpoint is None:
-        calibrate(model, inputs.splits["train"], device)
-    condense = cast(Stage2Model, model).condense
-    train, val = (inputs.splits[name].condensed(condense, device) for name in ("train", "val"))
-    wrapped = accelerator.prepare_model(_compiled(model, device) if settings.run.compile else model)
-    with StopSignals() as signals:
+    with StopSignals() as signals:  # from here on a signal ends the run after a step, with a checkpoint
+        if checkpoint is None:
+            calibrate(model, inputs.splits["train"], device)
+        condense = cast(Stage2Model, model).condense
+        train, val = (inputs.splits[name].condensed(condense, device) for name in ("train", "val"))
+        wrapped = accelerator.prepare_model(_compiled(model, device) if settings.run.compile else model)
         for epoch in range(progress.epoch, optim.epochs):
             times = [time.perf_counter()]
             trained = train_one_epoch(
