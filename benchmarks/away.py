@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import combinations, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -95,31 +95,61 @@ def _write_store(config: AwayConfig, name: str, store: Path) -> None:
 def _run(name: str, settings: Settings[Any]) -> None:
     fit(settings, load_method(settings.run.method))
     results = measure(EvaluateConfig(settings.folder))
-    if name == "repercent":
+    if name in THEIR_METRICS:
         content = json.loads(results.read_text(encoding="utf-8"))
-        content["repercent"] = _repercent_distance(settings)
+        content[name] = THEIR_METRICS[name](_representations(settings))
         results.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        print(f"   {settings.folder.name}, metric of {name}: {json.dumps(content[name])}", flush=True)
 
 
-def _repercent_distance(settings: Settings[Any]) -> dict[str, float]:
-    """RePercENT's metric of a run: one model for all modalities, its own probe on training and test rows."""
+@dataclass(frozen=True)
+class Representations:
+    """Flattened tokens {modality: (N, F)} of the training rows, then the test rows, of a run; labels {factor: (N,)}; train
+    (N,) bool."""
+
+    overlapping: dict[str, np.ndarray]
+    complementary: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    train: np.ndarray
+
+
+def _representations(settings: Settings[Any]) -> Representations:
     loaded, method, _ = load_run(settings.folder)
-    store = FeatureStore(settings.data.store or Path())
+    folder = settings.data.store or Path()
+    store, device = FeatureStore(folder), torch.device("cpu")
     model = build_model(method, loaded.knobs, store.specs)
     model.load_state_dict(load_checkpoint(settings.folder / "checkpoint.pth")["model"])
-    device = torch.device("cpu")
-    sides = [compute_tokens(model, store.splits[s], all_rows(store.splits[s]), device) for s in ("train", "test")]
-    train = np.arange(sum(len(store.splits[s]) for s in ("train", "test"))) < len(store.splits["train"])
-    names = list(store.specs)
-    over, comp = ({m: _joined(sides, group, m) for m in names} for group in ("overlapping", "complementary"))
-    read = read_labels((settings.data.store or Path()) / "labels.csv")
-    rows = [name for s in ("train", "test") for name in store.splits[s].names]
+    splits = [store.splits[name] for name in ("train", "test")]
+    sides = [compute_tokens(model, split, all_rows(split), device) for split in splits]
+    read, rows = read_labels(folder / "labels.csv"), [name for split in splits for name in split.names]
+    over, comp = ({m: _joined(sides, group, m) for m in store.specs} for group in ("overlapping", "complementary"))
     labels = {factor: read.of(factor, rows) for factor in read.levels}
-    pairs = [(i, j) for i in range(1, len(names) + 1) for j in range(1, len(names) + 1) if i != j]
-    unique = {(i, j): comp[names[i - 1]] for i, j in pairs}
-    shared = {(i, j): np.concatenate([over[names[i - 1]], over[names[j - 1]]], 1) for i, j in pairs if i < j}
-    found = repercent.distance(unique, shared, labels, train, ~train)
-    return {"distance": found.distance, **{k: float(v) for k, v in vars(found).items()}}
+    return Representations(over, comp, labels, np.arange(len(rows)) < len(splits[0]))
+
+
+def _of_repercent(x: Representations) -> dict[str, float]:
+    """RePercENT's metric, of one model for all modalities."""
+    names = list(x.overlapping)
+    unique = {(i, j): x.complementary[names[i - 1]] for i, j in permutations(range(1, len(names) + 1), 2)}
+    shared = {
+        (i, j): np.concatenate([x.overlapping[names[i - 1]], x.overlapping[names[j - 1]]], axis=1)
+        for i, j in combinations(range(1, len(names) + 1), 2)
+    }
+    found = repercent.distance(unique, shared, x.labels, x.train, ~x.train)
+    return {"distance": found.distance, **vars(found)}
+
+
+def _of_disentangled_ssl(x: Representations) -> dict[str, dict[str, float]]:
+    """The accuracies of DisentangledSSL's figure."""
+    representations = {"shared": np.concatenate(list(x.overlapping.values()), axis=1)}
+    representations |= {f"specific {m}": tokens for m, tokens in x.complementary.items()}
+    return disentangled_ssl.accuracies(representations, x.labels, x.train, ~x.train)
+
+
+THEIR_METRICS: dict[str, Callable[[Representations], Any]] = {
+    "repercent": _of_repercent,
+    "disentangled_ssl": _of_disentangled_ssl,
+}
 
 
 def _joined(sides: Sequence[SplitTokens], group: str, modality: str) -> np.ndarray:

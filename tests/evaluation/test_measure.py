@@ -18,6 +18,7 @@ from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
 from tvl_align.evaluation.split_tokens import all_rows, stage1_features
 from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.base import BASE, Stage2Config
+from tvl_align.system.console import UserError
 from tvl_align.training.engine import fit
 from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.run import load_run
@@ -123,3 +124,13 @@ def test_the_oracle_knows_the_factors_that_both_own() -> None:
     assert meanings.oracle("tactile", "vision", torch.tensor([True, False, True, False])) == (100, 100)
     assert meanings.oracle("tactile", "vision", ~every) is None
     assert Meanings(None, names, torch.arange(4)[:, None]).oracle("tactile", "vision", every) is None
+
+
+def test_probes_are_not_fitted_and_tested_on_the_same_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_probe_rows(folder: Path, method: str | None) -> Any:
+        settings, *rest = load_run(folder, method)
+        return replace(settings, data=replace(settings.data, probe_rows=0)), *rest
+
+    monkeypatch.setattr(module, "load_run", without_probe_rows)
+    with pytest.raises(UserError, match="set no probe rows aside"):
+        measure(EvaluateConfig(run, split="val"))

@@ -63,6 +63,13 @@ def test_groups_are_never_split_and_at_most_a_quarter_is_set_aside(store: Featur
         assert not set(train.groups.tolist()) & set(probe.groups.tolist())
 
 
+def test_a_group_that_is_too_large_does_not_keep_the_others_out(store: FeatureStore) -> None:
+    source = RowSubset(store.splits["train"], torch.arange(ROWS))
+    source.groups = torch.cat([torch.zeros(ROWS - 20, dtype=torch.int64), torch.arange(1, 21)])
+    for seed in range(30):  # some of them draw the large group first
+        assert len(set_probe_rows_aside(source, 10, seed)[1]) == 10
+
+
 def test_the_probe_rows_depend_on_the_seed_only(store: FeatureStore) -> None:
     source = store.splits["train"]
     first, again, other = (set_probe_rows_aside(source, 20, seed)[1].rows for seed in (0, 0, 1))

@@ -1,17 +1,19 @@
 """Narrow codes: their tokens, noise and quantisation, and the closed forms that methods start at."""
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 
 from tvl_align.contract import Features, FeatureSpec, Method, Tokens
-from tvl_align.methods.base import BASE, quantise
+from tvl_align.methods.base import BASE, Stage2Config, Stage2Loss, TVLStage2, quantise
 from tvl_align.methods.closed import CLOSED
 from tvl_align.methods.codes import CodeConfig, Codes
 from tvl_align.methods.mlp import MLP
 from tvl_align.registers.pooling import pooled_overlapping
+from tvl_align.system.console import UserError
 from tvl_align.system.distributed import joint_noise
 from tvl_align.training.checks import SPECS, random_features
 
@@ -112,16 +114,13 @@ def test_the_base_starts_at_the_closed_form() -> None:
     for layers in (*base.narrow.values(), *base.comp_narrow.values()):
         for layer in layers:
             layer.weight.data.zero_()  # no contribution of the registers
-    means = {m: x.mean(0) for m, x in closed.codes.paired_scores(lambda: [data]).items()}
     one, other = base(fresh), closed(fresh)
     for m in SPECS:
         units = [Codes.units(x.overlapping_tokens[m], net.codes.over) for x, net in ((one, base), (other, closed))]
-        offset = means[m] @ closed.get_buffer(f"over_{m}")  # only the base subtracts the mean of the complete rows
-        assert torch.allclose(units[0], units[1] - offset, atol=1e-3)
+        assert torch.allclose(units[0], units[1], atol=1e-3)
         assert units[0].abs().max() > 0.5
         comp = [Codes.units(x.complementary_tokens[m], net.codes.comp) for x, net in ((one, base), (other, closed))]
-        offset = means[m] @ closed.get_buffer(f"comp_{m}")
-        grid = quantise(comp[1] - offset, base.knobs.levels)
+        grid = quantise(comp[1], base.knobs.levels)
         assert (comp[0] - grid).abs().mean() < 0.01  # a value next to a border may round to the other side
     start = calibrated(BASE, data)(fresh)
     for m, pooled in pooled_overlapping(start).items():
@@ -193,3 +192,37 @@ def test_narrow_modalities_have_fewer_components_than_units() -> None:
         model.calibrate(lambda: [data])
         output = model.eval()(data)
         assert all(z.isfinite().all() for z in output.overlapping_tokens.values())
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("components", 0, "--components 0"),
+        ("units", 0, "--units 0"),
+        ("complementary_units", -1, "--complementary_units -1"),
+        ("noise", -0.1, "--noise -0.1"),
+        ("num_keys", 0, "--num_keys 0"),
+        ("critics", 0, "--critics 0"),
+        ("levels", 4, "--levels 4"),
+        ("levels", 1, "--levels 1"),
+    ],
+)
+def test_impossible_options_are_refused_in_one_sentence(option: str, value: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Stage2Config(**{option: value})
+
+
+def test_the_constructors_have_the_defaults_of_the_options() -> None:
+    for callable_ in (TVLStage2, Stage2Loss):
+        for name, parameter in signature(callable_).parameters.items():
+            if name in vars(Stage2Config()):
+                assert parameter.default == getattr(Stage2Config(), name), name
+
+
+def test_closed_variates_have_no_mean_on_the_rows_that_have_everything() -> None:
+    features = correlated()
+    model = CLOSED.model(CLOSED.knobs(**SMALL), SPECS).eval()
+    model.calibrate(lambda: [features])
+    complete = torch.stack([t.present for t in features.modalities.values()]).all(0)
+    for tokens in model(features).overlapping_tokens.values():
+        assert tokens[complete].mean(0).abs().max() < 1e-4 < tokens[complete].std(0).max()

@@ -85,6 +85,11 @@ def measure(options: EvaluateConfig) -> Path:
     calibrate(untrained, inputs.splits["train"], device)  # the floor has the closed forms that the trained model has
     test, names = inputs.splits[options.split], list(inputs.specs)
     probe_split = "probe" if "probe" in inputs.splits else "val"
+    if probe_split == options.split:
+        raise UserError(
+            "this run set no probe rows aside, and probes cannot be fitted and tested on the same validation rows; evaluate "
+            "--split test, or train with --probe_rows above 0."
+        )
     probe = inputs.splits[probe_split]
     rows = torch.randperm(len(probe), generator=generator(settings.run.seed, 5))[: options.probe_rows]
     samples = inputs.samples.get(options.split)  # None for a feature store without images

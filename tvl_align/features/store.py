@@ -15,7 +15,8 @@ from torch import Tensor
 from tvl_align.contract import Features, FeatureSpec, Tokens
 from tvl_align.features.arrays import Arrays, arrays_key, check_arrays, write_arrays
 from tvl_align.features.tables import FORMAT, RowNames, open_memmap, open_table, read_rows
-from tvl_align.system.console import UserError
+from tvl_align.system.console import UserError, progress
+from tvl_align.system.distributed import is_main
 from tvl_align.system.runtime import release_pages
 
 Condense = Callable[[str, Tokens], Tensor | None]
@@ -122,14 +123,16 @@ class StoredSplit:
         for name, table in self.tables.items():
             rows = torch.arange(len(table["mask"])).split(CONDENSE_BATCH)
             parts = []
-            for at in rows:
-                mask = read_rows(table["mask"], at)
-                tokens = Tokens(read_rows(table["tokens"], at), mask, read_rows(table["pooled"], at), mask.any(1))
-                small = condense(name, tokens.map(lambda t: t.to(device)).float())
-                size += small.numel() * small.element_size() if small is not None else 0
-                if small is None or size > MAX_CONDENSED:
-                    return self
-                parts.append(small.cpu())
+            with progress(len(rows), f"condense {name}", "batch", quiet=not is_main()) as bar:
+                for at in rows:
+                    mask = read_rows(table["mask"], at)
+                    tokens = Tokens(read_rows(table["tokens"], at), mask, read_rows(table["pooled"], at), mask.any(1))
+                    small = condense(name, tokens.map(lambda t: t.to(device)).float())
+                    if small is None or size + len(table["mask"]) * small[0].nbytes > MAX_CONDENSED:
+                        return self
+                    parts.append(small.cpu())
+                    bar.update()
+            size += sum(part.nbytes for part in parts)
             whole = torch.cat(parts)
             ones = torch.ones(len(whole), 1, dtype=torch.bool)
             result.tables[name] = {"tokens": whole[:, None], "mask": ones, "pooled": whole[:, :0]}

@@ -95,6 +95,7 @@ def set_probe_rows_aside(source: FeatureSource, count: int, seed: int) -> tuple[
     sizes = groups.bincount()
     order = torch.randperm(len(sizes), generator=generator(seed, 6))
     wanted = min(count, int(MAX_PROBE_FRACTION * len(source)))
+    order = order[sizes[order] <= wanted]
     chosen = torch.zeros(len(sizes), dtype=torch.bool)
     chosen[order[sizes[order].cumsum(0) <= wanted]] = True
     return RowSubset(source, (~chosen[groups]).nonzero().squeeze(1)), RowSubset(source, chosen[groups].nonzero().squeeze(1))

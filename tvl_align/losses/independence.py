@@ -3,7 +3,8 @@
 Uncorrelated is not independent: an MLP reads what linear regression has removed. So critics, small MLPs, learn to name the
 row whose shared code belongs to a complementary code, among all rows of the batch (InfoNCE, as in van den Oord et al. 2018,
 arXiv:1807.03748, eq. 4: a lower bound of the mutual information). The encoder is trained so that their answer is uniform: it
-pays the divergence of the answer from the uniform distribution, instead of making them wrong, which would oscillate.
+pays the divergence of the answer from the uniform distribution. An answer that is always wrong would tell as much as one
+that is right.
 
 Shapes: B local rows, G rows of all processes, C critics, U width of a shared code.
 """

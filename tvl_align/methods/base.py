@@ -31,6 +31,7 @@ from tvl_align.methods.codes import CodeConfig, Codes
 from tvl_align.registers.model import RegisterModel
 from tvl_align.registers.nested import NestedMode
 from tvl_align.registers.principal import component_count
+from tvl_align.system.console import UserError
 
 log = logging.getLogger(__name__)
 START = 0.1  # scale of what registers add to the linear projections at the start
@@ -60,6 +61,17 @@ class Stage2Config(CodeConfig):
     """Critics of each complementary code."""
     linear: bool = True
     """Add linear projections that start at the closed forms to what registers attend to."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("block_width", "num_keys", "critics"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is too small; give at least 1.")
+        if self.levels < 3 or self.levels % 2 == 0:
+            raise UserError(f"--levels {self.levels} has no level at 0 or only that one; give an odd number from 3 on.")
+
+
+DEFAULTS = Stage2Config()
 
 
 class PrincipalKeys(nn.Module):
@@ -129,19 +141,19 @@ class TVLStage2(RegisterModel):
     def __init__(
         self,
         stage1_model: Stage1 | Mapping[str, FeatureSpec],
-        num_register_tokens: int = 4,
-        num_overlapping_tokens: int = 3,
-        register_token_dim: int = 768,
-        num_cross_attn_layers: int = 1,
-        num_heads: int = 8,
-        mlp_ratio: float = 4.0,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        nested_dropout_rate: float = 0.5,
-        nested_dropout_mode: NestedMode = "nested",
-        preservation: bool = True,
-        share_weights: bool = False,
+        num_register_tokens: int = DEFAULTS.num_register_tokens,
+        num_overlapping_tokens: int = DEFAULTS.num_overlapping_tokens,
+        register_token_dim: int = DEFAULTS.register_token_dim,
+        num_cross_attn_layers: int = DEFAULTS.num_cross_attn_layers,
+        num_heads: int = DEFAULTS.num_heads,
+        mlp_ratio: float = DEFAULTS.mlp_ratio,
+        drop_rate: float = DEFAULTS.drop_rate,
+        attn_drop_rate: float = DEFAULTS.attn_drop_rate,
+        drop_path_rate: float = DEFAULTS.drop_path_rate,
+        nested_dropout_rate: float = DEFAULTS.nested_dropout_rate,
+        nested_dropout_mode: NestedMode = DEFAULTS.nested_dropout_mode,
+        preservation: bool = DEFAULTS.preservation_weight > 0,
+        share_weights: bool = DEFAULTS.share_weights,
         **more: Any,
     ) -> None:
         knobs = Stage2Config(
@@ -316,12 +328,12 @@ class Stage2Loss(BaseLoss):
     def __init__(
         self,
         active_modalities: Sequence[str] = MODALITIES,
-        num_overlapping_tokens: int = 3,
-        complementary_reg_weight: float = 0.01,
-        preservation_weight: float = 1.0,
-        disable_vision_text_loss: bool = False,
-        disable_tactile_text_loss: bool = False,
-        independence_weight: float = Stage2Config.independence_weight,
+        num_overlapping_tokens: int = DEFAULTS.num_overlapping_tokens,
+        complementary_reg_weight: float = DEFAULTS.complementary_reg_weight,
+        preservation_weight: float = DEFAULTS.preservation_weight,
+        disable_vision_text_loss: bool = DEFAULTS.disable_vision_text_loss,
+        disable_tactile_text_loss: bool = DEFAULTS.disable_tactile_text_loss,
+        independence_weight: float = DEFAULTS.independence_weight,
     ) -> None:
         knobs = Stage2Config(
             num_overlapping_tokens=num_overlapping_tokens,

@@ -2,7 +2,7 @@
 
 Overlapping tokens hold canonical variates, weighted by their correlation on held-out rows; those below
 canonical.MIN_CORRELATION are dropped. Complementary tokens hold principal components of the frozen tokens minus what the
-variates predict. Gradients change nothing but the temperature and the constants of the tokens; one epoch is enough.
+variates predict. Gradients change nothing but the temperature; one epoch is enough.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -31,7 +31,7 @@ class ClosedConfig(CodeConfig):
 
 
 class Closed(DirectModel):
-    """Linear maps fitted in `calibrate`; zero before."""
+    """Linear maps fitted in `calibrate`; before, the leading components."""
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: ClosedConfig) -> None:
         super().__init__(specs, knobs)
@@ -39,6 +39,7 @@ class Closed(DirectModel):
         (count, rank), (comp_count, comp_rank) = self.codes.shape, self.codes.comp_shape
         for m, k in self.codes.principal.sizes.items():
             start = torch.eye(k, max(count * rank, comp_count * comp_rank))
+            self.register_buffer(f"centre_{m}", torch.zeros(k))
             self.register_buffer(f"over_{m}", start[:, : count * rank].clone())
             self.register_buffer(f"comp_{m}", start[:, : comp_count * comp_rank].clone())
             self.register_buffer(
@@ -46,11 +47,13 @@ class Closed(DirectModel):
             )
 
     def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
-        over, comp = (components @ self.get_buffer(f"{group}_{name}") for group in ("over", "comp"))
+        centred = components - self.get_buffer(f"centre_{name}")
+        over, comp = (centred @ self.get_buffer(f"{group}_{name}") for group in ("over", "comp"))
         return over.view(-1, *self.codes.shape), comp.view(-1, *self.codes.comp_shape)
 
     def rebuild(self, name: str, over: Tensor, comp: Tensor) -> Tensor:
-        return torch.cat([over, comp], dim=1) @ self.get_buffer(f"back_{name}")
+        back = self.get_buffer(f"back_{name}")
+        return torch.cat([over, comp], dim=1) @ back + self.get_buffer(f"centre_{name}")[: back.shape[1]]
 
     @torch.no_grad()
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
@@ -59,6 +62,8 @@ class Closed(DirectModel):
         scores = self.codes.paired_scores(batches)
         if len(next(iter(scores.values()))) < 2:
             return
+        for m, x in scores.items():
+            self.get_buffer(f"centre_{m}").copy_(x.mean(0))
         scores = {m: x - x.mean(0) for m, x in scores.items()}
         maps, strengths = canonical(scores, self.codes.shape[0] * self.codes.shape[1])
         for m, x in scores.items():

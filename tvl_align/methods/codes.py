@@ -33,6 +33,13 @@ class CodeConfig(RegisterConfig):
     noise: float = 0.2
     """Standard deviation of the Gaussian noise added in training to what is read (of a mean variance of 1)."""
 
+    def __post_init__(self) -> None:
+        for name in ("components", "units", "complementary_units"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} leaves nothing to learn from; give at least 1.")
+        if self.noise < 0:
+            raise UserError(f"--noise {self.noise} is no standard deviation; give 0 or more.")
+
 
 class Codes(nn.Module):
     """Components of the frozen tokens, and the bases of the tokens: `over` (No, r, D) and `comp` (Nc, q, D).

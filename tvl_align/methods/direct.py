@@ -1,6 +1,7 @@
 """DirectModel: tokens that are a function of a modality's components, without attention. Baselines use it."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -31,9 +32,9 @@ class DirectModel(nn.Module, Stage2Model):
             batch, len(self.registers), self.knobs.nested_dropout_rate, self.knobs.nested_dropout_mode, generator
         )
 
+    @abstractmethod
     def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
         """Components (B, K) -> units of overlapping (B, No, r) and complementary tokens (B, Nc, q)."""
-        raise NotImplementedError
 
     def rebuild(self, name: str, over: Tensor, comp: Tensor) -> Tensor | None:
         """Units (B, U), (B, V) -> components (B, K); None: the method does not reconstruct."""
