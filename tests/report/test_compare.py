@@ -212,7 +212,16 @@ def test_a_contest_ends_in_a_report(once: Callable[..., Path]) -> None:
     assert first["retrieval"] != second["retrieval"]
     html, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     for document in (html, text):
-        for part in ("cursor", "Stage 1, frozen", "oracle", "untrained, mean of methods", "0, 1", "±", "make compare"):
+        for part in (
+            "cursor",
+            "Stage 1, frozen",
+            "oracle",
+            "untrained, mean of methods",
+            "shuffled pairs",
+            "0, 1",
+            "±",
+            "make compare",
+        ):
             assert part in document, part
         assert "ynthetic data" in document
     assert html.count("data:image/png;base64,") >= 4

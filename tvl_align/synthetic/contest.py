@@ -1,7 +1,8 @@
 """The benchmark of methods on synthetic data (`make compare`): every method with several seeds.
 
-All runs share the data, Stage 1, the stored features, the split and the number of epochs. Parts that are complete in the
-output folder are reused, so an interrupted benchmark resumes.
+All runs share the data, Stage 1, the stored features, the split and the number of epochs. One more run is a control: the
+first method and seed on shuffled pairs. Parts that are complete in the output folder are reused, so an interrupted benchmark
+resumes.
 """
 
 import json
@@ -49,17 +50,19 @@ def contest(config: ContestConfig) -> Path:
     for name in config.methods:
         load_method(name)  # an unknown method is an error before anything is written
     world, checkpoint = prepare(config)
-    settings: dict[tuple[str, int], Settings[Any]] = {}
+    settings: list[Settings[Any]] = []
     for seed, name in product(config.seeds, config.methods):
         of_run = small_settings(config, world, checkpoint, name, f"{name.rpartition(':')[2]}-{seed}")
-        settings[name, seed] = replace(of_run, run=replace(of_run.run, draw_seed=seed))
-    first = next(iter(settings.values()))
+        settings.append(replace(of_run, run=replace(of_run.run, draw_seed=seed)))
+    first = settings[0]
+    control = replace(first.run, log_name=f"{first.folder.name}-shuffled-pairs")
+    settings.append(replace(first, data=replace(first.data, shuffle_pairs=True), run=control))
     timed("features", lambda: first.open_inputs(pick_device(None)))
-    todo = [key for key, s in settings.items() if not (s.folder / "results.json").is_file()]
+    todo = [s for s in settings if not (s.folder / "results.json").is_file()]
     threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    jobs = {settings[key].folder.name: (_run, settings[key], config.probe_rows, config.probe_steps) for key in todo}
+    jobs = {s.folder.name: (_run, s, config.probe_rows, config.probe_steps) for s in todo}
     run_in_processes(jobs, config.jobs, threads)
-    page = write_comparison([s.folder for s in settings.values()], config.out, "make compare")
+    page = write_comparison([s.folder for s in settings], config.out, "make compare")
     print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
     return page
 
