@@ -6,9 +6,10 @@ and data sets use the settings that were chosen on validation rows of the synthe
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations, permutations, product
 from pathlib import Path
@@ -26,11 +27,13 @@ from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tok
 from tvl_align.features.arrays import Arrays
 from tvl_align.features.inputs import DataConfig
 from tvl_align.features.store import FeatureStore
+from tvl_align.features.subset import set_probe_rows_aside
 from tvl_align.methods.registry import load_method
 from tvl_align.report.compare import write_comparison
 from tvl_align.synthetic.demo import optimisation_of, timed
 from tvl_align.system.checkpoint import load_checkpoint
 from tvl_align.system.console import UserError, reports_errors
+from tvl_align.system.workers import run_in_processes
 from tvl_align.training.engine import build_model, fit
 from tvl_align.training.run import load_run
 from tvl_align.training.settings import RunConfig, Settings
@@ -58,34 +61,45 @@ class AwayConfig:
     """Methods to train."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
-    epochs: int = 60
-    """Epochs of Stage 2."""
+    steps: int = 1500
+    """Optimizer steps of Stage 2, about as many as on the synthetic data; the number of epochs follows from the rows."""
+    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Runs in parallel; they share the CPU cores."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.datasets if name not in READERS]
         if unknown:
             raise UserError(f"unknown data set {unknown[0]!r}; --datasets takes {', '.join(READERS)}.")
+        if self.steps < 1:
+            raise UserError(f"--steps {self.steps} trains nothing; give at least 1.")
 
 
 def away(config: AwayConfig) -> list[Path]:
     """Run the benchmarks; returns the paths of the reports."""
-    pages = []
+    runs: dict[str, list[Settings[Any]]] = {}
     for name in config.datasets:
-        folder, store = config.out / name, config.out / name / "store"
+        store = config.out / name / "store"
         if not (store / "manifest.json").is_file():
             timed(f"{name}: features", partial(_write_store, config, name, store))
-        runs = []
-        for seed, method in product(config.seeds, config.methods):
-            run = RunConfig(folder / "runs", f"{method}-{seed}", method=method, draw_seed=seed)
-            optim = optimisation_of(method, config.epochs)
-            knobs = load_method(method).knobs(register_token_dim=256)
-            settings = Settings(Stage1Config(None), knobs, DataConfig(store=store), optim, run)
-            runs.append(settings.folder)
-            if not (settings.folder / "results.json").is_file():
-                timed(f"{name}: {method}, seed {seed}", partial(_run, name, settings))
-        pages.append(write_comparison(runs, folder, " ".join(sys.argv)))
+        runs[name] = [_settings(config, name, store, *choice) for choice in product(config.seeds, config.methods)]
+    todo = {str(s.folder): (_run, name, s) for name, settings in runs.items() for s in settings}
+    todo = {folder: job for folder, job in todo.items() if not (Path(folder) / "results.json").is_file()}
+    run_in_processes(todo, config.jobs, max(1, (os.cpu_count() or 1) // config.jobs))
+    pages = []
+    for name, settings in runs.items():
+        pages.append(write_comparison([s.folder for s in settings], config.out / name, " ".join(sys.argv)))
         print(f"report: {pages[-1].resolve()}", flush=True)
     return pages
+
+
+def _settings(config: AwayConfig, name: str, store: Path, seed: int, method: str) -> Settings[Any]:
+    """Settings of a run; as on the synthetic data, but for the number of epochs."""
+    rows = len(set_probe_rows_aside(FeatureStore(store).splits["train"], DataConfig().probe_rows, seed=0)[0])
+    optim = optimisation_of(method, 1, rows)
+    optim = replace(optim, epochs=max(1, round(config.steps / max(1, rows // optim.batch_size))))
+    run = RunConfig(config.out / name / "runs", f"{method}-{seed}", method=method, draw_seed=seed)
+    knobs = load_method(method).knobs(register_token_dim=256)
+    return Settings(Stage1Config(None), knobs, DataConfig(store=store), optim, run)
 
 
 def _write_store(config: AwayConfig, name: str, store: Path) -> None:
@@ -93,8 +107,9 @@ def _write_store(config: AwayConfig, name: str, store: Path) -> None:
 
 
 def _run(name: str, settings: Settings[Any]) -> None:
-    fit(settings, load_method(settings.run.method))
-    results = measure(EvaluateConfig(settings.folder))
+    label = str(settings.folder)
+    timed(f"{label}: {settings.optim.epochs} epochs", partial(fit, settings, load_method(settings.run.method)))
+    results = timed(f"{label}: test split", partial(measure, EvaluateConfig(settings.folder)))
     if name in THEIR_METRICS:
         content = json.loads(results.read_text(encoding="utf-8"))
         content[name] = THEIR_METRICS[name](_representations(settings))

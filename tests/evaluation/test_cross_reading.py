@@ -52,6 +52,18 @@ def test_a_linear_leak_is_found_by_both_and_independent_tokens_have_none() -> No
     assert all(score < 0.05 for entry in none.values() for scores in entry.values() for score in scores.values())
 
 
+def test_nothing_is_read_of_a_code_that_is_constant() -> None:
+    """Also if a single probe row differs, or all test rows are the same."""
+    probe, test = tokens(300, 0, "linear"), tokens(100, 1, "linear")
+    for side, differing in ((probe, 0), (test, 1)):
+        side.complementary["a"] = torch.ones_like(side.complementary["a"])
+        side.complementary["a"][:differing] = -1
+    for swapped in ((probe, test), (test, probe)):
+        found = cross_readings(*swapped, seed=0, steps=20)
+        assert found["a"]["unique from overlapping"]["linear"] == pytest.approx(0, abs=1.0), swapped
+        assert max(found["a"]["unique from overlapping"].values()) <= 1
+
+
 def test_modalities_without_paired_rows_are_left_out() -> None:
     probe, test = tokens(100, 0, "independent"), tokens(40, 1, "independent")
     probe.present["b"][19:] = False

@@ -1,6 +1,7 @@
 """Narrow codes: their tokens, noise and quantisation, and the closed forms that methods start at."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from inspect import signature
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from tvl_align.contract import Features, FeatureSpec, Method, Tokens
 from tvl_align.methods.base import BASE, Stage2Config, Stage2Loss, TVLStage2, quantise
 from tvl_align.methods.closed import CLOSED
-from tvl_align.methods.codes import CodeConfig, Codes
+from tvl_align.methods.codes import CodeConfig, Codes, dropped
 from tvl_align.methods.mlp import MLP
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
@@ -90,6 +91,24 @@ def test_noise_has_the_given_standard_deviation_in_training_only() -> None:
     assert torch.equal(c.eval().noisy(x), x)
     assert torch.equal(codes(noise=0.0).train().noisy(x), x)
     assert joint_noise(x).shape == x.shape
+
+
+def test_linear_dropout_keeps_the_expected_value_in_training_only() -> None:
+    thinned = dropped(torch.ones(200, 500), 0.4)
+    assert thinned.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert float((thinned == 0).float().mean()) == pytest.approx(0.4, abs=0.01)
+    model = calibrated(BASE, correlated(), noise=0.0, linear_dropout=0.9)
+    with torch.no_grad():
+        for layers in model.narrow.values():
+            for layer in layers:
+                layer.weight.zero_()  # the linear projections alone
+    features, kept = random_features(4), torch.ones(4, 4, dtype=torch.bool)
+    plain = model.eval()(features, kept=kept).overlapping_tokens["vision"]
+    assert not torch.allclose(plain, model.train()(features, kept=kept).overlapping_tokens["vision"], atol=1e-2)
+    model.knobs = replace(model.knobs, linear_dropout=0.0)
+    assert torch.allclose(plain, model(features, kept=kept).overlapping_tokens["vision"], atol=1e-5)
+    with pytest.raises(UserError, match=r"--linear_dropout 1.0 is no dropout probability"):
+        Stage2Config(linear_dropout=1.0)
 
 
 @pytest.mark.parametrize("method", [BASE, CLOSED, MLP], ids=["base", "closed", "mlp"])

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from made_results import factor, made_results, write_run
 from scipy import stats
 
 from tvl_align.report.compare import by_method, leaderboard, load_results, mean_factors, write_comparison
-from tvl_align.synthetic.contest import ContestConfig, contest
+from tvl_align.synthetic.contest import ContestConfig, contest, worlds_of
 from tvl_align.system.console import UserError
 
 
@@ -195,6 +196,14 @@ def test_missing_and_old_results_are_refused(tmp_path: Path) -> None:
     (two / "results.json").unlink()
     with pytest.raises(UserError, match=r"has no results\.json; run tvl-align evaluate .* first"):
         load_results([one, two])
+
+
+def test_worlds_of_a_contest_have_seeds_and_folders_of_their_own(tmp_path: Path) -> None:
+    one, three = ContestConfig(tmp_path, seed=4), ContestConfig(tmp_path, seed=4, worlds=3)
+    assert [(w.seed, w.out) for w in worlds_of(one)] == [(4, tmp_path)]
+    assert [(w.seed, w.out) for w in worlds_of(three)] == [(s, tmp_path / f"world-{s}") for s in (4, 5, 6)]
+    with pytest.raises(UserError, match=r"--worlds 0 leaves nothing to run"):
+        worlds_of(replace(one, worlds=0))
 
 
 @pytest.mark.slow

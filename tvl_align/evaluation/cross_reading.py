@@ -20,6 +20,9 @@ from tvl_align.system.workers import run_in_threads
 
 CODE_WIDTH = 32  # principal components of the tokens that are predicted
 MIN_ROWS = 20  # paired probe rows
+LEAST_VARIANCE = (
+    1e-4  # of a code, of a mean square of 1 on the probe rows; a code that is the same in all rows tells nothing
+)
 
 
 def cross_readings(
@@ -65,6 +68,8 @@ def _code(probe: Tensor, test: Tensor, rows: Tensor, test_rows: Tensor) -> tuple
 
 def _r2(kind: ProbeKind, data: Sequence[Tensor], seed: int, steps: int) -> float:
     x, target, x_test, tested = data
+    if min(part.var(0, correction=0).mean() for part in (target, tested)) < LEAST_VARIANCE:
+        return 0.0
     (probed,) = fit_probes(kind, (x,), (Target(target),), (x_test,), seed, steps, thorough=False)
     return r2(probed, tested.cpu(), target.mean(0).cpu())
 

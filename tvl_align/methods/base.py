@@ -1,4 +1,4 @@
-"""stage2_base v3.0. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v3.1. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as whitened principal components, and each group of registers attends to keys of
    its own made of them, in blocks of its own (tvl_align.registers.principal).
@@ -27,7 +27,7 @@ from tvl_align.encoders.tvl import Stage1
 from tvl_align.losses.independence import independence
 from tvl_align.losses.register_loss import RegisterLoss
 from tvl_align.methods.canonical import canonical, residual_components
-from tvl_align.methods.codes import CodeConfig, Codes
+from tvl_align.methods.codes import CodeConfig, Codes, dropped
 from tvl_align.registers.model import RegisterModel
 from tvl_align.registers.nested import NestedMode
 from tvl_align.registers.principal import component_count
@@ -47,13 +47,13 @@ class Stage2Config(CodeConfig):
     """Number of cross-attention blocks between the registers and the keys."""
     preservation_weight: float = 1.0
     """Weight of the error of rebuilding the frozen tokens from all registers; 0: no decoders."""
-    independence_weight: float = 0.1
+    independence_weight: float = 0.3
     """Weight of what critics tell of the other modalities from complementary tokens; 0: no critics."""
     share_weights: bool = False
     """Use the same blocks for every modality."""
-    block_width: int = 96
+    block_width: int = 64
     """Width of the blocks; narrow ones learn faster. Must be divisible by --num_heads."""
-    num_keys: int = 16
+    num_keys: int = 8
     """Keys that each group of registers attends to in a modality."""
     levels: int = 5
     """Levels of a unit of a complementary token, an odd number."""
@@ -61,12 +61,16 @@ class Stage2Config(CodeConfig):
     """Critics of each complementary code."""
     linear: bool = True
     """Add linear projections that start at the closed forms to what registers attend to."""
+    linear_dropout: float = 0.4
+    """Dropout probability of the components that linear projections to overlapping units read."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("block_width", "num_keys", "critics"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} is too small; give at least 1.")
+        if not 0 <= self.linear_dropout < 1:
+            raise UserError(f"--linear_dropout {self.linear_dropout} is no dropout probability; give a number in [0, 1).")
         if self.levels < 3 or self.levels % 2 == 0:
             raise UserError(f"--levels {self.levels} has no level at 0 or only that one; give an odd number from 3 on.")
 
@@ -230,8 +234,10 @@ class TVLStage2(RegisterModel):
         for m in over:
             units, comp_units = self._units(self.narrow, over[m], m), self._units(self.comp_narrow, comp[m], m)
             if m in self.linear:
-                units = units + self.linear[m](inputs[m][:, 0]).view_as(units)
-                comp_units = comp_units + self.comp_linear[m](inputs[m][:, 0]).view_as(comp_units)
+                read = inputs[m][:, 0]
+                thinned = dropped(read, self.knobs.linear_dropout) if self.training and self.knobs.linear_dropout else read
+                units = units + self.linear[m](thinned).view_as(units)
+                comp_units = comp_units + self.comp_linear[m](read).view_as(comp_units)
             comp_units = quantise(comp_units, self.knobs.levels)
             shared[m], unique[m] = Codes.tokens(units, self.codes.over), Codes.tokens(comp_units, self.codes.comp)
             if m in self.critics:
@@ -253,14 +259,15 @@ class TVLStage2(RegisterModel):
     ) -> Reconstruction:
         """The error of the frozen tokens rebuilt from both codes: (B, 1), over the whole sequence.
 
-        In training it is that of the components, with more weight on those of small variance.
+        In training it is that of the components, whose mean variance is 1.
         """
         code = torch.cat([Codes.units(over.detach(), self.codes.over), Codes.units(comp, self.codes.comp)], dim=1)
         principal = self.codes.principal
         with torch.no_grad():
             read, rest = self.codes.read(name, frozen)
         if self.training:
-            return Reconstruction(principal.balanced_error(name, read, self.decoders[name](code))[:, None], mask)
+            difference = read[:, : principal.counts[name]] - self.decoders[name](code)
+            return Reconstruction(difference.square().mean(1, keepdim=True), mask)
         return Reconstruction(principal.squared_error(name, read, self.decoders[name](code), rest)[:, None], mask)
 
     @torch.no_grad()
@@ -346,4 +353,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "3.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
+BASE = Method(Implementation("stage2_base", "3.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)

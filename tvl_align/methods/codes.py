@@ -107,3 +107,9 @@ def _complete_rows(batches: Iterable[Features], names: list[str]) -> Iterator[Fe
             complete = torch.stack([features.modalities[m].present for m in names]).all(0)
             if complete.any():
                 yield features.only(names).map(itemgetter(complete))
+
+
+def dropped(components: Tensor, rate: float) -> Tensor:
+    """Components (B, K), each zero with probability `rate`, the others scaled up; the same on 2 processes as on 1."""
+    kept = torch.special.ndtr(joint_noise(components)) >= rate
+    return components * kept / (1 - rate)

@@ -17,7 +17,6 @@ from tvl_align.contract import Features, FeatureSpec, Tokens
 
 MAX_POSITIONS = 17  # longer sequences are averaged over at most this many segments
 MAX_SIZE = 4096  # maximal P * w; wider tokens are first narrowed to the principal directions of a single token
-FLOOR = 0.1  # of the variance that a component is balanced by, as a fraction of the mean
 POWER_STEPS = 6  # subspace iterations of the eigenvectors
 
 
@@ -54,7 +53,6 @@ class PrincipalComponents(nn.Module):
             self.register_buffer(f"narrow_{name}", narrow)
             self.register_buffer(f"mean_{name}", torch.zeros(size))
             self.register_buffer(f"vectors_{name}", torch.linalg.qr(torch.randn(size, self.counts[name]))[0])
-            self.register_buffer(f"variances_{name}", torch.ones(self.counts[name]))
             self.register_buffer(f"scale_{name}", torch.ones(2))  # of the components and of the pooled feature
             self.register_buffer(f"pooled_{name}", torch.zeros(spec.pooled_width))
 
@@ -88,17 +86,6 @@ class PrincipalComponents(nn.Module):
         difference = (read[:, : self.counts[name]] - rebuilt) * self.get_buffer(f"scale_{name}")[0]
         return difference.square().sum(1) / self.get_buffer(f"mean_{name}").numel() + rest
 
-    def balanced_error(self, name: str, read: Tensor, rebuilt: Tensor) -> Tensor:
-        """Squared error (B,) of the components, each near its own variance, so that small ones count too; 1 = none rebuilt.
-
-        What only one modality tells is often in components of small variance.
-        """
-        variances = self.get_buffer(f"variances_{name}")
-        weight = 1 / (variances + FLOOR)
-        return ((read[:, : self.counts[name]] - rebuilt).square() * weight).sum(1) / (weight * variances).sum().clamp(
-            min=1e-9
-        )
-
     @torch.no_grad()
     def fit(self, batches: Callable[[], Iterable[Features]]) -> None:
         """Fit on the rows that have each modality, in one pass, or two if tokens are narrowed."""
@@ -116,7 +103,6 @@ class PrincipalComponents(nn.Module):
             self.get_buffer(f"vectors_{name}").zero_()[:, :kept] = vectors
             variances = torch.stack([values.mean(), covariance.diagonal()[size:].mean()]).clamp(min=1e-12)
             self.get_buffer(f"scale_{name}").copy_(variances.sqrt())
-            self.get_buffer(f"variances_{name}").zero_()[:kept] = values / variances[0]
         self.fitted.fill_(True)
 
     def _features(self, name: str, tokens: Tokens) -> Tensor:

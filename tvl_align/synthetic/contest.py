@@ -1,8 +1,8 @@
 """The benchmark of methods on synthetic data (`make compare`): every method with several seeds.
 
-All runs share the data, Stage 1, the stored features, the split and the number of epochs. One more run is a control: the
-first method and seed on shuffled pairs. Parts that are complete in the output folder are reused, so an interrupted benchmark
-resumes.
+All runs of a world share its data, Stage 1, stored features and split, and all runs the number of epochs. One more run per
+world is a control: the first method and seed on shuffled pairs. Parts that are complete in the output folder are reused, so
+an interrupted benchmark resumes.
 """
 
 import json
@@ -17,6 +17,7 @@ from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.report.compare import write_comparison
 from tvl_align.report.page import write_page
 from tvl_align.synthetic.demo import DemoConfig, prepare, small_settings, timed
+from tvl_align.system.console import UserError
 from tvl_align.system.runtime import pick_device
 from tvl_align.system.workers import run_in_processes
 from tvl_align.training.engine import fit
@@ -29,14 +30,10 @@ class ContestConfig(DemoConfig):
 
     out: Path = Path("contest")
     """Folder for the data, Stage 1, features, runs and the report."""
-    train: int = 20_000
-    """Number of training samples, 10% of them for validation."""
-    pretrain_epochs: int = 3
-    """Epochs of the small Stage 1."""
-    epochs: int = 20
-    """Epochs of Stage 2, the same for every method."""
     seed: int = 0
-    """Seed of the data, Stage 1, the split and the stored views, which all runs share."""
+    """Seed of the first world: its data, Stage 1, split and stored views, which all its runs share."""
+    worlds: int = 1
+    """Number of worlds, with seeds from --seed on; with more than one each has a folder of its own, world-<seed>."""
     methods: tuple[str, ...] = tuple(METHODS)
     """Methods to train; a method of your own as package.module:NAME."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -49,6 +46,28 @@ def contest(config: ContestConfig) -> Path:
     """Run the benchmark. Prints the number of runs as JSON and returns the path of the report."""
     for name in config.methods:
         load_method(name)  # an unknown method is an error before anything is written
+    settings = [s for world in worlds_of(config) for s in _runs_of(world)]
+    todo = [s for s in settings if not (s.folder / "results.json").is_file()]
+    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    jobs = {str(s.folder): (_run, s, config.probe_rows, config.probe_steps) for s in todo}
+    run_in_processes(jobs, config.jobs, threads)
+    page = write_comparison([s.folder for s in settings], config.out, "make compare")
+    print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
+    return page
+
+
+def worlds_of(config: ContestConfig) -> list[ContestConfig]:
+    """One config per world. Raises UserError if there is none."""
+    if config.worlds < 1:
+        raise UserError(f"--worlds {config.worlds} leaves nothing to run; give at least 1.")
+    if config.worlds == 1:
+        return [config]
+    seeds = range(config.seed, config.seed + config.worlds)
+    return [replace(config, seed=seed, out=config.out / f"world-{seed}") for seed in seeds]
+
+
+def _runs_of(config: ContestConfig) -> list[Settings[Any]]:
+    """Make a world, its Stage 1 and features, and return the settings of its runs."""
     world, checkpoint = prepare(config)
     settings: list[Settings[Any]] = []
     for seed, name in product(config.seeds, config.methods):
@@ -58,17 +77,11 @@ def contest(config: ContestConfig) -> Path:
     control = replace(first.run, log_name=f"{first.folder.name}-shuffled-pairs")
     settings.append(replace(first, data=replace(first.data, shuffle_pairs=True), run=control))
     timed("features", lambda: first.open_inputs(pick_device(None)))
-    todo = [s for s in settings if not (s.folder / "results.json").is_file()]
-    threads = max(1, (os.cpu_count() or 1) // config.jobs)
-    jobs = {s.folder.name: (_run, s, config.probe_rows, config.probe_steps) for s in todo}
-    run_in_processes(jobs, config.jobs, threads)
-    page = write_comparison([s.folder for s in settings], config.out, "make compare")
-    print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
-    return page
+    return settings
 
 
 def _run(settings: Settings[Any], probe_rows: int, probe_steps: int) -> None:
-    label = settings.folder.name
+    label = str(settings.folder)
     timed(f"{label}: {settings.optim.epochs} epochs", lambda: fit(settings, load_method(settings.run.method)))
     timed(f"{label}: test split", lambda: _evaluate(settings.folder, probe_rows, probe_steps))
 

@@ -33,7 +33,7 @@ class DemoConfig:
     """Number of test samples."""
     pretrain_epochs: int = 6
     """Epochs of the small Stage 1."""
-    epochs: int = 20
+    epochs: int = 40
     """Epochs of Stage 2."""
     views: int = 4
     """Additional views per training row; only their sentences differ."""

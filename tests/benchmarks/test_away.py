@@ -1,0 +1,41 @@
+"""The benchmark on data of others, on random arrays in place of a clone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import away
+from benchmarks.away import AwayConfig
+from tvl_align.features.arrays import Arrays, check_arrays
+from tvl_align.system.console import UserError
+
+
+def arrays(data: Path, seed: int) -> Arrays:
+    """Two modalities of 120 training and 40 test rows that share two numbers."""
+    draw = torch.Generator().manual_seed(seed)
+    shared = torch.randn(200, 2, generator=draw)
+    sides = {m: torch.cat([shared, torch.randn(200, 6, generator=draw)], dim=1)[:, None] for m in ("touch", "depth")}
+    labels = {"side": ["left" if x > 0 else "right" for x in shared[:, 0]]}
+    return check_arrays(sides, labels=labels, owners={"side": ["touch", "depth"]}, seed=seed)
+
+
+@pytest.mark.slow
+def test_every_method_has_the_same_number_of_steps_and_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(away.READERS, "ur5", arrays)
+    (page,) = away.away(AwayConfig(tmp_path, tmp_path / "out", ("ur5",), ("closed", "mlp"), seeds=(0,), steps=14, jobs=1))
+    assert page.is_file()
+    runs = {m: tmp_path / "out" / "ur5" / "runs" / f"{m}-0" for m in ("closed", "mlp")}
+    epochs = {m: len((run / "metrics.jsonl").read_text().splitlines()) for m, run in runs.items()}
+    rows = json.loads((runs["mlp"] / "config.json").read_text())["rows"]["train"]
+    assert epochs["closed"] == epochs["mlp"] == round(14 / (rows // max(8, rows // 8)))
+    results = json.loads((runs["mlp"] / "results.json").read_text())
+    assert results["factors"]["touch"]["side"]["chance"] >= 50
+
+
+def test_bad_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown data set 'tactile'; --datasets takes tactip, ur5"):
+        AwayConfig(tmp_path, datasets=("tactile",))
+    with pytest.raises(UserError, match="--steps 0 trains nothing"):
+        AwayConfig(tmp_path, steps=0)
