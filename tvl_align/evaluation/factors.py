@@ -6,10 +6,13 @@ overlapping tokens, unique ones from complementary tokens. Leak: the opposite gr
 Shapes: M probe rows, Q test rows.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,15 @@ from torch import Tensor
 
 from tvl_align.contract import Features
 from tvl_align.evaluation.labels import Labels
-from tvl_align.evaluation.probes import ProbeKind, Target, accuracy, bits, fit_probes, normalised_score, r2
+from tvl_align.evaluation.probes import STRENGTHS, ProbeKind, Target, accuracy, bits, fit_probes, normalised_score, r2
 from tvl_align.evaluation.uncertainty import interval, weighted_mean
+from tvl_align.system.checkpoint import load_safely, save_checkpoint
 from tvl_align.system.console import progress
 from tvl_align.system.workers import run_in_threads
 
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
 CEILING = "stage1"  # the group of the frozen features
+CEILINGS_VERSION = 1  # of the probes that read ceilings; a new one where they change
 MIN_MARGIN = 5.0  # percentage points and
 MIN_ERRORS = 2.0  # standard errors that a ceiling must be above chance
 MIN_BITS = 0.05  # usable bits of a ceiling that are divided by
@@ -179,8 +184,17 @@ class FactorProbes:
             numbers = found[0], found[1]
         self._labelled.setdefault(modality, {})[name] = _Labelled(probe, test, count, numbers)
 
-    def read_ceilings(self) -> None:
-        """Probe the frozen features: pooled features and token sequences, by every kind of probe."""
+    def read_ceilings(self, cache: Path | None = None) -> None:
+        """Probe the frozen features: pooled features and token sequences, by every kind of probe.
+
+        cache: folder where the readings are kept, as those of the same rows, labels and steps are the same in every run.
+        """
+        kept = cache / f"ceilings-{self._digest()}.pt" if cache is not None else None
+        if kept is not None and kept.is_file():
+            for modality, factors in load_safely(kept).items():
+                for name, readings in factors.items():
+                    self.factors[modality][name].readings[CEILING] = {k: Reading(*r) for k, r in readings.items()}
+            return
         jobs = []
         for modality in self.factors:
             a, b = (rows.frozen.modalities[modality] for rows in (self.probe, self.test))
@@ -191,6 +205,28 @@ class FactorProbes:
             jobs += [_Job(modality, CEILING, f"{kind} on tokens", kind, (flat,), (flat_test,)) for kind in KINDS]
             jobs += [_Job(modality, CEILING, f"{kind} on pooled", kind, (a.pooled,), (b.pooled,)) for kind in KINDS]
         self._run(jobs, "ceilings")
+        if kept is not None:
+            plain = {
+                m: {n: {k: (r.correct, r.bits, r.r2) for k, r in f.readings[CEILING].items()} for n, f in factors.items()}
+                for m, factors in self.factors.items()
+            }
+            with suppress(OSError):  # a folder that cannot be written to only costs time
+                save_checkpoint(kept, plain)
+
+    def _digest(self) -> str:
+        """A hash of all that the ceilings depend on."""
+        digest = hashlib.sha256(f"{CEILINGS_VERSION} {self.seed} {self.steps} {STRENGTHS}".encode())
+        for rows in (self.probe, self.test):
+            for m, tokens in rows.frozen.modalities.items():
+                digest.update(f"{m} {tuple(tokens.tokens.shape)}".encode())
+                for part in (tokens.tokens, tokens.mask, tokens.pooled, tokens.present):
+                    digest.update(part.cpu().numpy().tobytes())
+        for m, factors in self._labelled.items():
+            for name, x in factors.items():
+                digest.update(f"{m} {name} {x.levels}".encode())
+                for part in (x.probe, x.test, *(x.numbers or ())):
+                    digest.update(part.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def read(
         self,

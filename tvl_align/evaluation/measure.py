@@ -127,7 +127,7 @@ def measure(options: EvaluateConfig) -> Path:
         factors = FactorProbes(
             labels, sides, Rows(list(test.names), frozen.to(device)), settings.run.seed, options.probe_steps
         )
-        factors.read_ceilings()
+        factors.read_ceilings(settings.data.store or settings.feature_dir)
         for group in ("overlapping", "complementary"):
             on_rows, on_test = getattr(on_probe, group), getattr(trained_tokens, group)
             factors.read(group, on_rows, on_test, thorough=True)

@@ -307,7 +307,7 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     sums: dict[str, Tensor] = {}
     with progress_bar(len(rows), "validate", "batch", quiet=not is_main()) as bar:
         for step, features in enumerate(source.batches(rows, [torch.zeros_like(r) for r in rows], device)):
-            output = model(features, joint=False)
+            output = model(features, joint=False).float()
             batch_rows = min(EVAL_BATCH, len(source) - step * EVAL_BATCH)
             for name, value in loss(output).items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value * batch_rows / len(source)
