@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +231,49 @@ def test_ceilings_are_of_tokens_and_of_pooled_features() -> None:
     assert min(shape[kind].accuracy for kind in kinds if "pooled" not in kind) > 95
     assert max(shape[kind].accuracy for kind in kinds if "pooled" in kind) < 45
     assert max(reading.r2 or 0 for reading in force.values()) < 0.15
+
+
+def test_ceilings_are_read_from_the_cache_if_nothing_they_depend_on_has_changed(tmp_path: Path) -> None:
+    probe, test = planted(300, 0), planted(100, 1)
+
+    def made(seed: int = 0, steps: int = 20) -> FactorProbes:
+        return FactorProbes(labelled(probe, test), probe[0], test[0], seed=seed, steps=steps)
+
+    first = made()
+    first.read_ceilings(tmp_path)
+    (file,) = tmp_path.glob("ceilings-*.pt")
+    written = file.stat().st_mtime_ns
+    again = made()
+    again.read_ceilings(tmp_path)
+    assert file.stat().st_mtime_ns == written
+    for name, factor in first.factors["touch"].items():
+        for kind, reading in factor.readings["stage1"].items():
+            found = again.factors["touch"][name].readings["stage1"][kind]
+            assert torch.equal(found.correct, reading.correct)
+            assert (found.bits, found.r2) == (reading.bits, reading.r2)
+    made(seed=1).read_ceilings(tmp_path)
+    made(steps=10).read_ceilings(tmp_path)
+    test[0].frozen.modalities["touch"].tokens[5] += 1
+    made().read_ceilings(tmp_path)
+    labels = labelled(probe, test)
+    labels.values["0-3"]["shape"] = (labels.values["0-3"]["shape"] + 1) % 4
+    FactorProbes(labels, probe[0], test[0], seed=0, steps=20).read_ceilings(tmp_path)
+    assert len(list(tmp_path.glob("ceilings-*.pt"))) == 5
+
+
+def test_ceilings_need_no_folder_that_can_be_written_to(tmp_path: Path) -> None:
+    made = FactorProbes(labelled(planted(60, 0), planted(30, 1)), planted(60, 0)[0], planted(30, 1)[0], seed=0, steps=3)
+    made.read_ceilings(tmp_path / "missing" / "folder")
+    assert made.factors["touch"]["shape"].readings["stage1"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_tokens_on_the_cpu_are_probed_on_the_device_of_the_rows() -> None:
+    probe, test = planted(300, 0), planted(100, 1)
+    sides = [Rows(rows.names, rows.frozen.to(torch.device("cuda"))) for rows, _, _ in (probe, test)]
+    made = FactorProbes(labelled(probe, test), *sides, seed=0, steps=100)
+    made.read("overlapping", {"touch": probe[2]["overlapping"]}, {"touch": test[2]["overlapping"]})
+    assert made.factors["touch"]["shape"].best("overlapping").accuracy > 95
 
 
 def test_half_the_rows_are_the_first_half() -> None:

@@ -232,6 +232,21 @@ def test_validation_is_one_gallery_whatever_the_batch(
     assert found[0]["tactile_vision_chance1"] == pytest.approx(100 / 24)
 
 
+def test_validation_is_in_float32_where_the_forward_pass_is_in_bf16(settings: Settings[Stage2Config]) -> None:
+    """As on a GPU, where accelerate replaces the forward pass by one under autocast."""
+    inputs = settings.open_inputs(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = BASE.model(settings.knobs, inputs.specs)
+    calibrate_model(model, inputs.splits["train"], torch.device("cpu"))
+    loss = BASE.loss(settings.knobs, list(inputs.specs))
+    exact = evaluate(model, loss, inputs.splits["val"], torch.device("cpu"))
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+    rounded = evaluate(model, loss, inputs.splits["val"], torch.device("cpu"))
+    assert rounded.keys() == exact.keys()
+    assert rounded["overlapping_loss"] == pytest.approx(exact["overlapping_loss"], rel=0.02)
+    assert rounded["overlapping_loss"] != exact["overlapping_loss"]
+
+
 def test_the_best_checkpoint_ignores_the_pair_without_touch() -> None:
     """Acc@1 and Acc@5 are averaged over the pairs with touch; without touch, over all pairs."""
     scores = {

@@ -244,7 +244,8 @@ class FactorProbes:
         share: fraction of the probe rows to use. shared_only: only factors that several modalities own. thorough: try every
         strength of regularisation.
         """
-        flat = {m: ((probe[m].flatten(1),), (test[m].flatten(1),)) for m in self.factors}
+        device = self.probe.frozen.rows.device
+        flat = {m: ((probe[m].flatten(1).to(device),), (test[m].flatten(1).to(device),)) for m in self.factors}
         jobs = [_Job(m, group, kind, kind, *flat[m], share, shared_only, thorough) for m in self.factors for kind in kinds]
         self._run(jobs, group.replace("_", " "))
 
