@@ -261,6 +261,20 @@ def test_ceilings_are_read_from_the_cache_if_nothing_they_depend_on_has_changed(
     assert len(list(tmp_path.glob("ceilings-*.pt"))) == 5
 
 
+def test_ceilings_are_fitted_on_their_own_rows() -> None:
+    """On rows whose labels are shifted, every ceiling is wrong; the probes of tokens, on the probe rows, are right."""
+    probe, test, other = planted(300, 0), planted(100, 1), planted(300, 2)
+    labels = labelled(probe, test, other)
+    for name in other[0].names:
+        labels.values[name]["shape"] = (labels.values[name]["shape"] + 1) % 4
+    made = FactorProbes(labels, probe[0], test[0], 0, 60, other[0])
+    made.read_ceilings()
+    made.read("overlapping", {"touch": probe[2]["overlapping"]}, {"touch": test[2]["overlapping"]})
+    shape = made.factors["touch"]["shape"]
+    assert shape.best("stage1").accuracy < 10
+    assert shape.best("overlapping").accuracy > 95
+
+
 def test_ceilings_need_no_folder_that_can_be_written_to(tmp_path: Path) -> None:
     made = FactorProbes(labelled(planted(60, 0), planted(30, 1)), planted(60, 0)[0], planted(30, 1)[0], seed=0, steps=3)
     made.read_ceilings(tmp_path / "missing" / "folder")

@@ -13,10 +13,12 @@ from torch import Tensor
 from tvl_align.contract import Features
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.evaluation import measure as module
+from tvl_align.evaluation.factors import Rows
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
 from tvl_align.evaluation.split_tokens import all_rows, stage1_features
 from tvl_align.features.inputs import DataConfig
+from tvl_align.features.subset import ShuffledPairs
 from tvl_align.methods.base import BASE, Stage2Config
 from tvl_align.system.console import UserError
 from tvl_align.training.engine import fit
@@ -54,6 +56,7 @@ def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, 
     names = [name for split in splits.values() for name in split.names]
     assert len(set(names)) == len(names)
 
+    train = stage1_features(splits["train"], all_rows(splits["train"]), torch.device("cpu"))
     seen: list[tuple[object, Tensor]] = []
     built: list[object] = []
     make = module.build_model
@@ -74,13 +77,17 @@ def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, 
     def recorded(self: Any, labels: Labels, probe: Any, test: Any, *rest: Any) -> None:
         probed.append(list(probe.names))
         assert list(test.names) == list(splits["test"].names)
+        seed, steps, ceiling = rest  # ceilings are read with training rows too: the features are frozen
+        assert (seed, steps) == (settings.run.seed, 1)
+        assert list(ceiling.names) == [*probe.names, *splits["train"].names]
+        both = torch.cat([x.modalities["vision"].pooled for x in (probe.frozen, train)])
+        assert torch.equal(ceiling.frozen.modalities["vision"].pooled, both)
         init(self, labels, probe, test, *rest)
 
     monkeypatch.setattr(module, "build_model", building)
     monkeypatch.setattr(module.FactorProbes, "__init__", recorded)
     results = json.loads(measure(EvaluateConfig(run, probe_steps=1, device="cpu")).read_text())
     assert [model for model, _ in seen] == built[1:] and len(built) == 2
-    train = stage1_features(splits["train"], all_rows(splits["train"]), torch.device("cpu"))
     assert torch.equal(seen[0][1], train.modalities["vision"].pooled)
     assert sorted(probed[0]) == sorted(splits["probe"].names)
     assert results["probe_rows"] == {"split": "probe", "rows": len(splits["probe"])}
@@ -97,6 +104,24 @@ def labels_of(levels: Tensor, **fields: Any) -> Labels:
     values = {f"r{i}": {"hue": h, "size": s} for i, (h, s) in enumerate(levels.tolist()) if h >= 0}
     owners = {"hue": ("vision", "text"), "size": ("vision", "tactile")}
     return replace(Labels({"hue": ["a", "b"], "size": ["x", "y"]}, values, owners), **fields)
+
+
+def test_ceilings_are_read_with_some_evenly_spaced_training_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a run on shuffled pairs: there the rows keep the labels that belong to their features."""
+    settings, _, config = load_run(run, None)
+    splits, cpu = settings.open_inputs(torch.device("cpu"), config["store"]).splits, torch.device("cpu")
+    probe = Rows(list(splits["probe"].names)[:6], stage1_features(splits["probe"], torch.arange(6), cpu))
+    monkeypatch.setattr(module, "CEILING_ROWS", 10)
+    count = len(splits["train"])
+    at = [i * count // 4 for i in range(4)]
+    frozen = stage1_features(splits["train"], torch.tensor(at), cpu)
+    for train in (splits["train"], ShuffledPairs(splits["train"], ["vision", "tactile", "text"], seed=1)):
+        rows = module._ceiling_rows(train, probe, cpu)
+        assert list(rows.names) == [*probe.names, *(splits["train"].names[i] for i in at)]
+        for m in ("vision", "tactile"):
+            assert torch.equal(rows.frozen.modalities[m].pooled[6:], frozen.modalities[m].pooled)
+    monkeypatch.setattr(module, "CEILING_ROWS", 5)
+    assert module._ceiling_rows(splits["train"], probe, cpu) is probe
 
 
 def test_captions_of_equal_levels_mean_the_same() -> None:

@@ -121,12 +121,14 @@ class Factor:
 
 @dataclass(frozen=True)
 class _Labelled:
-    """A factor in a modality: levels of the probe and test rows (-1: none), and numbers (NaN: none) if it is real-valued."""
+    """A factor in a modality: levels of the probe, test and ceiling rows (-1: none), and their numbers (NaN: none) if it is
+    real-valued."""
 
     probe: Tensor
     test: Tensor
+    ceiling: Tensor
     levels: int
-    numbers: tuple[Tensor, Tensor] | None
+    numbers: tuple[Tensor, Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,16 @@ class FactorProbes:
 
     Factors with fewer than MIN_ROWS labelled probe rows, one level only, or no labelled test row are left out and named in
     `left_out`, {modality: {factor: reason}}.
+
+    ceiling: rows that probes of the frozen features are fitted on; default: the probe rows. More rows make better ceilings,
+    and rows that a model was trained on are allowed, because the features are frozen.
     """
 
-    def __init__(self, labels: Labels, probe: Rows, test: Rows, seed: int, steps: int = 400) -> None:
+    def __init__(
+        self, labels: Labels, probe: Rows, test: Rows, seed: int, steps: int = 400, ceiling: Rows | None = None
+    ) -> None:
         self.labels, self.probe, self.test, self.seed, self.steps = labels, probe, test, seed, steps
+        self.ceiling = ceiling or probe
         self.factors: dict[str, dict[str, Factor]] = {}
         self.left_out: dict[str, dict[str, str]] = {}
         self._labelled: dict[str, dict[str, _Labelled]] = {}
@@ -163,10 +171,10 @@ class FactorProbes:
 
     def _add(self, modality: str, name: str) -> None:
         sides = []
-        for rows in (self.probe, self.test):
+        for rows in (self.probe, self.test, self.ceiling):
             levels = torch.from_numpy(self.labels.of(name, rows.names))
             sides.append(torch.where(rows.frozen.modalities[modality].present.cpu(), levels, -1))
-        probe, test = sides
+        probe, test, ceiling = sides
         known, tested = probe[probe >= 0], test[test >= 0]
         if len(known) < MIN_ROWS or not len(tested) or len(known.unique()) < 2:
             reason = f"{len(known)} labelled probe rows with {len(known.unique())} levels, {len(tested)} test rows"
@@ -180,9 +188,12 @@ class FactorProbes:
         numbers = None
         if name in self.labels.numbers:
             values = self.labels.numbers[name]
-            found = [torch.tensor([values.get(n, math.nan) for n in r.names])[:, None] for r in (self.probe, self.test)]
-            numbers = found[0], found[1]
-        self._labelled.setdefault(modality, {})[name] = _Labelled(probe, test, count, numbers)
+            one, two, three = (
+                torch.tensor([values.get(n, math.nan) for n in r.names])[:, None]
+                for r in (self.probe, self.test, self.ceiling)
+            )
+            numbers = one, two, three
+        self._labelled.setdefault(modality, {})[name] = _Labelled(probe, test, ceiling, count, numbers)
 
     def read_ceilings(self, cache: Path | None = None) -> None:
         """Probe the frozen features: pooled features and token sequences, by every kind of probe.
@@ -197,7 +208,7 @@ class FactorProbes:
             return
         jobs = []
         for modality in self.factors:
-            a, b = (rows.frozen.modalities[modality] for rows in (self.probe, self.test))
+            a, b = (rows.frozen.modalities[modality] for rows in (self.ceiling, self.test))
             length = min(a.tokens.shape[1], b.tokens.shape[1])
             x, y = ((t.tokens[:, :length], t.mask[:, :length]) for t in (a, b))
             flat, flat_test = ((tokens * mask[..., None]).flatten(1) for tokens, mask in (x, y))
@@ -216,7 +227,7 @@ class FactorProbes:
     def _digest(self) -> str:
         """A hash of all that the ceilings depend on."""
         digest = hashlib.sha256(f"{CEILINGS_VERSION} {self.seed} {self.steps} {STRENGTHS}".encode())
-        for rows in (self.probe, self.test):
+        for rows in (self.ceiling, self.test):
             for m, tokens in rows.frozen.modalities.items():
                 digest.update(f"{m} {tuple(tokens.tokens.shape)}".encode())
                 for part in (tokens.tokens, tokens.mask, tokens.pooled, tokens.present):
@@ -224,7 +235,7 @@ class FactorProbes:
         for m, factors in self._labelled.items():
             for name, x in factors.items():
                 digest.update(f"{m} {name} {x.levels}".encode())
-                for part in (x.probe, x.test, *(x.numbers or ())):
+                for part in (x.probe, x.test, x.ceiling, *(x.numbers or ())):
                     digest.update(part.numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -267,15 +278,16 @@ class FactorProbes:
         }
         if not chosen:
             return {}
-        at = self.probe.frozen.modalities[modality].present.nonzero().squeeze(1)
+        of_ceiling = job.group == CEILING
+        at = (self.ceiling if of_ceiling else self.probe).frozen.modalities[modality].present.nonzero().squeeze(1)
         at = at[: max(MIN_ROWS, math.ceil(job.share * len(at)))]
         device, rows = at.device, at.cpu()
         targets, places = [], []
         for name, x in chosen.items():
-            targets.append(Target(x.probe[rows].to(device), x.levels))
+            targets.append(Target((x.ceiling if of_ceiling else x.probe)[rows].to(device), x.levels))
             places.append((name, "class"))
             if x.numbers is not None:
-                values = x.numbers[0][rows]
+                values = x.numbers[2 if of_ceiling else 0][rows]
                 mean, std = _moments(values)
                 targets.append(Target(((values - mean) / std).to(device)))
                 places.append((name, "number"))
@@ -288,7 +300,7 @@ class FactorProbes:
             usable = self.factors[modality][name].entropy - float(bits(probed, x.test.clamp(min=0))[present].mean())
             explained = None
             if x.numbers is not None:
-                mean, std = _moments(x.numbers[0][rows])
+                mean, std = _moments(x.numbers[2 if of_ceiling else 0][rows])
                 values = (x.numbers[1] - mean) / std
                 explained = r2(found[name, "number"], values, torch.zeros(1))
             readings[name] = Reading(correct, usable, explained)

@@ -21,10 +21,11 @@ from tvl_align.evaluation.cross_reading import cross_readings
 from tvl_align.evaluation.factors import FactorProbes, Rows
 from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.oracle import oracle
-from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, stage1_features
+from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, joined_features, stage1_features
 from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
 from tvl_align.features.inputs import DataConfig
 from tvl_align.features.store import FeatureSource
+from tvl_align.features.subset import ShuffledPairs
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.contrastive import positive_mask
 from tvl_align.metrics.retrieval import TVL_THRESHOLDS, Retrieval, retrieval, tvl_protocol
@@ -36,6 +37,7 @@ from tvl_align.training.engine import build_model, calibrate
 from tvl_align.training.run import load_run
 
 EXAMPLES = 8  # number of test rows shown on the page
+CEILING_ROWS = 10_000  # most rows that probes of the frozen features are fitted on
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,12 @@ def measure(options: EvaluateConfig) -> Path:
     if labels is not None:
         sides = Rows([probe.names[i] for i in rows.tolist()], stage1_features(probe, rows, device).to(device))
         factors = FactorProbes(
-            labels, sides, Rows(list(test.names), frozen.to(device)), settings.run.seed, options.probe_steps
+            labels,
+            sides,
+            Rows(list(test.names), frozen.to(device)),
+            settings.run.seed,
+            options.probe_steps,
+            _ceiling_rows(inputs.splits["train"], sides, device),
         )
         factors.read_ceilings(settings.data.store or settings.feature_dir)
         for group in ("overlapping", "complementary"):
@@ -144,6 +151,18 @@ def measure(options: EvaluateConfig) -> Path:
     written = options.run / ("results.json" if options.split == "test" else f"results-{options.split}.json")
     written.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return written
+
+
+def _ceiling_rows(train: FeatureSource, probe: Rows, device: torch.device) -> Rows:
+    """The probe rows and training rows, evenly spaced, up to CEILING_ROWS."""
+    count = min(len(train), max(0, CEILING_ROWS - len(probe.names)))
+    rows = torch.arange(count) * len(train) // max(1, count)
+    if isinstance(train, ShuffledPairs):
+        train = train.source  # pairs play no part here, rows must keep their labels
+    if not count:
+        return probe
+    more = stage1_features(train, rows, device).to(device)
+    return Rows([*probe.names, *(train.names[i] for i in rows.tolist())], joined_features([probe.frozen, more]))
 
 
 def _labels(options: EvaluateConfig, data: DataConfig) -> Labels | None:

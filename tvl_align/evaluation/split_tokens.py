@@ -1,5 +1,6 @@
 """Tokens, pooled vectors and reconstruction errors of a model on a whole split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +46,11 @@ def plain_batches(source: FeatureSource, rows: Tensor, device: torch.device) -> 
 
 def stage1_features(source: FeatureSource, rows: Tensor, device: torch.device) -> Features:
     """Frozen features of the given rows without augmentation, on the CPU; text is padded to its longest sentence."""
-    parts = [batch.to("cpu") for batch in plain_batches(source, rows, device)]
+    return joined_features([batch.to("cpu") for batch in plain_batches(source, rows, device)])
+
+
+def joined_features(parts: Sequence[Features]) -> Features:
+    """Features of several batches as one; text is padded to its longest sentence."""
     joined = {}
     for name in parts[0].modalities:
         longest = max(p.modalities[name].tokens.shape[1] for p in parts)
