@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tvl_align.contract import Features, FeatureSpec, Method, Tokens
-from tvl_align.methods.base import BASE, OWN, Stage2Config, Stage2Loss, TVLStage2, quantise
+from tvl_align.methods.base import BASE, Stage2Config, Stage2Loss, TVLStage2, quantise
 from tvl_align.methods.closed import CLOSED
 from tvl_align.methods.codes import CodeConfig, Codes, dropped
 from tvl_align.methods.mlp import MLP
@@ -93,30 +93,6 @@ def test_noise_has_the_given_standard_deviation_in_training_only() -> None:
     assert joint_noise(x).shape == x.shape
 
 
-def test_common_weights_read_equal_pooled_features_alike() -> None:
-    """Without the weights of their own, modalities with the same pooled features have the same overlapping tokens."""
-    model = calibrated(BASE, correlated()).eval()
-    with torch.no_grad():
-        for layer in (*model.linear.values(), *(x for layers in model.narrow.values() for x in layers)):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        for layer in (model.common.linear, model.common.mlp[2]):
-            layer.weight.normal_()
-    features = random_features(5)
-    pooled = torch.randn(5, features.modalities["vision"].pooled.shape[1])
-    for m, tokens in features.modalities.items():
-        tokens.present.fill_(True)
-        tokens.pooled.copy_(pooled + model.codes.principal.get_buffer(f"pooled_{m}"))
-        model.codes.principal.get_buffer(f"scale_{m}").fill_(1.0)
-    over = model(features).overlapping_tokens
-    assert torch.allclose(over["vision"], over["tactile"], atol=1e-5) and torch.allclose(
-        over["vision"], over["text"], atol=1e-5
-    )
-    assert over["vision"].abs().max() > 0.01
-    specs = {"a": FeatureSpec(4, 1, 4), "b": FeatureSpec(4, 1, 6)}
-    assert BASE.model(BASE.knobs(register_token_dim=16, num_heads=4, block_width=16), specs).common is None
-
-
 def test_linear_dropout_keeps_the_expected_value_in_training_only() -> None:
     thinned = dropped(torch.ones(200, 500), 0.4)
     assert thinned.unique().tolist() == pytest.approx([0, 1 / 0.6])
@@ -160,8 +136,8 @@ def test_the_base_starts_at_the_closed_form() -> None:
     one, other = base(fresh), closed(fresh)
     for m in SPECS:
         units = [Codes.units(x.overlapping_tokens[m], net.codes.over) for x, net in ((one, base), (other, closed))]
-        assert torch.allclose(units[0], OWN * units[1], atol=0.03)  # common weights start near zero
-        assert units[1].abs().max() > 0.5
+        assert torch.allclose(units[0], units[1], atol=1e-3)
+        assert units[0].abs().max() > 0.5
         comp = [Codes.units(x.complementary_tokens[m], net.codes.comp) for x, net in ((one, base), (other, closed))]
         grid = quantise(comp[1], base.knobs.levels)
         assert (comp[0] - grid).abs().mean() < 0.01  # a value next to a border may round to the other side

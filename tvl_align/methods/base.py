@@ -1,10 +1,9 @@
-"""stage2_base v3.2. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v3.1. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as whitened principal components, and each group of registers attends to keys of
    its own made of them, in blocks of its own (tvl_align.registers.principal).
 2. Each token is a narrow code: a linear projection, which starts at the canonical correlations of the modalities, plus what
-   the register has attended to (tvl_align.methods.canonical, tvl_align.methods.codes), plus what weights that all modalities
-   share read of the pooled feature, which a contrastive Stage 1 has aligned.
+   the register has attended to (tvl_align.methods.canonical, tvl_align.methods.codes).
 3. Complementary codes start at the principal components of what the overlapping ones leave, and have few discrete levels
    (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces cannot hide in them. A decoder
    rebuilds the components from both codes; only the complementary ones get gradients from it.
@@ -36,9 +35,8 @@ from tvl_align.system.console import UserError
 
 log = logging.getLogger(__name__)
 START = 0.1  # scale of what registers add to the linear projections at the start
-OWN = 0.3  # scale of what weights of a modality's own add to what common weights read
 CRITIC_WIDTH = 128
-MLP_WIDTH = 256
+DECODER_WIDTH = 256
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,6 @@ class Stage2Config(CodeConfig):
     """Critics of each complementary code."""
     linear: bool = True
     """Add linear projections that start at the closed forms to what registers attend to."""
-    common: bool = True
-    """Add what weights that all modalities share read of the pooled features, if these have equal width."""
     linear_dropout: float = 0.4
     """Dropout probability of the components that linear projections to overlapping units read."""
 
@@ -95,16 +91,16 @@ class PrincipalKeys(nn.Module):
         return self.project(components[:, 0]).unflatten(1, self.shape) + self.positions
 
 
-class LinearAndMLP(nn.Module):
-    """(B, F) -> (B, G): a linear map plus a small MLP."""
+class Decoder(nn.Module):
+    """Codes (B, U) -> components (B, K): a linear map plus a small MLP."""
 
-    def __init__(self, features: int, outputs: int) -> None:
+    def __init__(self, units: int, components: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(features, outputs)
-        self.mlp = nn.Sequential(nn.Linear(features, MLP_WIDTH), nn.GELU(), nn.Linear(MLP_WIDTH, outputs))
+        self.linear = nn.Linear(units, components)
+        self.mlp = nn.Sequential(nn.Linear(units, DECODER_WIDTH), nn.GELU(), nn.Linear(DECODER_WIDTH, components))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + self.mlp(x)
+    def forward(self, code: Tensor) -> Tensor:
+        return self.linear(code) + self.mlp(code)
 
 
 class Critics(nn.Module):
@@ -198,12 +194,7 @@ class TVLStage2(RegisterModel):
         self.comp_narrow = nn.ModuleDict({m: _narrow(comp_count, width, comp_rank, start) for m in sizes})
         self.linear = nn.ModuleDict({m: nn.Linear(k, shared) for m, k in sizes.items() if knobs.linear})
         self.comp_linear = nn.ModuleDict({m: nn.Linear(k, unique) for m, k in sizes.items() if knobs.linear})
-        pooled = {spec.pooled_width for spec in self.specs.values()}
-        self.common = LinearAndMLP(pooled.pop(), shared) if knobs.common and len(pooled) == 1 else None
-        if self.common is not None:
-            for parameter in (*self.common.linear.parameters(), *self.common.mlp[2].parameters()):
-                parameter.data *= 0.01  # so that the tokens start at the closed forms
-        self.decoders = nn.ModuleDict({m: LinearAndMLP(shared + unique, k) for m, k in counts.items() if preservation})
+        self.decoders = nn.ModuleDict({m: Decoder(shared + unique, k) for m, k in counts.items() if preservation})
         has_critics = knobs.independence_weight > 0 and preservation
         self.critics = nn.ModuleDict({m: Critics(unique, shared, knobs.critics) for m in sizes if has_critics})
         wide = torch.randn(max(width, register_token_dim), min(width, register_token_dim))
@@ -247,9 +238,6 @@ class TVLStage2(RegisterModel):
                 thinned = dropped(read, self.knobs.linear_dropout) if self.training and self.knobs.linear_dropout else read
                 units = units + self.linear[m](thinned).view_as(units)
                 comp_units = comp_units + self.comp_linear[m](read).view_as(comp_units)
-            if self.common is not None:
-                aligned = inputs[m][:, 0, self.codes.principal.counts[m] :]
-                units = OWN * units + self.common(aligned).view_as(units)
             comp_units = quantise(comp_units, self.knobs.levels)
             shared[m], unique[m] = Codes.tokens(units, self.codes.over), Codes.tokens(comp_units, self.codes.comp)
             if m in self.critics:
@@ -365,4 +353,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "3.2", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
+BASE = Method(Implementation("stage2_base", "3.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)

@@ -1,4 +1,4 @@
-"""stage2_disentangled v3.2. The base without linear projections: registers alone. An ablation."""
+"""stage2_disentangled v3.1. The base without linear projections: registers alone. An ablation."""
 
 from dataclasses import dataclass
 
@@ -15,5 +15,5 @@ class DisentangledConfig(Stage2Config):
 
 
 DISENTANGLED = Method(
-    Implementation("stage2_disentangled", "3.2", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss
+    Implementation("stage2_disentangled", "3.1", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss
 )
