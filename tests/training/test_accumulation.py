@@ -20,8 +20,8 @@ from tvl_align.training.checks import SPECS, eight_rows
 
 
 def built(method: Method) -> tuple[nn.Module, nn.Module]:
-    """A small model without noise, whose draws depend on the batch size, and its loss."""
-    quiet = {"noise": 0.0} if "noise" in {f.name for f in dataclasses.fields(method.knobs)} else {}
+    """A small model without noise and dropout, whose draws depend on the batch size, and its loss."""
+    quiet = {f.name: 0.0 for f in dataclasses.fields(method.knobs) if f.name in ("noise", "linear_dropout")}
     knobs = method.knobs(register_token_dim=32, num_heads=4, **quiet)
     torch.manual_seed(0)
     return method.model(knobs, SPECS).train(), method.loss(knobs, MODALITIES)
