@@ -251,6 +251,14 @@ def test_ceilings_are_read_from_the_cache_if_nothing_they_depend_on_has_changed(
             found = again.factors["touch"][name].readings["stage1"][kind]
             assert torch.equal(found.correct, reading.correct)
             assert (found.bits, found.r2) == (reading.bits, reading.r2)
+    file.write_bytes(file.read_bytes()[:100])  # damaged
+    mended = made()
+    mended.read_ceilings(tmp_path)
+    assert file.stat().st_size > 100
+    assert (
+        mended.factors["touch"]["shape"].readings["stage1"].keys()
+        == first.factors["touch"]["shape"].readings["stage1"].keys()
+    )
     made(seed=1).read_ceilings(tmp_path)
     made(steps=10).read_ceilings(tmp_path)
     test[0].frozen.modalities["touch"].tokens[5] += 1

@@ -20,9 +20,7 @@ from tvl_align.system.workers import run_in_threads
 
 CODE_WIDTH = 32  # principal components of the tokens that are predicted
 MIN_ROWS = 20  # paired probe rows
-LEAST_VARIANCE = (
-    1e-4  # of a code, of a mean square of 1 on the probe rows; a code that is the same in all rows tells nothing
-)
+LEAST_VARIANCE = 1e-4  # of a code whose mean square on the probe rows is 1; of less there is nothing to read
 
 
 def cross_readings(

@@ -24,7 +24,7 @@ from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.probes import STRENGTHS, ProbeKind, Target, accuracy, bits, fit_probes, normalised_score, r2
 from tvl_align.evaluation.uncertainty import interval, weighted_mean
 from tvl_align.system.checkpoint import load_safely, save_checkpoint
-from tvl_align.system.console import progress
+from tvl_align.system.console import UserError, progress
 from tvl_align.system.workers import run_in_threads
 
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
@@ -202,10 +202,11 @@ class FactorProbes:
         """
         kept = cache / f"ceilings-{self._digest()}.pt" if cache is not None else None
         if kept is not None and kept.is_file():
-            for modality, factors in load_safely(kept).items():
-                for name, readings in factors.items():
-                    self.factors[modality][name].readings[CEILING] = {k: Reading(*r) for k, r in readings.items()}
-            return
+            with suppress(UserError):  # a damaged file is written again
+                for modality, factors in load_safely(kept).items():
+                    for name, readings in factors.items():
+                        self.factors[modality][name].readings[CEILING] = {k: Reading(*r) for k, r in readings.items()}
+                return
         jobs = []
         for modality in self.factors:
             a, b = (rows.frozen.modalities[modality] for rows in (self.ceiling, self.test))
