@@ -11,7 +11,7 @@ from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.losses import alignment as alignment_module
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
-from tvl_align.methods.base import Stage2Loss, TVLStage2
+from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
 from tvl_align.training.checks import SPECS, random_features
@@ -113,7 +113,7 @@ def test_critics_and_encoders_are_trained_by_their_own_terms() -> None:
     numbers = Stage2Loss()(net(random_features(6), kept=torch.ones(6, 4, dtype=torch.bool)))
     critic, penalty = gradients(net, numbers["critic_loss"]), gradients(net, numbers["independence"])
     assert {part for part, g in critic.items() if g} == {"critics"}
-    assert not penalty["critics"] and not penalty["linear"] and not penalty["narrow"] and not penalty["decoders"]
+    assert not any(penalty[part] for part in ("critics", "linear", "narrow", "trunk", "decoders"))
     assert all(penalty[part] for part in ("comp_linear", "comp_narrow", "stacks", "readers"))
 
 
@@ -138,8 +138,8 @@ def test_pooling_uses_kept_overlapping_tokens_only() -> None:
     """A dropped register does not enter the mean as a zero."""
     kept = torch.tensor([[True, False, False, False], [True, True, False, True], [True, True, True, False]])
     output = model().eval()(random_features(3), kept=kept)
-    loss = Stage2Loss()(output)["overlapping_loss"]
     by_hand = {m: torch.stack([z[i, : i + 1].mean(0) for i in range(3)]) for m, z in output.overlapping_tokens.items()}
+    loss = BaseLoss(Stage2Config(nested_dropout_rate=0.0))(output)["overlapping_loss"]
     for m, pooled in pooled_overlapping(output).items():
         assert torch.allclose(pooled, torch.nn.functional.normalize(by_hand[m], dim=-1), atol=1e-6)
     single = replace(output, overlapping_tokens={m: z[:, None] for m, z in by_hand.items()}, nested_dropout_mask=None)
@@ -153,10 +153,70 @@ def test_registers_must_outnumber_overlapping_tokens() -> None:
         model(num_overlapping_tokens=0)
 
 
-def test_shared_weights_are_one_set_of_blocks() -> None:
+def test_blocks_of_overlapping_registers_are_shared_and_the_others_on_request() -> None:
+    def parameters(net: TVLStage2, owner: str) -> int:
+        return sum(p.numel() for p in net.stacks[owner].parameters())
+
     separate, shared = model(preservation=False), model(share_weights=True, preservation=False)
-    assert len(shared.stacks) == 1
-    assert sum(p.numel() for p in shared.stacks.parameters()) * 3 == sum(p.numel() for p in separate.stacks.parameters())
+    assert list(separate.stacks) == ["shared", *SPECS] and list(shared.stacks) == ["shared"]
+    assert parameters(shared, "shared") == parameters(separate, "shared") + parameters(separate, "vision")
+    features = random_features(3)
+    before = separate.eval()(features)
+    with torch.no_grad():
+        for p in separate.stacks["vision"].parameters():
+            p.add_(0.1)
+    after = separate(features)
+    assert all(torch.equal(before.overlapping_tokens[m], after.overlapping_tokens[m]) for m in SPECS)
+    assert not torch.equal(before.register_tokens[:, 3], after.register_tokens[:, 3])
+    with torch.no_grad():
+        for p in separate.stacks["shared"].parameters():
+            p.add_(0.1)
+    moved = separate(features)
+    assert all(not torch.equal(before.overlapping_tokens[m], moved.overlapping_tokens[m]) for m in SPECS)
+
+
+def test_the_loss_is_the_expectation_over_prefixes() -> None:
+    """Weights are the probabilities that nested dropout keeps 1, 2 or all 3 overlapping tokens: 1/6, 1/6, 2/3."""
+    net = model().train()
+    features = random_features(6)
+    kept = net.draw_kept(1000)
+    assert kept[:, :3].all() and 0.4 < float(kept[:, 3].float().mean()) < 0.6
+    output = net(features, kept=torch.ones(6, 4, dtype=torch.bool))
+    numbers = Stage2Loss()(output)
+    plain = BaseLoss(Stage2Config(nested_dropout_rate=0.0))
+
+    def first(k: int) -> dict[str, torch.Tensor]:
+        return plain(replace(output, overlapping_tokens={m: z[:, :k] for m, z in output.overlapping_tokens.items()}))
+
+    for name in ("overlapping_loss", "tactile_text_loss"):
+        expected = first(1)[name] / 6 + first(2)[name] / 6 + first(3)[name] * 2 / 3
+        assert torch.allclose(numbers[name], expected, atol=1e-5)
+    assert torch.equal(numbers["average_acc5"], first(3)["average_acc5"])
+    assert torch.allclose(Stage2Loss()(net.eval()(features))["overlapping_loss"], plain(net(features))["overlapping_loss"])
+    independent = model(nested_dropout_mode="independent")
+    assert not independent.draw_kept(1000)[:, 1:3].all()
+
+
+def test_projections_of_features_that_stage_1_has_aligned_start_equal() -> None:
+    """The same pooled feature gives the same trunk in every modality of the same width, and components add less."""
+    net = model().eval()
+    widths = {m: spec.pooled_width for m, spec in SPECS.items()}
+    assert len(set(widths.values())) == 1
+    pooled = torch.randn(4, widths["vision"])
+    sizes = net.codes.principal.sizes
+    found = {m: net.trunk(m, torch.cat([torch.zeros(4, sizes[m] - widths[m]), pooled], dim=1)) for m in SPECS}
+    assert all(torch.allclose(h, found["vision"], atol=1e-5) for h in found.values())
+    other = TVLStage2(
+        {"a": SPECS["vision"], "b": replace(SPECS["text"], pooled_width=7)}, register_token_dim=32, num_heads=4
+    )
+    assert other(Features(
+        {
+            "a": random_features(3).modalities["vision"],
+            "b": replace(random_features(3).modalities["text"], pooled=torch.randn(3, 7)),
+        },
+        torch.arange(3)[:, None],
+        torch.arange(3),
+    )).overlapping_tokens["b"].isfinite().all()  # fmt: skip
 
 
 def test_raw_inputs_and_their_features_give_the_same_output(stage1_checkpoint: object) -> None:
@@ -197,12 +257,12 @@ def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatc
     output = model().train()(Features(features.modalities, keys, features.rows))
     Stage2Loss()(output)
     assert len(calls) == 1
-    pooled = {m: z.mean(1) for m, z in output["overlapping_tokens"].items()}
+    pooled = {m: z.mean(1)[:, None] for m, z in output["overlapping_tokens"].items()}
     vectors, present, unpacked = alignment_module._joined(pooled, output)
     assert torch.equal(unpacked, keys)
     assert present.all()
     assert torch.equal(vectors, torch.stack(list(pooled.values()), dim=1))
-    single = {m: z[:1, :5] for m, z in pooled.items()}  # one row of odd length: a view would not be aligned
+    single = {m: z[:1, :, :5] for m, z in pooled.items()}  # one row of odd length: a view would not be aligned
     present = {m: mask[:1] for m, mask in output["present"].items()}
     one_row = replace(output, present=present, caption_keys=keys[:1])
     assert torch.equal(alignment_module._joined(single, one_row)[2], keys[:1])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tvl_align.encoders.tvl import read_checkpoint
-from tvl_align.synthetic.pretrain import Heads, PretrainConfig, TokenTargets, pretrain
+from tvl_align.synthetic.pretrain import Heads, PretrainConfig, TokenTargets, WordTargets, pretrain
 
 
 def targets(heads: Heads, colour_spectrum: bool = True) -> TokenTargets:
@@ -57,6 +57,21 @@ def test_the_errors_fall_and_every_weight_is_trained(colour_spectrum: bool) -> N
         optimizer.step()
     assert errors[-1][0] < 0.7 * errors[0][0]
     assert errors[-1][1] < 0.8 * errors[0][1]
+
+
+def test_words_are_read_from_the_end_token_alone() -> None:
+    """Cross-entropy in nats, summed over the vocabulary; the mask says where a sentence ends."""
+    torch.manual_seed(0)
+    ids = torch.tensor([[49406, 7, 9, 49407, 0], [49406, 8, 49407, 0, 0]])
+    module = WordTargets(16, ids)
+    assert module.vocabulary.tolist() == [0, 7, 8, 9, 49406, 49407]
+    tokens, mask = torch.randn(2, 4, 16), torch.arange(4) < torch.tensor([[4], [3]])
+    has = torch.tensor([[1, 1, 0, 1, 1, 1], [1, 0, 1, 0, 1, 1]], dtype=torch.bool)
+    probability = module.head(torch.stack([tokens[0, 3], tokens[1, 2]])).sigmoid()
+    by_hand = -torch.where(has, probability, 1 - probability).log().sum() / 2
+    assert torch.allclose(module(tokens, mask, ids), by_hand, atol=1e-5)
+    tokens[1, 3] += 1  # past the end
+    assert torch.allclose(module(tokens, mask, ids), by_hand, atol=1e-5)
 
 
 def test_the_heads_are_those_of_the_config(

@@ -21,7 +21,7 @@ from tvl_align.training.checks import SPECS, eight_rows
 
 def built(method: Method) -> tuple[nn.Module, nn.Module]:
     """A small model without noise and dropout, whose draws depend on the batch size, and its loss."""
-    quiet = {f.name: 0.0 for f in dataclasses.fields(method.knobs) if f.name in ("noise", "linear_dropout")}
+    quiet = {f.name: 0.0 for f in dataclasses.fields(method.knobs) if f.name in ("noise", "input_dropout")}
     knobs = method.knobs(register_token_dim=32, num_heads=4, **quiet)
     torch.manual_seed(0)
     return method.model(knobs, SPECS).train(), method.loss(knobs, MODALITIES)

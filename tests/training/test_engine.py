@@ -271,7 +271,7 @@ def test_the_engine_takes_the_large_batch(settings: Settings[Stage2Config]) -> N
     """4 parts of 4 rows and 1 part of 16 give the same numbers over two epochs."""
     rows = []
     for batch, parts in ((16, 1), (4, 4)):
-        knobs = replace(settings.knobs, noise=0.0, linear_dropout=0.0, nested_dropout_rate=0.0, drop_rate=0.0)
+        knobs = replace(settings.knobs, noise=0.0, input_dropout=0.0, nested_dropout_rate=0.0, drop_rate=0.0)
         optim = replace(settings.optim, batch_size=batch, accum_iter=parts, epochs=2, lr=1e-3)
         run = replace(settings.run, log_name=f"parts{parts}")
         rows.append(metrics(fit(replace(settings, knobs=knobs, optim=optim, run=run), BASE)))

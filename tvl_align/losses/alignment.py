@@ -5,6 +5,7 @@ from functools import partial
 from itertools import combinations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -37,14 +38,19 @@ def active_pairs(
     return pairs
 
 
-def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+def alignment(
+    pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float] = (1.0,)
+) -> dict[str, Tensor]:
     """InfoNCE and in-batch accuracy of every pair, with negatives from all processes.
 
-    pooled: {modality: (B, D)}, L2-normalised. Returns scalars: `<pair>_loss`, `<pair>_acc1` and `<pair>_acc5` (percent,
-    within the batch, for monitoring), and `overlapping_loss`, `average_acc1` and `average_acc5`, averaged over the pairs
-    that have rows. Each process uses its own rows as queries; the mean over processes is the loss of the joined batch. A
-    batch larger than PIECE is scored in chunks of PIECE rows, which are recomputed in the backward pass.
+    pooled: {modality: (B, D)}, L2-normalised, or {modality: (B, P, D)} with a vector for each of P prefixes. weights: of the
+    prefixes; a loss is the weighted sum over them, an accuracy that of the last one. Returns scalars: `<pair>_loss`,
+    `<pair>_acc1` and `<pair>_acc5` (percent, within the batch, for monitoring), and `overlapping_loss`, `average_acc1` and
+    `average_acc5`, averaged over the pairs that have rows. Each process uses its own rows as queries; the mean over
+    processes is the loss of the joined batch. A batch larger than PIECE is scored in chunks of PIECE rows, which are
+    recomputed in the backward pass.
     """
+    pooled = {m: x if x.ndim == 3 else x[:, None] for m, x in pooled.items()}
     names, keys = list(pooled), output.caption_keys
     batch, device = len(keys), keys.device
     all_pooled, all_present, all_keys = _joined(pooled, output)
@@ -63,10 +69,13 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
             pair_sums = sums[first, second]
             for a, b in ((first, second), (second, first)):
                 queries, queries_valid = pooled[a][chunk], gallery_valid[index]
-                args = queries, gathered[b], output.logit_scale, positives, queries_valid, gallery_valid
-                pair_sums[0] = pair_sums[0] + (_recomputed(info_nce, *args) if batch > PIECE else info_nce(*args)) / 2
+                for p, weight in enumerate(weights):
+                    args = queries[:, p], gathered[b][:, p], output.logit_scale, positives, queries_valid, gallery_valid
+                    term = _recomputed(info_nce, *args) if batch > PIECE else info_nce(*args)
+                    pair_sums[0] = pair_sums[0] + weight * term / 2
                 for i, k in ((1, 1), (2, 5)):
-                    hits = hits_at_k(queries.detach(), gathered[b].detach(), positives, gallery_valid, k) & queries_valid
+                    whole, gallery = queries[:, -1].detach(), gathered[b][:, -1].detach()
+                    hits = hits_at_k(whole, gallery, positives, gallery_valid, k) & queries_valid
                     pair_sums[i] = pair_sums[i] + hits.sum() / 2
     numbers: dict[str, Tensor] = {}
     has_rows: dict[str, Tensor] = {}
@@ -82,8 +91,16 @@ def alignment(pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[s
     return numbers
 
 
+def prefix_alignment(output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """Alignment of the prefixes of the overlapping tokens, one weight each. Prefixes of weight 0 are not computed."""
+    lengths = [k for k, weight in enumerate(weights, start=1) if weight or k == len(weights)]
+    tokens = output.overlapping_tokens
+    pooled = {m: torch.stack([F.normalize(z[:, :k].sum(1), dim=-1) for k in lengths], dim=1) for m, z in tokens.items()}
+    return alignment(pooled, output, pairs, [weights[k - 1] for k in lengths])
+
+
 def _joined(pooled: dict[str, Tensor], output: Output) -> tuple[Tensor, Tensor, Tensor]:
-    """Gather from all processes in one call: pooled (G, M, D) float32, present (G, M) bool, caption keys (G, K) int64.
+    """Gather from all processes in one call: pooled (G, M, P, D) float32, present (G, M) bool, caption keys (G, K) int64.
 
     Flags and keys are packed into float32 columns next to the pooled vectors. Only the pooled vectors get gradients.
     """

@@ -1,16 +1,18 @@
-"""stage2_base v3.1. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v4. TVLStage2, the base model: register tokens that separate shared from unique information.
 
-1. The frozen tokens of a modality are read as whitened principal components, and each group of registers attends to keys of
-   its own made of them, in blocks of its own (tvl_align.registers.principal).
-2. Each token is a narrow code: a linear projection, which starts at the canonical correlations of the modalities, plus what
-   the register has attended to (tvl_align.methods.canonical, tvl_align.methods.codes).
-3. Complementary codes start at the principal components of what the overlapping ones leave, and have few discrete levels
-   (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces cannot hide in them. A decoder
-   rebuilds the components from both codes; only the complementary ones get gradients from it.
-4. Critics try to tell from the complementary code of a modality which row the OTHER modalities' overlapping codes belong to;
+1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
+2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
+   modality, and overlapping registers attend to what it makes of them; their stack is shared too. The projections read with
+   dropout and start equal for what Stage 1 has aligned: in weights of its own a modality memorises what is unique to it.
+3. Each token is a narrow code (tvl_align.methods.codes). Prefixes of the overlapping tokens are aligned with the probability
+   that nested dropout keeps them: the expected loss instead of a sample, and no row is compared with shorter ones.
+4. Complementary codes start at the principal components of what canonical correlations leave (tvl_align.methods.canonical),
+   and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces
+   cannot hide in them. A decoder rebuilds the components from both codes; only the complementary ones get its gradients.
+5. Critics try to tell from the complementary code of a modality which row the OTHER modalities' overlapping codes belong to;
    the code is trained so that they cannot (tvl_align.losses.independence).
 
-Training and evaluation compute the same codes; only the noise and nested dropout are absent in evaluation.
+Training and evaluation compute the same codes; only noise and dropout are absent in evaluation.
 """
 
 import logging
@@ -19,22 +21,25 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Implementation, Method, Output, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
+from tvl_align.losses.alignment import prefix_alignment
 from tvl_align.losses.independence import independence
 from tvl_align.losses.register_loss import RegisterLoss
 from tvl_align.methods.canonical import canonical, residual_components
 from tvl_align.methods.codes import CodeConfig, Codes, dropped
 from tvl_align.registers.model import RegisterModel
-from tvl_align.registers.nested import NestedMode
+from tvl_align.registers.nested import NestedMode, prefix_probabilities
 from tvl_align.registers.principal import component_count
 from tvl_align.system.console import UserError
 
 log = logging.getLogger(__name__)
 START = 0.1  # scale of what registers add to the linear projections at the start
+COMPONENTS_START = 0.3  # scale of the trunk's projections of components at the start, beside those of pooled features
 CRITIC_WIDTH = 128
 DECODER_WIDTH = 256
 
@@ -50,9 +55,13 @@ class Stage2Config(CodeConfig):
     independence_weight: float = 0.3
     """Weight of what critics tell of the other modalities from complementary tokens; 0: no critics."""
     share_weights: bool = False
-    """Use the same blocks for every modality."""
+    """Use the same blocks for every modality in complementary registers too."""
     block_width: int = 64
     """Width of the blocks; narrow ones learn faster. Must be divisible by --num_heads."""
+    trunk_width: int = 128
+    """Width of the trunk that overlapping registers attend to."""
+    trunk_layers: int = 2
+    """Residual MLPs of the trunk."""
     num_keys: int = 8
     """Keys that each group of registers attends to in a modality."""
     levels: int = 5
@@ -60,17 +69,20 @@ class Stage2Config(CodeConfig):
     critics: int = 2
     """Critics of each complementary code."""
     linear: bool = True
-    """Add linear projections that start at the closed forms to what registers attend to."""
-    linear_dropout: float = 0.4
-    """Dropout probability of the components that linear projections to overlapping units read."""
+    """Add linear projections to what registers have attended to: of the trunk for overlapping codes, of the components, with
+    a start at the closed form, for complementary ones."""
+    input_dropout: float = 0.2
+    """Dropout probability of the components that the trunk reads."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block_width", "num_keys", "critics"):
+        for name in ("block_width", "trunk_width", "num_keys", "critics"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)} is too small; give at least 1.")
-        if not 0 <= self.linear_dropout < 1:
-            raise UserError(f"--linear_dropout {self.linear_dropout} is no dropout probability; give a number in [0, 1).")
+        if self.trunk_layers < 0:
+            raise UserError(f"--trunk_layers {self.trunk_layers} is no number of layers; give 0 or more.")
+        if not 0 <= self.input_dropout < 1:
+            raise UserError(f"--input_dropout {self.input_dropout} is no dropout probability; give a number in [0, 1).")
         if self.levels < 3 or self.levels % 2 == 0:
             raise UserError(f"--levels {self.levels} has no level at 0 or only that one; give an odd number from 3 on.")
 
@@ -78,17 +90,49 @@ class Stage2Config(CodeConfig):
 DEFAULTS = Stage2Config()
 
 
-class PrincipalKeys(nn.Module):
-    """Components (B, 1, K) -> keys (B, groups, P, width), linear, with learned positions."""
+class Trunk(nn.Module):
+    """Components of a modality (B, K) -> (B, W): a projection per modality, and residual MLPs that all modalities share.
 
-    def __init__(self, components: int, groups: int, keys: int, width: int) -> None:
+    sizes {modality: K}: components, the last E of them the pooled feature. Where modalities agree in E, the projections of
+    their pooled features start equal, so that features aligned by Stage 1 stay aligned.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], specs: Mapping[str, FeatureSpec], knobs: Stage2Config) -> None:
         super().__init__()
-        self.shape = groups, keys, width
-        self.project = nn.Linear(components, groups * keys * width)
-        self.positions = nn.Parameter(torch.randn(groups, keys, width) * 0.02)
+        self.project = nn.ModuleDict({m: nn.Linear(k, knobs.trunk_width) for m, k in sizes.items()})
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(knobs.trunk_width), Mlp(knobs.trunk_width, 4 * knobs.trunk_width))
+            for _ in range(knobs.trunk_layers)
+        )
+        self.norm = nn.LayerNorm(knobs.trunk_width)
+        self.dropout = knobs.input_dropout
+        first: dict[int, nn.Linear] = {}
+        for m, spec in specs.items():
+            own = cast(nn.Linear, self.project[m])
+            aligned = first.setdefault(spec.pooled_width, own)
+            own.weight.data[:, -spec.pooled_width :] = aligned.weight.data[:, -spec.pooled_width :]
+            own.weight.data[:, : -spec.pooled_width] *= COMPONENTS_START
+            own.bias.data.copy_(aligned.bias.data)
 
-    def forward(self, components: Tensor) -> Tensor:
-        return self.project(components[:, 0]).unflatten(1, self.shape) + self.positions
+    def forward(self, name: str, components: Tensor) -> Tensor:
+        if self.training and self.dropout:
+            components = dropped(components, self.dropout)
+        h = self.project[name](components)
+        for block in self.blocks:
+            h = h + block(h)
+        return self.norm(h)
+
+
+class Keys(nn.Module):
+    """Features (B, F) -> keys (B, P, width), linear, with learned positions."""
+
+    def __init__(self, features: int, keys: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(features, keys * width)
+        self.positions = nn.Parameter(torch.randn(keys, width) * 0.02)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.project(features).unflatten(1, self.positions.shape) + self.positions
 
 
 class Decoder(nn.Module):
@@ -180,7 +224,7 @@ class TVLStage2(RegisterModel):
         super().__init__(
             stage1_model,
             knobs,
-            share_weights=share_weights,
+            share_weights=share_weights or "overlapping",
             separate_groups=True,
             causal=nested_dropout_mode == "nested",
             width=knobs.block_width,
@@ -188,11 +232,12 @@ class TVLStage2(RegisterModel):
         self.codes = codes = Codes(self.specs, knobs)
         sizes, counts, width = codes.principal.sizes, codes.principal.counts, knobs.block_width
         start = START if knobs.linear else 1.0
-        (count, rank), (comp_count, comp_rank) = codes.shape, codes.comp_shape
-        shared, unique = count * rank, comp_count * comp_rank
-        self.narrow = nn.ModuleDict({m: _narrow(count, width, rank, start) for m in sizes})
-        self.comp_narrow = nn.ModuleDict({m: _narrow(comp_count, width, comp_rank, start) for m in sizes})
-        self.linear = nn.ModuleDict({m: nn.Linear(k, shared) for m, k in sizes.items() if knobs.linear})
+        shared, unique = sum(codes.counts), sum(codes.comp_counts)
+        self.trunk = Trunk(sizes, self.specs, knobs)
+        self.shared_keys = Keys(knobs.trunk_width, knobs.num_keys, width)
+        self.narrow = _narrow(codes.counts, width, start)
+        self.linear = nn.Linear(knobs.trunk_width, shared) if knobs.linear else None
+        self.comp_narrow = nn.ModuleDict({m: _narrow(codes.comp_counts, width, start) for m in sizes})
         self.comp_linear = nn.ModuleDict({m: nn.Linear(k, unique) for m, k in sizes.items() if knobs.linear})
         self.decoders = nn.ModuleDict({m: Decoder(shared + unique, k) for m, k in counts.items() if preservation})
         has_critics = knobs.independence_weight > 0 and preservation
@@ -211,11 +256,21 @@ class TVLStage2(RegisterModel):
     def _make_readers(self, width: int) -> nn.ModuleDict:
         components = self.knobs.components
         sizes = {m: component_count(spec, components) + spec.pooled_width for m, spec in self.specs.items()}
-        return nn.ModuleDict({m: PrincipalKeys(k, 2, self.knobs.num_keys, width) for m, k in sizes.items()})
+        return nn.ModuleDict({m: Keys(k, self.knobs.num_keys, width) for m, k in sizes.items()})
 
     def inputs(self, name: str, modality: Tokens) -> tuple[Tensor, Tensor]:
-        """The components of a modality as one token (B, 1, K), with noise in training, and its mask (B, 1)."""
-        return self.codes.noisy(self.codes.read(name, modality)[0])[:, None], modality.present[:, None]
+        """Components and what the trunk makes of them as one token (B, 1, K + W), with noise in training, and its mask."""
+        read = self.codes.noisy(self.codes.read(name, modality)[0])
+        return torch.cat([read, self.trunk(name, read)], dim=1)[:, None], modality.present[:, None]
+
+    def keys(self, name: str, tokens: Tensor) -> Tensor:
+        """Keys (B, 2, P, width): overlapping registers attend to the trunk, complementary ones to the components."""
+        read, h = self._parts(tokens)
+        return torch.stack([self.shared_keys(h), self.readers[name](read)], dim=1)
+
+    def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """A token (B, 1, K + W) -> components (B, K), trunk (B, W)."""
+        return tokens[:, 0, : -self.knobs.trunk_width], tokens[:, 0, -self.knobs.trunk_width :]
 
     def condense(self, name: str, tokens: Tokens) -> Tensor:
         """Components of the tokens, (B, K + 1); see Stage2Model."""
@@ -232,27 +287,28 @@ class TVLStage2(RegisterModel):
         shared, unique = {}, {}
         extras: dict[str, dict[str, Tensor]] = {"codes": {}, "guesses": {}, "answers": {}} if self.critics else {}
         for m in over:
-            units, comp_units = self._units(self.narrow, over[m], m), self._units(self.comp_narrow, comp[m], m)
-            if m in self.linear:
-                read = inputs[m][:, 0]
-                thinned = dropped(read, self.knobs.linear_dropout) if self.training and self.knobs.linear_dropout else read
-                units = units + self.linear[m](thinned).view_as(units)
-                comp_units = comp_units + self.comp_linear[m](read).view_as(comp_units)
+            read, h = self._parts(inputs[m])
+            units = _units(self.narrow, over[m])
+            units = units + self.linear(h) if self.linear is not None else units
+            comp_units = _units(cast(nn.ModuleList, self.comp_narrow[m]), comp[m])
+            if m in self.comp_linear:
+                comp_units = comp_units + self.comp_linear[m](read)
             comp_units = quantise(comp_units, self.knobs.levels)
             shared[m], unique[m] = Codes.tokens(units, self.codes.over), Codes.tokens(comp_units, self.codes.comp)
             if m in self.critics:
-                critics, code = self.critics[m], comp_units.flatten(1)
+                critics, code = self.critics[m], comp_units
                 frozen = {name: p.detach() for name, p in critics.named_parameters()}
-                extras["codes"][m] = units.detach().flatten(1)
+                extras["codes"][m] = units.detach()
                 extras["guesses"][m] = critics(code.detach())
                 extras["answers"][m] = functional_call(critics, frozen, code)
         return shared, unique, extras
 
-    @staticmethod
-    def _units(narrow: nn.ModuleDict, z: Tensor, modality: str) -> Tensor:
-        """Attended registers (B, n, width) -> units (B, n, r)."""
-        layers = cast(nn.ModuleList, narrow[modality])
-        return torch.stack([layer(z[:, i]) for i, layer in enumerate(layers)], dim=1)
+    def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw a nested-dropout mask for training, (B, N) bool: overlapping registers are kept, see BaseLoss.align."""
+        kept = super().draw_kept(batch, generator)
+        if self.nested_mode == "nested":
+            kept[:, : self.num_overlapping] = True
+        return kept
 
     def reconstruct(
         self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor, frozen: Tokens
@@ -272,9 +328,9 @@ class TVLStage2(RegisterModel):
 
     @torch.no_grad()
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
-        """Fit the principal components, and start the linear projections at the closed forms."""
+        """Fit the principal components, and start the linear projections to complementary codes at the closed form."""
         self.codes.principal.fit(batches)
-        if not self.linear:
+        if not self.comp_linear:
             return
         scores = self.codes.paired_scores(batches)
         if len(next(iter(scores.values()))) < 2:
@@ -284,23 +340,28 @@ class TVLStage2(RegisterModel):
             return
         means = {m: x.mean(0) for m, x in scores.items()}
         centred = {m: x - means[m] for m, x in scores.items()}
-        maps, strengths = canonical(centred, self.codes.shape[0] * self.codes.shape[1])
+        maps, _ = canonical(centred, sum(self.codes.counts))
         for m, x in centred.items():
-            rest = residual_components(x, maps[m], self.codes.comp_shape[0] * self.codes.comp_shape[1])
-            starts = (self.linear[m], maps[m] * strengths), (self.comp_linear[m], rest)
-            for linear, map_ in cast(Sequence[tuple[nn.Linear, Tensor]], starts):
-                weight = torch.zeros_like(linear.weight)
-                weight[: map_.shape[1]] = map_.T
-                linear.weight.copy_(weight)
-                linear.bias.copy_(-weight @ means[m])
+            rest = residual_components(x, maps[m], sum(self.codes.comp_counts))
+            linear = cast(nn.Linear, self.comp_linear[m])
+            weight = torch.zeros_like(linear.weight)
+            weight[: rest.shape[1]] = rest.T
+            linear.weight.copy_(weight)
+            linear.bias.copy_(-weight @ means[m])
 
 
-def _narrow(count: int, width: int, units: int, scale: float) -> nn.ModuleList:
-    layers = nn.ModuleList(nn.Linear(width, units) for _ in range(count))
+def _narrow(counts: Sequence[int], width: int, scale: float = 1.0) -> nn.ModuleList:
+    """One linear layer per register, from its width to its units."""
+    layers = nn.ModuleList(nn.Linear(width, units) for units in counts)
     for layer in layers:
         cast(nn.Linear, layer).weight.data *= scale
         cast(nn.Linear, layer).bias.data.zero_()
     return layers
+
+
+def _units(layers: nn.ModuleList, z: Tensor) -> Tensor:
+    """Attended registers (B, n, width) -> the units of all of them (B, U)."""
+    return torch.cat([layer(x) for layer, x in zip(layers, z.unbind(1), strict=True)], dim=1)
 
 
 class BaseLoss(RegisterLoss):
@@ -309,6 +370,18 @@ class BaseLoss(RegisterLoss):
     def __init__(self, knobs: Stage2Config, modalities: Sequence[str] = MODALITIES) -> None:
         super().__init__(knobs, modalities)
         self.independence_weight = knobs.independence_weight
+        self.nested_rate, self.nested_mode = knobs.nested_dropout_rate, knobs.nested_dropout_mode
+
+    def align(self, output: Output) -> dict[str, Tensor]:
+        """Alignment of the prefixes of the overlapping tokens, weighted by the probability that nested dropout keeps them.
+
+        In evaluation, and with `independent` dropout, the alignment of the kept tokens.
+        """
+        mask = output.nested_dropout_mask
+        if mask is None or self.nested_mode != "nested":
+            return super().align(output)
+        count = next(iter(output.overlapping_tokens.values())).shape[1]
+        return prefix_alignment(output, self.pairs, prefix_probabilities(mask.shape[1], self.nested_rate, count).tolist())
 
     def forward(self, output: Output) -> dict[str, Tensor]:
         numbers = super().forward(output)
@@ -353,4 +426,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "3.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
+BASE = Method(Implementation("stage2_base", "4", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)

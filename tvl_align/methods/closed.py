@@ -36,20 +36,17 @@ class Closed(DirectModel):
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: ClosedConfig) -> None:
         super().__init__(specs, knobs)
         self.registers.requires_grad_(False)
-        (count, rank), (comp_count, comp_rank) = self.codes.shape, self.codes.comp_shape
+        units, comp_units = sum(self.codes.counts), sum(self.codes.comp_counts)
         for m, k in self.codes.principal.sizes.items():
-            start = torch.eye(k, max(count * rank, comp_count * comp_rank))
+            start = torch.eye(k, max(units, comp_units))
             self.register_buffer(f"centre_{m}", torch.zeros(k))
-            self.register_buffer(f"over_{m}", start[:, : count * rank].clone())
-            self.register_buffer(f"comp_{m}", start[:, : comp_count * comp_rank].clone())
-            self.register_buffer(
-                f"back_{m}", torch.zeros(count * rank + comp_count * comp_rank, self.codes.principal.counts[m])
-            )
+            self.register_buffer(f"over_{m}", start[:, :units].clone())
+            self.register_buffer(f"comp_{m}", start[:, :comp_units].clone())
+            self.register_buffer(f"back_{m}", torch.zeros(units + comp_units, self.codes.principal.counts[m]))
 
     def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
         centred = components - self.get_buffer(f"centre_{name}")
-        over, comp = (centred @ self.get_buffer(f"{group}_{name}") for group in ("over", "comp"))
-        return over.view(-1, *self.codes.shape), comp.view(-1, *self.codes.comp_shape)
+        return centred @ self.get_buffer(f"over_{name}"), centred @ self.get_buffer(f"comp_{name}")
 
     def rebuild(self, name: str, over: Tensor, comp: Tensor) -> Tensor:
         back = self.get_buffer(f"back_{name}")
@@ -65,7 +62,7 @@ class Closed(DirectModel):
         for m, x in scores.items():
             self.get_buffer(f"centre_{m}").copy_(x.mean(0))
         scores = {m: x - x.mean(0) for m, x in scores.items()}
-        maps, strengths = canonical(scores, self.codes.shape[0] * self.codes.shape[1])
+        maps, strengths = canonical(scores, sum(self.codes.counts))
         for m, x in scores.items():
             over, comp, back = (self.get_buffer(f"{group}_{m}").zero_() for group in ("over", "comp", "back"))
             over[:, : maps[m].shape[1]] = maps[m] * strengths

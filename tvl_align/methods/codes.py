@@ -1,9 +1,10 @@
 """Narrow codes of the principal components of a modality, and the tokens that stand for them.
 
-A token of width D holds few units: an orthonormal basis, drawn once, embeds the units of each token. The tokens span
-orthogonal subspaces, so every further token adds to the pooled mean. Everything a token tells is in its units.
+A token of width D holds few units: an orthonormal basis, drawn once, embeds the units of each token. The first overlapping
+token has more units than the others, so that a short prefix is of use. The tokens span orthogonal subspaces, so every token
+adds to the pooled mean. Everything a token tells is in its units.
 
-Shapes: B rows, K components, n tokens of r units, D token width.
+Shapes: B rows, K components, n tokens with U units together, D token width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,8 +27,8 @@ class CodeConfig(RegisterConfig):
 
     components: int = 256
     """Principal components of a modality's frozen tokens that are read."""
-    units: int = 8
-    """Units of an overlapping token: the rank of its code."""
+    units: int = 24
+    """Units of all overlapping tokens; the first token holds half of them, the others share the rest."""
     complementary_units: int = 16
     """Units of a complementary token."""
     noise: float = 0.2
@@ -42,9 +43,10 @@ class CodeConfig(RegisterConfig):
 
 
 class Codes(nn.Module):
-    """Components of the frozen tokens, and the bases of the tokens: `over` (No, r, D) and `comp` (Nc, q, D).
+    """Components of the frozen tokens, and the bases of the tokens: `over` (No, U, D) and `comp` (Nc, V, D).
 
-    If D is too small for all units, each token has D // N.
+    U, V: units of all overlapping and of all complementary tokens. The basis of a unit is zero in all tokens but its own.
+    counts, comp_counts: units of each token. If D is too small for all units, tokens have fewer, D // N on average.
     """
 
     over: Tensor
@@ -52,16 +54,21 @@ class Codes(nn.Module):
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: CodeConfig) -> None:
         super().__init__()
-        count, dim = knobs.num_register_tokens, knobs.register_token_dim
+        count, dim, leading = knobs.num_register_tokens, knobs.register_token_dim, knobs.num_overlapping_tokens
         if dim < count:
             raise UserError(f"register width {dim} is less than {count} registers; give a larger --register_token_dim.")
-        self.shape = knobs.num_overlapping_tokens, min(knobs.units, max(1, dim // count))
-        self.comp_shape = count - self.shape[0], min(knobs.complementary_units, max(1, dim // count))
+        most = dim // count
+        self.counts = _unit_counts(min(max(knobs.units, leading), most * leading), leading)
+        self.comp_counts = [min(knobs.complementary_units, most)] * (count - leading)
         self.noise, self.principal = knobs.noise, PrincipalComponents(specs, knobs.components)
-        rank = self.shape[0] * self.shape[1]
-        basis = torch.linalg.qr(torch.randn(dim, rank + self.comp_shape[0] * self.comp_shape[1]))[0].T.contiguous()
-        self.register_buffer("over", basis[:rank].reshape(*self.shape, dim).clone())
-        self.register_buffer("comp", basis[rank:].reshape(*self.comp_shape, dim).clone())
+        total = sum(self.counts) + sum(self.comp_counts)
+        basis = torch.linalg.qr(torch.randn(dim, total))[0].T.contiguous()
+        for name, counts, part in (
+            ("over", self.counts, basis[: sum(self.counts)]),
+            ("comp", self.comp_counts, basis[sum(self.counts) :]),
+        ):
+            owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+            self.register_buffer(name, (owner == torch.arange(len(counts))[:, None])[..., None] * part)
 
     def read(self, name: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """What is read of a modality (B, K + E), and the part of its features outside the components (B,)."""
@@ -81,13 +88,13 @@ class Codes(nn.Module):
 
     @staticmethod
     def tokens(units: Tensor, basis: Tensor) -> Tensor:
-        """Units (B, n, r), basis (n, r, D) -> tokens (B, n, D)."""
-        return torch.einsum("bnr,nrd->bnd", units, basis)
+        """Units (B, U), basis (n, U, D) -> tokens (B, n, D)."""
+        return torch.einsum("bu,nud->bnd", units, basis)
 
     @staticmethod
     def units(tokens: Tensor, basis: Tensor) -> Tensor:
-        """Tokens (B, n, D) -> units (B, n r)."""
-        return torch.einsum("bnd,nrd->bnr", tokens, basis).flatten(1)
+        """Tokens (B, n, D) -> units (B, U)."""
+        return torch.einsum("bnd,nud->bu", tokens, basis)
 
     def paired_scores(self, batches: Callable[[], Iterable[Features]]) -> dict[str, Tensor]:
         """Components {modality: (n, K)} of the rows that have every modality."""
@@ -98,6 +105,15 @@ class Codes(nn.Module):
         scores = {m: torch.cat(part) if part else torch.zeros(0, 1) for m, part in parts.items()}
         finite = torch.stack([x.isfinite().all(1) for x in scores.values()]).all(0)
         return {m: x[finite] for m, x in scores.items()}
+
+
+def _unit_counts(total: int, tokens: int) -> list[int]:
+    """Units of each token: half of them for the first, the rest in equal parts, earlier tokens first."""
+    if tokens == 1:
+        return [total]
+    first = min((total + 1) // 2, total - (tokens - 1))
+    rest, more = divmod(total - first, tokens - 1)
+    return [first, *(rest + (i < more) for i in range(tokens - 1))]
 
 
 def _complete_rows(batches: Iterable[Features], names: list[str]) -> Iterator[Features]:

@@ -34,7 +34,7 @@ class DirectModel(nn.Module, Stage2Model):
 
     @abstractmethod
     def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
-        """Components (B, K) -> units of overlapping (B, No, r) and complementary tokens (B, Nc, q)."""
+        """Components (B, K) -> units of overlapping (B, U) and of complementary tokens (B, V)."""
 
     def rebuild(self, name: str, over: Tensor, comp: Tensor) -> Tensor | None:
         """Units (B, U), (B, V) -> components (B, K); None: the method does not reconstruct."""
@@ -48,17 +48,16 @@ class DirectModel(nn.Module, Stage2Model):
         if kept is None:
             kept = self.draw_kept(len(features)) if self.training else torch.ones(len(features), len(self.registers)).bool()
         kept = kept.to(self.registers.device)
-        count = self.codes.shape[0]
+        count = len(self.codes.counts)
         over, comp, reconstruction = {}, {}, {}
         for name, m in features.modalities.items():
             scores, rest = self.codes.read(name, m)
             units, comp_units = self.encode(name, self.codes.noisy(scores))
-            over[name] = (Codes.tokens(units, self.codes.over) + self.registers[:count]) * kept[:, :count, None]
-            comp[name] = (Codes.tokens(comp_units, self.codes.comp) + self.registers[count:]) * kept[:, count:, None]
-            codes = [
-                (u * kept[:, at, None]).flatten(1) for u, at in ((units, slice(count)), (comp_units, slice(count, None)))
-            ]
-            rebuilt = self.rebuild(name, *codes)
+            tokens = Codes.tokens(units, self.codes.over) * kept[:, :count, None]
+            comp_tokens = Codes.tokens(comp_units, self.codes.comp) * kept[:, count:, None]
+            over[name] = tokens + self.registers[:count] * kept[:, :count, None]
+            comp[name] = comp_tokens + self.registers[count:] * kept[:, count:, None]
+            rebuilt = self.rebuild(name, Codes.units(tokens, self.codes.over), Codes.units(comp_tokens, self.codes.comp))
             if rebuilt is not None:
                 error = self.codes.principal.squared_error(name, scores, rebuilt, rest)
                 reconstruction[name] = Reconstruction(error[:, None], m.present[:, None])

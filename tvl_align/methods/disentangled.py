@@ -1,4 +1,4 @@
-"""stage2_disentangled v3.1. The base without linear projections: registers alone. An ablation."""
+"""stage2_disentangled v4. The base without linear projections: codes of registers alone. An ablation."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,7 @@ class DisentangledConfig(Stage2Config):
     """The registers and their loss."""
 
     linear: bool = False
-    """Add linear projections that start at the closed forms to what registers attend to."""
+    """Add linear projections to what registers have attended to."""
 
 
-DISENTANGLED = Method(
-    Implementation("stage2_disentangled", "3.1", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss
-)
+DISENTANGLED = Method(Implementation("stage2_disentangled", "4", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss)

@@ -7,12 +7,10 @@ of sampling one. Registers are causal, so a prefix does not depend on later regi
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tvl_align.contract import FeatureSpec, Implementation, Method, Output
-from tvl_align.losses.alignment import alignment
+from tvl_align.losses.alignment import prefix_alignment
 from tvl_align.losses.register_loss import RegisterLoss
 from tvl_align.registers.model import RegisterConfig, RegisterModel
 
@@ -38,13 +36,8 @@ class MatryoshkaLoss(RegisterLoss):
     """`overlapping_loss` is the mean over all prefixes; the metrics of each pair are those of the longest prefix."""
 
     def align(self, output: Output) -> dict[str, Tensor]:
-        tokens = output.overlapping_tokens
-        count = next(iter(tokens.values())).shape[1]
-        prefixes = [
-            alignment({m: F.normalize(z[:, :k].mean(1), dim=-1) for m, z in tokens.items()}, output, self.pairs)
-            for k in range(1, count + 1)
-        ]
-        return prefixes[-1] | {"overlapping_loss": torch.stack([p["overlapping_loss"] for p in prefixes]).mean()}
+        count = next(iter(output.overlapping_tokens.values())).shape[1]
+        return prefix_alignment(output, self.pairs, [1 / count] * count)
 
 
 MATRYOSHKA = Method(

@@ -6,7 +6,6 @@ It has no registers and no complementary information: complementary tokens are z
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from tvl_align.contract import FeatureSpec, Implementation, Method
@@ -33,17 +32,15 @@ class MLPModel(DirectModel):
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: MLPConfig) -> None:
         super().__init__(specs, knobs)
         self.registers.requires_grad_(False)
-        count, rank = self.codes.shape
         self.mlps = nn.ModuleDict(
             {
-                m: nn.Sequential(nn.Linear(k, knobs.hidden), nn.GELU(), nn.Linear(knobs.hidden, count * rank))
+                m: nn.Sequential(nn.Linear(k, knobs.hidden), nn.GELU(), nn.Linear(knobs.hidden, sum(self.codes.counts)))
                 for m, k in self.codes.principal.sizes.items()
             }
         )
 
     def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
-        comp = torch.zeros(len(components), *self.codes.comp_shape, device=components.device)
-        return self.mlps[name](components).view(-1, *self.codes.shape), comp
+        return self.mlps[name](components), components.new_zeros(len(components), sum(self.codes.comp_counts))
 
 
 MLP = Method(Implementation("stage2_mlp", "1", "MLP"), MLPConfig, lambda knobs, specs: MLPModel(specs, knobs), RegisterLoss)

@@ -4,7 +4,7 @@ Shapes as in tvl_align.contract.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -75,7 +75,7 @@ class RegisterModel(nn.Module, Stage2Model):
             neither in `state_dict` nor in an optimizer.
         knobs: number, width and dropout of the registers.
         keys: what registers attend to: the token sequence, or one pooled vector per modality.
-        share_weights: use the same blocks for every modality.
+        share_weights: use the same blocks for every modality; "overlapping": those of overlapping registers only.
         separate_groups: give overlapping and complementary registers separate block stacks, without attention between them.
         causal: a register does not attend to later registers.
         width: width of the blocks; default: the register width D. Other widths need an `expand`, see `attend`.
@@ -92,7 +92,7 @@ class RegisterModel(nn.Module, Stage2Model):
         knobs: RegisterConfig,
         *,
         keys: Keys = "tokens",
-        share_weights: bool = False,
+        share_weights: bool | Literal["overlapping"] = False,
         separate_groups: bool = False,
         causal: bool = False,
         preservation: bool = False,
@@ -122,11 +122,15 @@ class RegisterModel(nn.Module, Stage2Model):
         self.specs = dict(specs)
         self.readers = self._make_readers(options.dim)
         self.groups = [slice(0, overlapping), slice(overlapping, registers)] if separate_groups else [slice(0, registers)]
-        owners = ["shared"] if share_weights else list(specs)
         layers = knobs.num_cross_attn_layers
         sizes = [g.stop - g.start for g in self.groups]
+        common = 1 if share_weights == "overlapping" else len(sizes) if share_weights else 0  # leading groups
         self.stacks = nn.ModuleDict(
-            {o: nn.ModuleList(RegisterStack(options, layers, size, causal) for size in sizes) for o in owners}
+            {
+                owner: nn.ModuleList(RegisterStack(options, layers, size, causal) for size in of_owner)
+                for owner, of_owner in {"shared": sizes[:common], **dict.fromkeys(specs, sizes[common:])}.items()
+                if of_owner
+            }
         )
         decoders = {m: TokenDecoder(spec, knobs.register_token_dim) for m, spec in specs.items()} if preservation else {}
         self.decoders = nn.ModuleDict(decoders)
@@ -150,7 +154,7 @@ class RegisterModel(nn.Module, Stage2Model):
         kept = kept.to(self.registers.device)
         names = list(features.modalities)
         tokens, masks = zip(*(self.inputs(name, features.modalities[name]) for name in names), strict=True)
-        keys = [self.readers[name](t) for name, t in zip(names, tokens, strict=True)]
+        keys = [self.keys(name, t) for name, t in zip(names, tokens, strict=True)]
         key_masks = [m.expand(-1, k.shape[-2]) if m.shape[1] == 1 else m for m, k in zip(masks, keys, strict=True)]
         # Causal registers do not depend on later ones, so dropped registers can attend too and are zeroed below.
         attending = torch.ones_like(kept) if self.causal else kept
@@ -206,6 +210,10 @@ class RegisterModel(nn.Module, Stage2Model):
             return modality.pooled[:, None], modality.present[:, None]
         return modality.tokens, modality.mask & modality.present[:, None]
 
+    def keys(self, name: str, tokens: Tensor) -> Tensor:
+        """What registers attend to, from what `inputs` gives: (B, T, D), or (B, groups, T, D) with keys for every group."""
+        return self.readers[name](tokens)
+
     def attend(
         self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor, needed: Tensor | None = None
     ) -> Tensor:
@@ -215,8 +223,7 @@ class RegisterModel(nn.Module, Stage2Model):
         needed: (B, N) bool. In rows where no register of a group is needed, the whole group is skipped and left at zero.
         """
         present, queries = [mask.any(1) for mask in masks], self.query(self.registers)
-        key = "shared" if "shared" in self.stacks else None
-        owners = [cast(Sequence[RegisterStack], self.stacks[key or name]) for name in names]
+        owners = [self._stacks_of(name) for name in names]
         parts = []
         for i, g in enumerate(self.groups):
             stacks = [owner[i] for owner in owners]
@@ -242,9 +249,9 @@ class RegisterModel(nn.Module, Stage2Model):
     ) -> dict[str, Tensor]:
         """Let the registers attend to each modality separately: {modality: (B, N, D)}.
 
-        With shared blocks the modalities form one batch, with shorter sequences padded. needed: as in `attend`.
+        If all blocks are shared the modalities form one batch, with shorter sequences padded. needed: as in `attend`.
         """
-        if "shared" not in self.stacks or len(names) == 1:
+        if list(self.stacks) != ["shared"] or len(names) == 1:
             return {n: self.attend([n], [k], [m], kept, needed) for n, k, m in zip(names, keys, masks, strict=True)}
         longest = max(k.shape[-2] for k in keys)
         joined = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[-2])) for k in keys])
@@ -252,6 +259,11 @@ class RegisterModel(nn.Module, Stage2Model):
         needed = needed.repeat(len(names), 1) if needed is not None else None
         attended = self.attend(names[:1], [joined], [mask], kept.repeat(len(names), 1), needed)
         return dict(zip(names, attended.chunk(len(names)), strict=True))
+
+    def _stacks_of(self, modality: str) -> list[RegisterStack]:
+        """The stack of every group of registers, shared ones first."""
+        owners = (self.stacks[o] for o in ("shared", modality) if o in self.stacks)
+        return [cast(RegisterStack, stack) for owner in owners for stack in cast(nn.ModuleList, owner)]
 
     def expand(self, z: Tensor) -> Tensor:
         """Registers (B, N, width of the blocks) -> (B, N, D); by default unchanged."""

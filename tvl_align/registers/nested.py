@@ -30,6 +30,12 @@ def draw_kept(
     return draws >= drop_probabilities(registers, rate)
 
 
+def prefix_probabilities(registers: int, rate: float, leading: int) -> Tensor:
+    """(leading,) float64 probabilities that nested dropout keeps 1, 2, ..., or all of the leading registers."""
+    survival = 1 - drop_probabilities(registers, rate)[:leading]
+    return survival - torch.cat([survival[1:], survival.new_zeros(1)])
+
+
 def prefix(batch: int, registers: int, length: int) -> Tensor:
     """(B, N) bool mask that keeps the first `length` registers of every sample."""
     return (torch.arange(registers) < length).expand(batch, registers)

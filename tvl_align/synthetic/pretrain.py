@@ -2,12 +2,15 @@
 
 Registers can only read what the frozen tokens encode. A contrastive loss alone discards what the modalities do not share.
 Therefore a small decoder, one transformer block over all tokens, predicts two more targets for every position of the 4 x 4
-grid, with a mean squared error:
+grid of an image, with a mean squared error:
 
     pixels     the patch at this position; preserves hue, light, contact position and hardness
     spectrum   the log power spectrum of a window of twice the patch size, in 6 frequency bands x 8 orientations (per colour
                channel for touch); preserves texture, coarseness, profile and the grain's direction. Like HOG in MaskFeat
                (Wei et al. 2022, arXiv:2112.09133) it is invariant to small shifts of the texture, so it is learned quickly.
+
+The end token of a sentence predicts which words it has, by a linear layer and a binary cross-entropy. Without this target a
+short contrastive training often never learns the names of hues: sentences that differ in them alone are then equal.
 
 The decoder is nonlinear and mixes the tokens. Linear heads on single tokens (`heads="linear"`, for comparison) would make
 the targets linear functions of the token at their position, which favours methods that read tokens linearly.
@@ -72,6 +75,8 @@ class PretrainConfig:
     """Weight of the pixel target."""
     spectrum_weight: float = 2.0
     """Weight of the spectrum target."""
+    words_weight: float = 1.0
+    """Weight of the words of a sentence as a target."""
     heads: Heads = "nonlinear"
     """What predicts the targets: one transformer block over all tokens, or a linear function of each token."""
     num_workers: int = 2
@@ -154,6 +159,28 @@ class TokenTargets(nn.Module):
         return F.mse_loss(self.pixels(grid), patches), F.mse_loss(self.bands(grid), self.spectrum(channels))
 
 
+class WordTargets(nn.Module):
+    """The head that predicts the words of a sentence from its end token; not saved.
+
+    Args:
+        width: W of the tokens.
+        ids: (n, L) token ids of sentences with all words.
+    """
+
+    def __init__(self, width: int, ids: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("vocabulary", ids.unique(), persistent=False)
+        self.head = nn.Linear(width, len(self.vocabulary))
+
+    vocabulary: Tensor
+
+    def forward(self, tokens: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
+        """Tokens (B, L', W), their mask (B, L'), ids (B, L) -> the mean over sentences of the cross-entropy (), in nats."""
+        end = tokens[torch.arange(len(tokens)), mask.sum(1) - 1]
+        has = (ids[:, :, None] == self.vocabulary).any(1).to(tokens.dtype)
+        return F.binary_cross_entropy_with_logits(self.head(end), has, reduction="sum") / len(ids)
+
+
 def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
     """Train the small Stage 1 and return the path of its checkpoint. The same config gives the same weights.
 
@@ -178,6 +205,7 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
         {
             "vision": TokenTargets(widths["vision"], stage1.photo_size, colour_spectrum=False, heads=config.heads),
             "tactile": TokenTargets(widths["tactile"], stage1.touch_size, colour_spectrum=True, heads=config.heads),
+            "text": WordTargets(widths["text"], stage1.tokenize([PROMPT, *(row.caption or "" for row in data.train)])),
         }
     ).to(device)
     _fit(stage1, targets, samples, images, config, device, quiet)
@@ -228,12 +256,19 @@ def _fit(
                 order = torch.randperm(len(rows), generator=generator(config.seed, epoch))
             batch = order[i * config.batch_size : (i + 1) * config.batch_size]
             photo, touch = (images[m][batch].float().to(device) for m in ("vision", "tactile"))
-            contrastive, pixels, spectrum = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng)
-            loss = contrastive + config.pixel_weight * pixels + config.spectrum_weight * spectrum
+            losses = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng)
+            contrastive, pixels, spectrum, words = losses
+            loss = (
+                contrastive + config.pixel_weight * pixels + config.spectrum_weight * spectrum + config.words_weight * words
+            )
             backward_and_step(loss, optimizer, schedule(step))
             if step % 20 == 0:
                 bar.set_postfix(
-                    contrastive=f"{contrastive:.2f}", pixels=f"{pixels:.2f}", spectrum=f"{spectrum:.2f}", refresh=False
+                    contrastive=f"{contrastive:.2f}",
+                    pixels=f"{pixels:.2f}",
+                    spectrum=f"{spectrum:.2f}",
+                    words=f"{words:.2f}",
+                    refresh=False,
                 )
             bar.update()
 
@@ -247,8 +282,8 @@ def _losses(
     photo: Tensor,
     touch: Tensor,
     text_rng: random.Random,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The InfoNCE loss, mean over the three pairs of modalities and both directions, and the pixel and spectrum errors."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The InfoNCE loss, mean over pairs of modalities and both directions, and the errors of pixels, spectrum and words."""
     sentences = [_sentence(samples.rows[row].caption, text_rng) for row in rows.tolist()]
     ids = {s: i for i, s in enumerate(dict.fromkeys(sentences))}  # every distinct sentence is encoded once
     sentence_ids = torch.tensor([ids[s] for s in sentences])
@@ -256,7 +291,9 @@ def _losses(
     has_text = torch.tensor([samples.rows[row].caption is not None for row in rows.tolist()], device=photo.device)
     vision_tokens, _, vision = stage1.encode_vision(photo)
     touch_tokens, _, tactile = stage1.encode_touch(touch)
-    text = stage1.encode_text(stage1.tokenize(list(ids)).to(photo.device))[2][sentence_ids.to(photo.device)]
+    token_ids = stage1.tokenize(list(ids)).to(photo.device)
+    text_tokens, text_mask, distinct = stage1.encode_text(token_ids)
+    text = distinct[sentence_ids.to(photo.device)]
     scale = stage1.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
     all_rows, diagonal = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
     same_text = diagonal | positive_mask(keys, keys)
@@ -269,7 +306,8 @@ def _losses(
         both = info_nce(a, b, scale, positives, valid, valid) + info_nce(b, a, scale, positives, valid, valid)
         contrastive = contrastive + both / 6 / valid.sum().clamp(min=1)
     errors = [targets["vision"](vision_tokens, photo), targets["tactile"](touch_tokens, touch)]
-    return contrastive, errors[0][0] + errors[1][0], errors[0][1] + errors[1][1]
+    words = targets["text"](text_tokens, text_mask, token_ids)
+    return contrastive, errors[0][0] + errors[1][0], errors[0][1] + errors[1][1], words
 
 
 def _sentence(caption: str | None, rng: random.Random) -> str:
