@@ -69,10 +69,10 @@ def alignment(
             pair_sums = sums[first, second]
             for a, b in ((first, second), (second, first)):
                 queries, queries_valid = pooled[a][chunk], gallery_valid[index]
-                for p, weight in enumerate(weights):
+                for p, share in enumerate(weights):
                     args = queries[:, p], gathered[b][:, p], output.logit_scale, positives, queries_valid, gallery_valid
                     term = _recomputed(info_nce, *args) if batch > PIECE else info_nce(*args)
-                    pair_sums[0] = pair_sums[0] + weight * term / 2
+                    pair_sums[0] = pair_sums[0] + share * term / 2
                 for i, k in ((1, 1), (2, 5)):
                     whole, gallery = queries[:, -1].detach(), gathered[b][:, -1].detach()
                     hits = hits_at_k(whole, gallery, positives, gallery_valid, k) & queries_valid

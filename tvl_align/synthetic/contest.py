@@ -16,7 +16,7 @@ from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.report.compare import write_comparison
 from tvl_align.report.page import write_page
-from tvl_align.synthetic.demo import DemoConfig, prepare, small_settings, timed
+from tvl_align.synthetic.demo import DemoConfig, paths, prepare, small_settings, timed
 from tvl_align.system.console import UserError
 from tvl_align.system.runtime import pick_device
 from tvl_align.system.workers import run_in_processes
@@ -46,11 +46,12 @@ def contest(config: ContestConfig) -> Path:
     """Run the benchmark. Prints the number of runs as JSON and returns the path of the report."""
     for name in config.methods:
         load_method(name)  # an unknown method is an error before anything is written
-    settings = [s for world in worlds_of(config) for s in _runs_of(world)]
+    worlds = worlds_of(config)
+    settings = [s for world in worlds for s in _runs_of(world)]
     todo = [s for s in settings if not (s.folder / "results.json").is_file()]
-    threads = max(1, (os.cpu_count() or 1) // config.jobs)
+    run_in_processes({str(w.out): (_make_features, w) for w in worlds}, config.jobs, _threads(config, len(worlds)))
     jobs = {str(s.folder): (_run, s, config.probe_rows, config.probe_steps) for s in todo}
-    run_in_processes(jobs, config.jobs, threads)
+    run_in_processes(jobs, config.jobs, _threads(config, len(jobs)))
     page = write_comparison([s.folder for s in settings], config.out, "make compare")
     print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
     return page
@@ -66,18 +67,27 @@ def worlds_of(config: ContestConfig) -> list[ContestConfig]:
     return [replace(config, seed=seed, out=config.out / f"world-{seed}") for seed in seeds]
 
 
+def _threads(config: ContestConfig, processes: int) -> int:
+    """Torch threads of each of some processes, of which `jobs` run at a time."""
+    return max(1, (os.cpu_count() or 1) // max(1, min(config.jobs, processes)))
+
+
+def _make_features(config: ContestConfig) -> None:
+    """Make a world, its Stage 1 and its stored features."""
+    prepare(config)
+    timed(f"{config.out}: features", lambda: _runs_of(config)[0].open_inputs(pick_device(None)))
+
+
 def _runs_of(config: ContestConfig) -> list[Settings[Any]]:
-    """Make a world, its Stage 1 and features, and return the settings of its runs."""
-    world, checkpoint = prepare(config)
+    """The settings of the runs of a world."""
+    world, checkpoint = paths(config)
     settings: list[Settings[Any]] = []
     for seed, name in product(config.seeds, config.methods):
         of_run = small_settings(config, world, checkpoint, name, f"{name.rpartition(':')[2]}-{seed}")
         settings.append(replace(of_run, run=replace(of_run.run, draw_seed=seed)))
     first = settings[0]
     control = replace(first.run, log_name=f"{first.folder.name}-shuffled-pairs")
-    settings.append(replace(first, data=replace(first.data, shuffle_pairs=True), run=control))
-    timed("features", lambda: first.open_inputs(pick_device(None)))
-    return settings
+    return [*settings, replace(first, data=replace(first.data, shuffle_pairs=True), run=control)]
 
 
 def _run(settings: Settings[Any], probe_rows: int, probe_steps: int) -> None:

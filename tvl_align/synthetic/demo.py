@@ -62,15 +62,20 @@ def demo(config: DemoConfig) -> Path:
 
 def prepare(config: DemoConfig) -> tuple[Path, Path]:
     """Write the synthetic data and train the small Stage 1, unless they exist. Returns (data folder, checkpoint)."""
-    world, stage1 = config.out / "world", config.out / "stage1"
+    world, checkpoint = paths(config)
     if not (world / "factors.json").is_file():
         title = f"data: {config.train} + {config.test} synthetic samples"
         registration = config.misregistration
         timed(title, lambda: write_world(world, config.train, config.test, config.seed, misregistration=registration))
-    if not (stage1 / "checkpoint.pth").is_file():
-        settings = PretrainConfig(world, stage1, epochs=config.pretrain_epochs, seed=config.seed)
+    if not checkpoint.is_file():
+        settings = PretrainConfig(world, checkpoint.parent, epochs=config.pretrain_epochs, seed=config.seed)
         timed(f"Stage 1: small encoders, {config.pretrain_epochs} epochs", lambda: pretrain(settings))
-    return world, stage1 / "checkpoint.pth"
+    return world, checkpoint
+
+
+def paths(config: DemoConfig) -> tuple[Path, Path]:
+    """(data folder, checkpoint of Stage 1)."""
+    return config.out / "world", config.out / "stage1" / "checkpoint.pth"
 
 
 def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: str, name: str) -> Settings[Any]:
