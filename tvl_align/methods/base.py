@@ -180,7 +180,7 @@ class TVLStage2(RegisterModel):
         register_token_dim: D.
         nested_dropout_rate: drop probability of the last register (see tvl_align.registers.nested).
         preservation: build the decoders that the preservation term of the loss needs.
-        share_weights: use the same blocks for every modality.
+        share_weights: use the same blocks for every modality in complementary registers too.
         components, units, ...: see Stage2Config.
     Raises:
         UserError: N <= No, or block_width not divisible by the number of heads.
