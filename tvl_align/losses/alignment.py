@@ -1,6 +1,6 @@
 """Alignment: InfoNCE between every pair of modalities, with negatives from all processes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import combinations
 
@@ -91,10 +91,11 @@ def alignment(
     return numbers
 
 
-def prefix_alignment(output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float]) -> dict[str, Tensor]:
-    """Alignment of the prefixes of the overlapping tokens, one weight each. Prefixes of weight 0 are not computed."""
+def prefix_alignment(
+    tokens: Mapping[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float]
+) -> dict[str, Tensor]:
+    """Alignment of the prefixes of tokens {modality: (B, n, D)}, n weights. Prefixes of weight 0 are not computed."""
     lengths = [k for k, weight in enumerate(weights, start=1) if weight or k == len(weights)]
-    tokens = output.overlapping_tokens
     pooled = {m: torch.stack([F.normalize(z[:, :k].sum(1), dim=-1) for k in lengths], dim=1) for m, z in tokens.items()}
     return alignment(pooled, output, pairs, [weights[k - 1] for k in lengths])
 

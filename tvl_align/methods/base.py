@@ -1,4 +1,4 @@
-"""stage2_base v4. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v4.1. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
@@ -301,14 +301,9 @@ class TVLStage2(RegisterModel):
                 extras["codes"][m] = units.detach()
                 extras["guesses"][m] = critics(code.detach())
                 extras["answers"][m] = functional_call(critics, frozen, code)
+        if self.training and self.causal:
+            extras["before_dropout"] = shared
         return shared, unique, extras
-
-    def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw a nested-dropout mask for training, (B, N) bool: overlapping registers are kept, see BaseLoss.align."""
-        kept = super().draw_kept(batch, generator)
-        if self.nested_mode == "nested":
-            kept[:, : self.num_overlapping] = True
-        return kept
 
     def reconstruct(
         self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor, frozen: Tokens
@@ -370,18 +365,19 @@ class BaseLoss(RegisterLoss):
     def __init__(self, knobs: Stage2Config, modalities: Sequence[str] = MODALITIES) -> None:
         super().__init__(knobs, modalities)
         self.independence_weight = knobs.independence_weight
-        self.nested_rate, self.nested_mode = knobs.nested_dropout_rate, knobs.nested_dropout_mode
+        self.nested_rate = knobs.nested_dropout_rate
 
     def align(self, output: Output) -> dict[str, Tensor]:
         """Alignment of the prefixes of the overlapping tokens, weighted by the probability that nested dropout keeps them.
 
-        In evaluation, and with `independent` dropout, the alignment of the kept tokens.
+        It reads the tokens before dropout. In evaluation, and with `independent` dropout, the alignment of the kept tokens.
         """
-        mask = output.nested_dropout_mask
-        if mask is None or self.nested_mode != "nested":
+        if "before_dropout" not in output.extras:
             return super().align(output)
-        count = next(iter(output.overlapping_tokens.values())).shape[1]
-        return prefix_alignment(output, self.pairs, prefix_probabilities(mask.shape[1], self.nested_rate, count).tolist())
+        tokens = output.extras["before_dropout"]
+        registers = sum(group[next(iter(tokens))].shape[1] for group in (tokens, output.complementary_tokens))
+        weights = prefix_probabilities(registers, self.nested_rate, next(iter(tokens.values())).shape[1])
+        return prefix_alignment(tokens, output, self.pairs, weights.tolist())
 
     def forward(self, output: Output) -> dict[str, Tensor]:
         numbers = super().forward(output)
@@ -426,4 +422,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "4", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
+BASE = Method(Implementation("stage2_base", "4.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)

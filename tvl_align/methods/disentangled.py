@@ -1,4 +1,4 @@
-"""stage2_disentangled v4. The base without linear projections: codes of registers alone. An ablation."""
+"""stage2_disentangled v4.1. The base without linear projections: codes of registers alone. An ablation."""
 
 from dataclasses import dataclass
 
@@ -14,4 +14,4 @@ class DisentangledConfig(Stage2Config):
     """Add linear projections to what registers have attended to."""
 
 
-DISENTANGLED = Method(Implementation("stage2_disentangled", "4", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss)
+DISENTANGLED = Method(Implementation("stage2_disentangled", "4.1", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss)

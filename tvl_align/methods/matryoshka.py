@@ -37,7 +37,7 @@ class MatryoshkaLoss(RegisterLoss):
 
     def align(self, output: Output) -> dict[str, Tensor]:
         count = next(iter(output.overlapping_tokens.values())).shape[1]
-        return prefix_alignment(output, self.pairs, [1 / count] * count)
+        return prefix_alignment(output.overlapping_tokens, output, self.pairs, [1 / count] * count)
 
 
 MATRYOSHKA = Method(
