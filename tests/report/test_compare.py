@@ -206,6 +206,21 @@ def test_worlds_of_a_contest_have_seeds_and_folders_of_their_own(tmp_path: Path)
         worlds_of(replace(one, worlds=0))
 
 
+def test_only_missing_runs_and_their_worlds_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr("tvl_align.synthetic.contest.run_in_processes", lambda jobs, *_: calls.append(sorted(jobs)))
+    monkeypatch.setattr("tvl_align.synthetic.contest.write_comparison", lambda *_: tmp_path / "report.html")
+    for run in ("closed-0", "closed-0-shuffled-pairs"):
+        (tmp_path / "world-0" / "runs" / run).mkdir(parents=True)
+        (tmp_path / "world-0" / "runs" / run / "results.json").touch()
+    contest(ContestConfig(tmp_path, worlds=2, methods=("closed",), seeds=(0,)))
+    made, world = (
+        [f"{tmp_path}/world-1/runs/closed-0", f"{tmp_path}/world-1/runs/closed-0-shuffled-pairs"],
+        tmp_path / "world-1",
+    )
+    assert calls == [[str(world)], made]
+
+
 @pytest.mark.slow
 def test_a_contest_ends_in_a_report(once: Callable[..., Path]) -> None:
     """One method with two seeds, on a tiny data set: real results make a page, and seeds share the store and differ."""

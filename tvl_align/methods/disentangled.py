@@ -14,4 +14,6 @@ class DisentangledConfig(Stage2Config):
     """Add linear projections to what registers have attended to."""
 
 
-DISENTANGLED = Method(Implementation("stage2_disentangled", "4.1", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss)
+DISENTANGLED = Method(
+    Implementation("stage2_disentangled", "4.1", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss
+)

@@ -46,10 +46,11 @@ def contest(config: ContestConfig) -> Path:
     """Run the benchmark. Prints the number of runs as JSON and returns the path of the report."""
     for name in config.methods:
         load_method(name)  # an unknown method is an error before anything is written
-    worlds = worlds_of(config)
-    settings = [s for world in worlds for s in _runs_of(world)]
+    runs = {world.out: (world, _runs_of(world)) for world in worlds_of(config)}
+    settings = [s for _, of_world in runs.values() for s in of_world]
     todo = [s for s in settings if not (s.folder / "results.json").is_file()]
-    run_in_processes({str(w.out): (_make_features, w) for w in worlds}, config.jobs, _threads(config, len(worlds)))
+    worlds = {str(out): (_make_features, world) for out, (world, own) in runs.items() if any(s in todo for s in own)}
+    run_in_processes(worlds, config.jobs, _threads(config, len(worlds)))
     jobs = {str(s.folder): (_run, s, config.probe_rows, config.probe_steps) for s in todo}
     run_in_processes(jobs, config.jobs, _threads(config, len(jobs)))
     page = write_comparison([s.folder for s in settings], config.out, "make compare")
