@@ -86,7 +86,7 @@ def test_scores_in_pieces_are_the_scores(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {name: value.item() for name, value in pieces.items()} == pytest.approx(
         {name: value.item() for name, value in whole.items()}, rel=1e-5, abs=1e-6
     )
-    assert (ours - expected).abs().max() < 1e-6
+    assert (ours - expected).abs().max() < 2e-6 * expected.abs().max()  # rounding of float32
 
 
 @pytest.mark.parametrize("name", METHODS)
