@@ -1,13 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
+WITHOUT := "base --num_cross_attn_layers 0" "base --no_linear" "base --trunk_layers 0" "base --input_dropout 0" \
+	"base --independence_weight 0" "base --preservation_weight 0"
 
-.PHONY: demo compare bench benchmarks faults test test-fast check
+.PHONY: demo compare ablation bench benchmarks faults test test-fast check
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
 
 compare: .venv/ready  ## every method, three seeds, one report
 	$(BIN)/tvl-align contest
+
+ablation: .venv/ready  ## what each part of the base brings: three worlds, three seeds
+	$(BIN)/tvl-align contest --out ablation --worlds 3 --methods base $(WITHOUT)
 
 bench: .venv/ready  ## what things cost, as ratios
 	$(BIN)/python -m benchmarks.speed

@@ -30,7 +30,7 @@ from tvl_align.features.store import FeatureStore
 from tvl_align.features.subset import set_probe_rows_aside
 from tvl_align.methods.registry import load_method
 from tvl_align.report.compare import write_comparison
-from tvl_align.synthetic.demo import optimisation_of, timed
+from tvl_align.synthetic.demo import optimisation_of, run_name, timed, with_options
 from tvl_align.system.checkpoint import load_checkpoint
 from tvl_align.system.console import UserError, reports_errors
 from tvl_align.system.workers import run_in_processes
@@ -58,7 +58,7 @@ class AwayConfig:
     datasets: tuple[str, ...] = tuple(READERS)
     """Data sets: tactip, ur5, repercent, disentangled_ssl."""
     methods: tuple[str, ...] = ("base", "disentangled", "cursor", "closed", "mlp")
-    """Methods to train."""
+    """Methods to train; options follow the name: "base --units 32"."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     steps: int = 1500
@@ -92,13 +92,13 @@ def away(config: AwayConfig) -> list[Path]:
     return pages
 
 
-def _settings(config: AwayConfig, name: str, store: Path, seed: int, method: str) -> Settings[Any]:
+def _settings(config: AwayConfig, name: str, store: Path, seed: int, text: str) -> Settings[Any]:
     """Settings of a run; as on the synthetic data, but for the number of epochs."""
     rows = len(set_probe_rows_aside(FeatureStore(store).splits["train"], DataConfig().probe_rows, seed=0)[0])
+    method, knobs = with_options(text)
     optim = optimisation_of(method, 1, rows)
     optim = replace(optim, epochs=max(1, round(config.steps / max(1, rows // optim.batch_size))))
-    run = RunConfig(config.out / name / "runs", f"{method}-{seed}", method=method, draw_seed=seed)
-    knobs = load_method(method).knobs(register_token_dim=256)
+    run = RunConfig(config.out / name / "runs", f"{run_name(text)}-{seed}", method=method, draw_seed=seed)
     return Settings(Stage1Config(None), knobs, DataConfig(store=store), optim, run)
 
 

@@ -12,6 +12,7 @@ from tvl_align.losses import alignment as alignment_module
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
 from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2
+from tvl_align.methods.codes import Codes
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
 from tvl_align.training.checks import SPECS, random_features
@@ -29,6 +30,19 @@ def test_documented_defaults_give_a_finite_loss_and_gradients() -> None:
     numbers["total_loss"].backward()
     assert math.isfinite(numbers["total_loss"].item())
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_without_attention_overlapping_codes_are_a_linear_projection_of_the_trunk() -> None:
+    """The ablation of registers; every parameter that is trained has a gradient, as several processes need."""
+    net, features = model(num_cross_attn_layers=0).train(), random_features(6)
+    BaseLoss(net.knobs)(net(features))["total_loss"].backward()
+    assert [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
+    net.eval()
+    codes = Codes.units(net(features).overlapping_tokens["vision"], net.codes.over)
+    projected = net.linear(net.trunk("vision", net.codes.read("vision", features.modalities["vision"])[0]))
+    added = codes - projected
+    assert torch.allclose(added, added[:1].expand_as(added), atol=1e-5)
+    assert (codes.std(0) > 1e-3).all()
 
 
 def test_the_documented_formula() -> None:

@@ -92,8 +92,9 @@ def made_results(**changes: Any) -> dict[str, Any]:
 
 
 def write_run(folder: Path, **changes: Any) -> Path:
-    """A run folder with `made_results`. acc1, unique_leak, store, shuffle_pairs: shorthands for what lies deeper."""
-    deep = {name: changes.pop(name) for name in ("acc1", "unique_leak", "store", "shuffle_pairs") if name in changes}
+    """A run folder with `made_results`. acc1, unique_leak, store, shuffle_pairs, knobs: shorthands for what lies deeper."""
+    shorthands = ("acc1", "unique_leak", "store", "shuffle_pairs", "knobs")
+    deep = {name: changes.pop(name) for name in shorthands if name in changes}
     results = made_results(**changes)
     if "acc1" in deep:
         results["retrieval"]["tactile_vision"] = pair(deep["acc1"])
@@ -101,6 +102,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
         results["summary"]["unique_leak"] = summary(deep["unique_leak"])
     results["run"]["store"] = deep.get("store", results["run"]["store"])
     results["run"]["settings"]["data"]["shuffle_pairs"] = deep.get("shuffle_pairs", False)
+    results["run"]["settings"]["knobs"] = deep.get("knobs", {})
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(results, allow_nan=False))
     epoch = {"epoch": 0, "train_total_loss": 2.0, "val_total_loss": 3.0, "val_tactile_vision_acc1": 9.0}

@@ -13,6 +13,7 @@ from scipy import stats
 
 from tvl_align.report.compare import by_method, leaderboard, load_results, mean_factors, write_comparison
 from tvl_align.synthetic.contest import ContestConfig, contest, worlds_of
+from tvl_align.synthetic.demo import run_name, with_options
 from tvl_align.system.console import UserError
 
 
@@ -60,6 +61,32 @@ def test_the_best_is_bold_if_all_others_differ(tmp_path: Path) -> None:
     found = board(several(tmp_path, {"good": [40.0, 60.0, 42.0, 62.0], "bad": [35.0, 55.5, 37.0, 57.0]}))
     assert found["good v1"][PAIR].startswith("**51.0")
     assert not found["bad v1"][PAIR].startswith("**")
+
+
+def test_other_options_are_a_method_of_their_own(tmp_path: Path) -> None:
+    """Their runs are not averaged with those of the first options, and the options are in the name."""
+    knobs = {"units": 24, "linear": True}
+    changes = {"plain": {}, "wide": {"units": 32}, "bare": {"units": 32, "linear": False}}
+    runs = [
+        write_run(tmp_path / f"{name}-{seed}", seed=seed, acc1=float(10 * i + seed), knobs=knobs | changed)
+        for i, (name, changed) in enumerate(changes.items())
+        for seed in (0, 1)
+    ]
+    found = board(runs)
+    for name, mean in {"toy v1": "0.5", "toy v1 --units 32": "10.5", "toy v1 --units 32 --no_linear": "20.5"}.items():
+        assert found[name][PAIR].strip("*").startswith(f"{mean} ±"), name
+
+
+def test_options_follow_the_name_of_a_method() -> None:
+    name, knobs = with_options("base --no_linear --units 32")
+    assert (name, knobs.linear, knobs.units, knobs.register_token_dim) == ("base", False, 32, 256)
+    assert with_options("cursor")[1].register_token_dim == 256
+    assert run_name("base --no_linear --units 32") == "base-no_linear-units-32"
+    assert run_name("my.package:MINE --lr 0.1") == "MINE-lr-0.1"
+    with pytest.raises(UserError, match="unknown method 'bse'"):
+        with_options("bse --units 32")
+    with pytest.raises(SystemExit):
+        with_options("base --unit 32")
 
 
 def test_less_leak_is_better(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class Stage2Config(CodeConfig):
     """The registers and their loss."""
 
     num_cross_attn_layers: int = 1
-    """Number of cross-attention blocks between the registers and the keys."""
+    """Number of cross-attention blocks between the registers and the keys; 0: registers attend to nothing (an ablation)."""
     preservation_weight: float = 1.0
     """Weight of the error of rebuilding the frozen tokens from all registers; 0: no decoders."""
     independence_weight: float = 0.3
@@ -235,6 +235,8 @@ class TVLStage2(RegisterModel):
         shared, unique = sum(codes.counts), sum(codes.comp_counts)
         self.trunk = Trunk(sizes, self.specs, knobs)
         self.shared_keys = Keys(knobs.trunk_width, knobs.num_keys, width)
+        if not knobs.num_cross_attn_layers:  # unused parameters would stop training on several processes
+            nn.ModuleList([self.readers, self.shared_keys]).requires_grad_(False)
         self.narrow = _narrow(codes.counts, width, start)
         self.linear = nn.Linear(knobs.trunk_width, shared) if knobs.linear else None
         self.comp_narrow = nn.ModuleDict({m: _narrow(codes.comp_counts, width, start) for m in sizes})

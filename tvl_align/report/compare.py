@@ -1,8 +1,8 @@
 """Comparison of several runs: one HTML page and the same tables as Markdown.
 
-Runs of the same feature store are compared directly. Runs of several stores (worlds, or seeds of the data) are compared if
-they have the same pairs, factors and number of test rows: methods are averaged over stores and seeds, and differences are
-taken between runs of the same store and seed.
+Runs of one method with other options are methods of their own. Runs of the same feature store are compared directly. Runs of
+several stores (worlds, or seeds of the data) are compared if they have the same pairs, factors and number of test rows:
+methods are averaged over stores and seeds, and differences are taken between runs of the same store and seed.
 """
 
 import json
@@ -70,17 +70,34 @@ def main_pair(results: Results) -> str:
     return MAIN if MAIN in results["retrieval"] else next(iter(results["retrieval"]))
 
 
-def method_name(results: Results) -> str:
-    """Name and version of the method; a run that was trained on shuffled pairs is a method of its own."""
+def method_name(results: Results, first: Results | None = None) -> str:
+    """Name and version of the method, and the options that differ from those of its first run.
+
+    A run that was trained on shuffled pairs is a method of its own.
+    """
     shuffled = results["run"].get("settings", {}).get("data", {}).get("shuffle_pairs", False)
-    return f"{results['method']} v{results['version']}" + (SHUFFLED if shuffled else "")
+    own, reference = _options(results), _options(results if first is None else first)
+    changed = [_flag(name, value) for name, value in own.items() if value != reference.get(name)]
+    return f"{results['method']} v{results['version']}" + "".join(f" {c}" for c in changed) + (SHUFFLED if shuffled else "")
+
+
+def _options(results: Results) -> dict[str, Any]:
+    """The options of the method and of the optimisation."""
+    settings = results["run"].get("settings", {})
+    return {**settings.get("knobs", {}), **settings.get("optim", {})}
+
+
+def _flag(name: str, value: Any) -> str:
+    return f"--{name} {value}" if not isinstance(value, bool) else f"--{name}" if value else f"--no_{name}"
 
 
 def by_method(results: Sequence[Results]) -> dict[str, list[Results]]:
-    """Group runs by method, sorted by the Acc@1 of the main pair, best first; shuffled pairs come last."""
+    """Group runs by method and options, sorted by the Acc@1 of the main pair, best first; shuffled pairs come last."""
     groups: dict[str, list[Results]] = {}
+    first: dict[tuple[str, str], Results] = {}
     for result in results:
-        groups.setdefault(method_name(result), []).append(result)
+        reference = first.setdefault((result["method"], result["version"]), result)
+        groups.setdefault(method_name(result, reference), []).append(result)
     pair = main_pair(results[0])
     accuracy = {m: mean_known([r["retrieval"][pair]["acc1"] for r in rs]) or 0.0 for m, rs in groups.items()}
     order = sorted(groups, key=lambda m: (m.endswith(SHUFFLED), -accuracy[m]))
@@ -276,7 +293,7 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
         "gallery": results[0]["gallery"],
         "stores": sorted({r["run"]["store"] for r in results}),
         "incomplete": incomplete(groups),
-        "commands": [(method_name(r), r["seed"], r["run"]["command"], r["run"]["commit"]) for r in results],
+        "commands": [(m, r["seed"], r["run"]["command"], r["run"]["commit"]) for m, rs in groups.items() for r in rs],
         "command": command,
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.report.compare import write_comparison
 from tvl_align.report.page import write_page
-from tvl_align.synthetic.demo import DemoConfig, paths, prepare, small_settings, timed
+from tvl_align.synthetic.demo import DemoConfig, paths, prepare, run_name, small_settings, timed, with_options
 from tvl_align.system.console import UserError
 from tvl_align.system.runtime import pick_device
 from tvl_align.system.workers import run_in_processes
@@ -35,17 +35,17 @@ class ContestConfig(DemoConfig):
     worlds: int = 1
     """Number of worlds, with seeds from --seed on; with more than one each has a folder of its own, world-<seed>."""
     methods: tuple[str, ...] = tuple(METHODS)
-    """Methods to train; a method of your own as package.module:NAME."""
+    """Methods to train; a method of your own as package.module:NAME. Options follow the name: "base --units 32"."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs: order of rows, views, dropout, initial weights."""
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Runs in parallel; they share the CPU cores."""
 
 
-def contest(config: ContestConfig) -> Path:
-    """Run the benchmark. Prints the number of runs as JSON and returns the path of the report."""
-    for name in config.methods:
-        load_method(name)  # an unknown method is an error before anything is written
+def contest(config: ContestConfig, command: str = "make compare") -> Path:
+    """Run the benchmark. Prints the number of runs as JSON and returns the path of the report, which names the command."""
+    for text in config.methods:
+        with_options(text)  # an unknown method is an error before anything is written
     runs = {world.out: (world, _runs_of(world)) for world in worlds_of(config)}
     settings = [s for _, of_world in runs.values() for s in of_world]
     todo = [s for s in settings if not (s.folder / "results.json").is_file()]
@@ -53,7 +53,7 @@ def contest(config: ContestConfig) -> Path:
     run_in_processes(worlds, config.jobs, _threads(config, len(worlds)))
     jobs = {str(s.folder): (_run, s, config.probe_rows, config.probe_steps) for s in todo}
     run_in_processes(jobs, config.jobs, _threads(config, len(jobs)))
-    page = write_comparison([s.folder for s in settings], config.out, "make compare")
+    page = write_comparison([s.folder for s in settings], config.out, command)
     print(json.dumps({"runs": len(settings), "report": str(page.resolve())}))
     return page
 
@@ -83,8 +83,8 @@ def _runs_of(config: ContestConfig) -> list[Settings[Any]]:
     """The settings of the runs of a world."""
     world, checkpoint = paths(config)
     settings: list[Settings[Any]] = []
-    for seed, name in product(config.seeds, config.methods):
-        of_run = small_settings(config, world, checkpoint, name, f"{name.rpartition(':')[2]}-{seed}")
+    for seed, text in product(config.seeds, config.methods):
+        of_run = small_settings(config, world, checkpoint, text, f"{run_name(text)}-{seed}")
         settings.append(replace(of_run, run=replace(of_run.run, draw_seed=seed)))
     first = settings[0]
     control = replace(first.run, log_name=f"{first.folder.name}-shuffled-pairs")

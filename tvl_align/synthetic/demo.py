@@ -1,11 +1,14 @@
 """The complete pipeline on synthetic data: data -> small Stage 1 -> features -> Stage 2 -> evaluation -> report page."""
 
+import re
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tvl_align.config import parse
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.features.inputs import DataConfig
@@ -18,6 +21,7 @@ from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.settings import RunConfig, Settings
 
 T = TypeVar("T")
+WIDTH = 256  # register width in benchmarks
 WIDE = ("cursor", "flextok", "matryoshka")  # methods whose blocks have the width of the registers
 
 
@@ -78,11 +82,27 @@ def paths(config: DemoConfig) -> tuple[Path, Path]:
     return config.out / "world", config.out / "stage1" / "checkpoint.pth"
 
 
-def small_settings(config: DemoConfig, world: Path, checkpoint: Path, method: str, name: str) -> Settings[Any]:
-    """The settings of a Stage-2 run on the synthetic data: narrower registers and fewer epochs than the defaults."""
+def with_options(text: str) -> tuple[str, Any]:
+    """A method and its options, "base --units 32" -> its name and knobs, with registers of the width of benchmarks."""
+    name, *flags = shlex.split(text)
+    knobs: Any = parse(load_method(name).knobs, ["--register_token_dim", str(WIDTH), *flags], prog=f"the options of {name}")
+    return name, knobs
+
+
+def run_name(text: str) -> str:
+    """Name of the run folders of a method and its options: "base --units 32" -> base-units-32."""
+    return "-".join(re.findall(r"[\w.]+", text.rpartition(":")[2]))
+
+
+def small_settings(config: DemoConfig, world: Path, checkpoint: Path, text: str, name: str) -> Settings[Any]:
+    """The settings of a Stage-2 run on the synthetic data: narrower registers and fewer epochs than the defaults.
+
+    text: a method and its options, see `with_options`.
+    """
+    method, knobs = with_options(text)
     return Settings(
         Stage1Config(checkpoint),
-        load_method(method).knobs(register_token_dim=256),
+        knobs,
         DataConfig(
             world,
             views=config.views,
