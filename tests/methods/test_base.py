@@ -13,6 +13,8 @@ from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
 from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2
 from tvl_align.methods.codes import Codes
+from tvl_align.methods.registry import METHODS
+from tvl_align.methods.subsets import subsets_of
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
 from tvl_align.training.checks import SPECS, random_features
@@ -296,3 +298,18 @@ def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatc
     present = {m: mask[:1] for m, mask in output["present"].items()}
     one_row = replace(output, present=present, caption_keys=keys[:1])
     assert torch.equal(alignment_module._joined(single, one_row)[2], keys[:1])
+
+
+def test_tokens_of_a_subset_are_zero_in_the_other_modalities() -> None:
+    """`subsets`: a token of all modalities, then one of each pair; with two modalities every token is of both."""
+    assert subsets_of(["v", "t", "x"], 5) == [("v", "t", "x"), ("v", "t"), ("v", "x"), ("t", "x"), ("v", "t", "x")]
+    assert subsets_of(["v", "t"], 3) == [("v", "t")] * 3
+    torch.manual_seed(0)
+    method = METHODS["subsets"]
+    net = method.model(method.knobs(register_token_dim=64, num_heads=4), SPECS).train()
+    output = net(random_features(6), kept=torch.ones(6, 5, dtype=torch.bool))
+    filled = {m: (tokens.norm(dim=-1) > 1e-6).all(0).tolist() for m, tokens in output.overlapping_tokens.items()}
+    expected = subsets_of(list(SPECS), 4)
+    assert filled == {m: [m in subset for subset in expected] for m in SPECS}
+    before = output.extras["before_dropout"]
+    assert all(torch.equal(before[m], output.overlapping_tokens[m]) for m in SPECS)

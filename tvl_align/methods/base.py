@@ -282,6 +282,11 @@ class TVLStage2(RegisterModel):
         """Registers (B, N, width of the blocks) -> (B, N, D)."""
         return z @ cast(Tensor, self.widen)
 
+    def overlapping_units(self, name: str, attended: Tensor, trunk: Tensor) -> Tensor:
+        """The units of the overlapping tokens of a modality: registers (B, No, width), trunk (B, W) -> (B, U)."""
+        units = _units(self.narrow, attended)
+        return units + self.linear(trunk) if self.linear is not None else units
+
     def postprocess(
         self, over: dict[str, Tensor], comp: dict[str, Tensor], inputs: dict[str, Tensor], features: Features
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
@@ -290,8 +295,7 @@ class TVLStage2(RegisterModel):
         extras: dict[str, dict[str, Tensor]] = {"codes": {}, "guesses": {}, "answers": {}} if self.critics else {}
         for m in over:
             read, h = self._parts(inputs[m])
-            units = _units(self.narrow, over[m])
-            units = units + self.linear(h) if self.linear is not None else units
+            units = self.overlapping_units(m, over[m], h)
             comp_units = _units(cast(nn.ModuleList, self.comp_narrow[m]), comp[m])
             if m in self.comp_linear:
                 comp_units = comp_units + self.comp_linear[m](read)
