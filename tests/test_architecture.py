@@ -102,13 +102,13 @@ def test_no_import_cycle() -> None:
 
 
 def test_methods_import_no_other_method() -> None:
-    """Except variants of the base, which are the base with another default or structure."""
+    """Except an ablation, which is the method that it ablates with another default."""
     shipped = {p.stem for p in (ROOT / "tvl_align/methods").glob("*.py")} & {
-        *("base", "cursor", "flextok", "matryoshka", "disentangled", "subsets", "closed", "mlp"),
+        *("base", "cursor", "flextok", "matryoshka", "disentangled", "closed", "mlp"),
     }
-    assert len(shipped) == 8
+    assert len(shipped) == 7
     for name in shipped:
-        allowed = {name, "base"} if name in ("disentangled", "subsets") else {name}
+        allowed = {name, "base"} if name == "disentangled" else {name}
         others = {f"tvl_align.methods.{other}" for other in shipped - allowed} | {"tvl_align.methods.registry"}
         assert not imports(ROOT / f"tvl_align/methods/{name}.py") & others, name
 

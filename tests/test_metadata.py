@@ -171,7 +171,7 @@ def test_a_method_from_anywhere_is_trained_measured_compared_and_loaded(tmp_path
     [
         (
             "transformer",
-            "unknown method 'transformer'; --method takes base, cursor, flextok, matryoshka, disentangled, subsets, closed",
+            "unknown method 'transformer'; --method takes base, cursor, flextok, matryoshka, disentangled, closed, mlp, or",
         ),
         (
             "broken:TOY",

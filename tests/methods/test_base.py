@@ -11,10 +11,8 @@ from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.losses import alignment as alignment_module
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
-from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2
+from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2, unit_owners
 from tvl_align.methods.codes import Codes
-from tvl_align.methods.registry import METHODS
-from tvl_align.methods.subsets import subsets_of
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
 from tvl_align.training.checks import SPECS, random_features
@@ -42,9 +40,10 @@ def test_without_attention_overlapping_codes_are_a_linear_projection_of_the_trun
     net.eval()
     codes = Codes.units(net(features).overlapping_tokens["vision"], net.codes.over)
     projected = net.linear(net.trunk("vision", net.codes.read("vision", features.modalities["vision"])[0]))
-    added = codes - projected
+    own = unit_owners(list(SPECS), net.codes.counts, True)[list(SPECS).index("vision")]
+    added = (codes - projected)[:, own]
     assert torch.allclose(added, added[:1].expand_as(added), atol=1e-5)
-    assert (codes.std(0) > 1e-3).all()
+    assert (codes[:, own].std(0) > 1e-3).all()
 
 
 def test_the_documented_formula() -> None:
@@ -300,16 +299,16 @@ def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(alignment_module._joined(single, one_row)[2], keys[:1])
 
 
-def test_tokens_of_a_subset_are_zero_in_the_other_modalities() -> None:
-    """`subsets`: a token of all modalities, then one of each pair; with two modalities every token is of both."""
-    assert subsets_of(["v", "t", "x"], 5) == [("v", "t", "x"), ("v", "t"), ("v", "x"), ("t", "x"), ("v", "t", "x")]
-    assert subsets_of(["v", "t"], 3) == [("v", "t")] * 3
-    torch.manual_seed(0)
-    method = METHODS["subsets"]
-    net = method.model(method.knobs(register_token_dim=64, num_heads=4), SPECS).train()
-    output = net(random_features(6), kept=torch.ones(6, 5, dtype=torch.bool))
-    filled = {m: (tokens.norm(dim=-1) > 1e-6).all(0).tolist() for m, tokens in output.overlapping_tokens.items()}
-    expected = subsets_of(list(SPECS), 4)
-    assert filled == {m: [m in subset for subset in expected] for m in SPECS}
-    before = output.extras["before_dropout"]
-    assert all(torch.equal(before[m], output.overlapping_tokens[m]) for m in SPECS)
+def test_units_of_a_pair_are_zero_in_the_third_modality() -> None:
+    """The first token belongs to all; with two modalities, or without `pair_units`, every unit does."""
+    vision, touch, text = [True, True, False], [True, False, True], [False, True, True]
+    assert unit_owners(["v", "t", "x"], [2, 2, 1], True) == [[True, True, *rest] for rest in (vision, touch, text)]
+    assert unit_owners(["v", "t", "x"], [2, 2, 1], False) == unit_owners(["v", "t", "x"], [5], True) == [[True] * 5] * 3
+    assert unit_owners(["v", "t"], [2, 2, 1], True) == [[True] * 5] * 2
+    net = model(register_token_dim=64).train()
+    output = net(random_features(6), kept=torch.ones(6, 4, dtype=torch.bool))
+    for tokens in (output.overlapping_tokens, output.extras["before_dropout"]):
+        filled = [(Codes.units(t, net.codes.over).abs() > 1e-6).all(0).tolist() for t in tokens.values()]
+        assert filled == unit_owners(list(tokens), net.codes.counts, True)
+    guessed = [(codes != 0).any(0).tolist() for codes in output.extras["codes"].values()]
+    assert guessed == unit_owners(list(output.extras["codes"]), net.codes.counts, True)

@@ -1,11 +1,12 @@
-"""stage2_base v4.1. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v5.0. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
    modality, and overlapping registers attend to what it makes of them; their stack is shared too. The projections read with
    dropout and start equal for what Stage 1 has aligned: in weights of its own a modality memorises what is unique to it.
-3. Each token is a narrow code (tvl_align.methods.codes). Prefixes of the overlapping tokens are aligned with the probability
-   that nested dropout keeps them: the expected loss instead of a sample, and no row is compared with shorter ones.
+3. Each token is a narrow code (tvl_align.methods.codes). Of three modalities, the units of later overlapping tokens belong to
+   pairs, for what the third lacks. Prefixes are aligned with the probability that nested dropout keeps them: the expected loss
+   instead of a sample, and no row is compared with shorter ones.
 4. Complementary codes start at the principal components of what canonical correlations leave (tvl_align.methods.canonical),
    and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces
    cannot hide in them. A decoder rebuilds the components from both codes; only the complementary ones get its gradients.
@@ -18,6 +19,7 @@ Training and evaluation compute the same codes; only noise and dropout are absen
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, cast
 
 import torch
@@ -48,6 +50,8 @@ DECODER_WIDTH = 256
 class Stage2Config(CodeConfig):
     """The registers and their loss."""
 
+    units: int = 32
+    """Units of all overlapping tokens; the first token holds half of them, the others share the rest."""
     num_cross_attn_layers: int = 1
     """Number of cross-attention blocks between the registers and the keys; 0: registers attend to nothing (an ablation)."""
     preservation_weight: float = 1.0
@@ -71,6 +75,9 @@ class Stage2Config(CodeConfig):
     linear: bool = True
     """Add linear projections to what registers have attended to: of the trunk for overlapping codes, of the components, with
     a start at the closed form, for complementary ones."""
+    pair_units: bool = True
+    """With three modalities or more, units of all overlapping tokens but the first belong to pairs of modalities in turn:
+    for what a third one lacks, where they are zero."""
     input_dropout: float = 0.2
     """Dropout probability of the components that the trunk reads."""
 
@@ -186,6 +193,8 @@ class TVLStage2(RegisterModel):
         UserError: N <= No, or block_width not divisible by the number of heads.
     """
 
+    owned: Tensor  # (M, U), 1 for the overlapping units that belong to a modality, else 0
+
     def __init__(
         self,
         stage1_model: Stage1 | Mapping[str, FeatureSpec],
@@ -239,6 +248,8 @@ class TVLStage2(RegisterModel):
             nn.ModuleList([self.readers, self.shared_keys]).requires_grad_(False)
         self.narrow = _narrow(codes.counts, width, start)
         self.linear = nn.Linear(knobs.trunk_width, shared) if knobs.linear else None
+        owned = unit_owners(list(sizes), codes.counts, knobs.pair_units)
+        self.register_buffer("owned", torch.tensor(owned, dtype=torch.float32), persistent=False)
         self.comp_narrow = nn.ModuleDict({m: _narrow(codes.comp_counts, width, start) for m in sizes})
         self.comp_linear = nn.ModuleDict({m: nn.Linear(k, unique) for m, k in sizes.items() if knobs.linear})
         self.decoders = nn.ModuleDict({m: Decoder(shared + unique, k) for m, k in counts.items() if preservation})
@@ -285,7 +296,8 @@ class TVLStage2(RegisterModel):
     def overlapping_units(self, name: str, attended: Tensor, trunk: Tensor) -> Tensor:
         """The units of the overlapping tokens of a modality: registers (B, No, width), trunk (B, W) -> (B, U)."""
         units = _units(self.narrow, attended)
-        return units + self.linear(trunk) if self.linear is not None else units
+        units = units + self.linear(trunk) if self.linear is not None else units
+        return units * self.owned[list(self.specs).index(name)]
 
     def postprocess(
         self, over: dict[str, Tensor], comp: dict[str, Tensor], inputs: dict[str, Tensor], features: Features
@@ -349,6 +361,17 @@ class TVLStage2(RegisterModel):
             weight[: rest.shape[1]] = rest.T
             linear.weight.copy_(weight)
             linear.bias.copy_(-weight @ means[m])
+
+
+def unit_owners(modalities: Sequence[str], counts: Sequence[int], pairs: bool) -> list[list[bool]]:
+    """For each modality, whether each overlapping unit belongs to it: (M, U).
+
+    counts: units of each token. pairs: units after the first token belong to pairs of modalities in turn, if there are three
+    modalities or more; else every unit belongs to all.
+    """
+    subsets = list(combinations(modalities, 2)) if pairs and len(modalities) > 2 else [tuple(modalities)]
+    rest = range(sum(counts[1:]))
+    return [[True] * counts[0] + [m in subsets[i % len(subsets)] for i in rest] for m in modalities]
 
 
 def _narrow(counts: Sequence[int], width: int, scale: float = 1.0) -> nn.ModuleList:
@@ -428,4 +451,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "4.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
+BASE = Method(Implementation("stage2_base", "5.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)

@@ -14,7 +14,6 @@ from tvl_align.methods.disentangled import DISENTANGLED
 from tvl_align.methods.flextok import FLEXTOK
 from tvl_align.methods.matryoshka import MATRYOSHKA
 from tvl_align.methods.mlp import MLP
-from tvl_align.methods.subsets import SUBSETS
 from tvl_align.system.console import UserError
 
 METHODS: dict[str, Method] = {
@@ -23,7 +22,6 @@ METHODS: dict[str, Method] = {
     "flextok": FLEXTOK,
     "matryoshka": MATRYOSHKA,
     "disentangled": DISENTANGLED,
-    "subsets": SUBSETS,
     "closed": CLOSED,
     "mlp": MLP,
 }

@@ -43,7 +43,7 @@ class RunConfig:
     local_rank: tyro.conf.Suppress[Annotated[int, Ignored("torchrun sets the rank")]] = -1
     dist_url: tyro.conf.Suppress[Annotated[str, Ignored("torchrun sets the address")]] = "env://"
     method: str = "base"
-    """Method: base, cursor, flextok, matryoshka, disentangled, subsets, closed, mlp, or your own as package.module:NAME."""
+    """Method: base, cursor, flextok, matryoshka, disentangled, closed, mlp, or your own as package.module:NAME."""
     slurm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Submit a Slurm job: key=value, repeated for each option of submitit (partition=gpu, nodes=2, ...)."""
 
