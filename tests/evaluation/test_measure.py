@@ -151,6 +151,18 @@ def test_the_oracle_knows_the_factors_that_both_own() -> None:
     assert Meanings(None, names, torch.arange(4)[:, None]).oracle("tactile", "vision", every) is None
 
 
+def test_a_run_of_another_major_version_is_refused(run: Path, tmp_path: Path) -> None:
+    """Its weights could load and mean something else. A minor version is the same model."""
+    config = json.loads((run / "config.json").read_text())
+    for version in ("5.9", "4.1"):
+        config["implementation"]["version"] = version
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if version == "5.9":
+            load_run(tmp_path, None)
+    with pytest.raises(UserError, match=r"is a run of version 4.1 of stage2_base, and this is 5.0; train again, or use"):
+        load_run(tmp_path, None)
+
+
 def test_probes_are_not_fitted_and_tested_on_the_same_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_probe_rows(folder: Path, method: str | None) -> Any:
         settings, *rest = load_run(folder, method)

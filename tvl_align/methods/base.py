@@ -4,9 +4,9 @@
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
    modality, and overlapping registers attend to what it makes of them; their stack is shared too. The projections read with
    dropout and start equal for what Stage 1 has aligned: in weights of its own a modality memorises what is unique to it.
-3. Each token is a narrow code (tvl_align.methods.codes). Of three modalities, the units of later overlapping tokens belong to
-   pairs, for what the third lacks. Prefixes are aligned with the probability that nested dropout keeps them: the expected loss
-   instead of a sample, and no row is compared with shorter ones.
+3. Each token is a narrow code (tvl_align.methods.codes). Of three modalities, units of later overlapping tokens belong to
+   pairs, for what the third lacks. Prefixes are aligned with the probability that nested dropout keeps them: the expected
+   loss instead of a sample, and no row is compared with shorter ones.
 4. Complementary codes start at the principal components of what canonical correlations leave (tvl_align.methods.canonical),
    and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces
    cannot hide in them. A decoder rebuilds the components from both codes; only the complementary ones get its gradients.

@@ -83,6 +83,7 @@ def find_checkpoint(settings: Settings[Any], implementation: Implementation) -> 
         raise UserError(
             f"{path} is of the method {made_by}, not {implementation.experiment_id}; give the --method it was trained with."
         )
+    _check_version(path.parent, implementation, str(checkpoint["implementation"].get("version")))
     changed = changed_options(checkpoint["settings"], to_plain(settings))
     if checkpoint["processes"] != world_size():
         changed.append(f"{world_size()} processes (it has {checkpoint['processes']})")
@@ -217,7 +218,7 @@ def load_run(folder: Path, method_name: str | None = None) -> tuple[Settings[Any
     """Load a run folder -> its settings, its method, and the content of config.json.
 
     method_name: a value of `--method`; default: that of the run. Raises UserError if the folder is not a run folder, if its
-    settings are of another version, or if the run was trained with another method.
+    settings or its method are of another version, or if the run was trained with another method.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -231,6 +232,7 @@ def load_run(folder: Path, method_name: str | None = None) -> tuple[Settings[Any
             f"{path} is not the config.json of a run ({type(error).__name__}: {error}); give <output_dir>/<log_name>."
         ) from error
     method = _method_of(folder, method_name or recorded, made_by)
+    _check_version(folder, method.implementation, str(config["implementation"].get("version")))
     groups = {"stage1": Stage1Config, "knobs": method.knobs, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
     try:
         return Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()}), method, config
@@ -254,3 +256,12 @@ def _method_of(folder: Path, name: Any, made_by: Any) -> Method:
             f"{folder} is a run of {made_by}, but {name} is {method.implementation.experiment_id}; give its own --method."
         )
     return method
+
+
+def _check_version(folder: Path, implementation: Implementation, recorded: str) -> None:
+    """Refuse a run of another major version of its method: its weights may load and mean something else."""
+    if recorded.partition(".")[0] != implementation.version.partition(".")[0]:
+        raise UserError(
+            f"{folder} is a run of version {recorded} of {implementation.experiment_id}, and this is "
+            f"{implementation.version}; train again, or use the package of that run."
+        )
