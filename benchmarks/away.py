@@ -31,6 +31,7 @@ from tvl_align.features.subset import set_probe_rows_aside
 from tvl_align.methods.registry import load_method
 from tvl_align.report.compare import write_comparison
 from tvl_align.synthetic.demo import optimisation_of, run_name, timed, with_options
+from tvl_align.system.bounds import at_least
 from tvl_align.system.checkpoint import load_checkpoint
 from tvl_align.system.console import UserError, reports_errors
 from tvl_align.system.workers import run_in_processes
@@ -70,8 +71,7 @@ class AwayConfig:
         unknown = [name for name in self.datasets if name not in READERS]
         if unknown:
             raise UserError(f"unknown data set {unknown[0]!r}; --datasets takes {', '.join(READERS)}.")
-        if self.steps < 1:
-            raise UserError(f"--steps {self.steps} trains nothing; give at least 1.")
+        at_least(1, self, "steps", "jobs")
 
 
 def away(config: AwayConfig) -> list[Path]:

@@ -41,6 +41,7 @@ from tvl_align.metrics.retrieval import retrieval
 from tvl_align.registers.blocks import Attention
 from tvl_align.report.plots import growth_curves
 from tvl_align.synthetic.world import write_world
+from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError, progress, reports_errors
 from tvl_align.system.files import atomic_file, write_atomically
 from tvl_align.system.provenance import provenance
@@ -89,6 +90,9 @@ class BenchConfig:
         ),
     )
     """Parts to measure."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch", "width", "gallery", "large_gallery", "rows", "pictures", "turns")
 
 
 @dataclass(frozen=True)

@@ -37,5 +37,5 @@ def test_every_method_has_the_same_number_of_steps_and_a_report(tmp_path: Path, 
 def test_bad_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown data set 'tactile'; --datasets takes tactip, ur5"):
         AwayConfig(tmp_path, datasets=("tactile",))
-    with pytest.raises(UserError, match="--steps 0 trains nothing"):
+    with pytest.raises(UserError, match="--steps 0 is out of range"):
         AwayConfig(tmp_path, steps=0)

@@ -73,11 +73,18 @@ def test_generators_depend_on_all_their_parts() -> None:
 
 def test_devices() -> None:
     assert pick_device("cpu").type == "cpu"
-    with pytest.raises(UserError, match="unknown device 'gpu0'"):
-        pick_device("gpu0")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="finds no GPU"):
-            pick_device("cuda")
+    for name in ("gpu0", "cuda:x", "meta", "mps"):
+        with pytest.raises(UserError, match=f"unknown device '{name}': --device takes cuda, cuda:N or cpu"):
+            pick_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_named_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    for count, found in ((0, "no GPU on this machine; use --device cpu"), (2, "2 GPUs, numbered from 0,.*--device cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(UserError, match=f"--device cuda:7: PyTorch finds {found}"):
+            pick_device("cuda:7")
+    assert pick_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_results_carry_what_made_them() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tvl_align.config import parse
 from tvl_align.synthetic.world import write_world
+from tvl_align.system.bounds import at_least
 
 EXAMPLES = ("tvl-align world --out world", "tvl-align world --out registered --misregistration 0 --train 200")
 
@@ -29,6 +30,10 @@ class WorldConfig:
     """Parallel processes; the files do not depend on their number."""
     misregistration: float = 1.0
     """From 0, photo and touch image are registered to the pixel, to 1, the sensor is put down anywhere and at any angle."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "workers")
+        at_least(0, self, "seed")
 
 
 def run(argv: Sequence[str]) -> None:

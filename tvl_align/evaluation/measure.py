@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tvl_align.data.samples import Samples
 from tvl_align.evaluation.cross_reading import cross_readings
-from tvl_align.evaluation.factors import FactorProbes, Rows
+from tvl_align.evaluation.factors import MIN_ROWS, FactorProbes, Rows
 from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.oracle import oracle
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, joined_features, stage1_features
@@ -29,6 +29,7 @@ from tvl_align.features.subset import ShuffledPairs
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.contrastive import positive_mask
 from tvl_align.metrics.retrieval import TVL_THRESHOLDS, Retrieval, retrieval, tvl_protocol
+from tvl_align.system.bounds import at_least
 from tvl_align.system.checkpoint import load_checkpoint
 from tvl_align.system.console import UserError
 from tvl_align.system.provenance import provenance
@@ -60,6 +61,10 @@ class EvaluateConfig:
     """Split to evaluate. Use val to choose settings; it writes results-val.json and no page."""
     device: str | None = None
     """cuda or cpu; default: cuda if available, else cpu."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "probe_steps")
+        at_least(MIN_ROWS, self, "probe_rows")
 
 
 def measure(options: EvaluateConfig) -> Path:

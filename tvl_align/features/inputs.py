@@ -18,6 +18,7 @@ from tvl_align.features.encode import open_or_encode
 from tvl_align.features.live import LiveSplit
 from tvl_align.features.store import FeatureSource, FeatureStore
 from tvl_align.features.subset import ShuffledPairs, set_probe_rows_aside
+from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 
 
@@ -76,6 +77,8 @@ class DataConfig:
     multi_epochs_dataloader: tyro.conf.Suppress[Annotated[bool, Ignored("stored features need no workers")]] = False
 
     def __post_init__(self) -> None:
+        at_least(0, self, "views", "keep_k_synonyms", "probe_rows", "num_workers")
+        between(0, 1, self, "percent_not_contact", "max_skipped")
         for name in self.active_modality_names:
             if self.store is None and name not in MODALITIES:
                 raise UserError(

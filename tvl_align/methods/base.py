@@ -37,6 +37,7 @@ from tvl_align.methods.codes import CodeConfig, Codes, dropped
 from tvl_align.registers.model import RegisterModel
 from tvl_align.registers.nested import NestedMode, prefix_probabilities
 from tvl_align.registers.principal import component_count
+from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 
 log = logging.getLogger(__name__)
@@ -83,15 +84,15 @@ class Stage2Config(CodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("block_width", "trunk_width", "num_keys", "critics"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} is too small; give at least 1.")
-        if self.trunk_layers < 0:
-            raise UserError(f"--trunk_layers {self.trunk_layers} is no number of layers; give 0 or more.")
-        if not 0 <= self.input_dropout < 1:
-            raise UserError(f"--input_dropout {self.input_dropout} is no dropout probability; give a number in [0, 1).")
+        at_least(1, self, "block_width", "trunk_width", "num_keys", "critics")
+        at_least(0, self, "trunk_layers", "independence_weight")
+        between(0, 1, self, "input_dropout", below=True)
         if self.levels < 3 or self.levels % 2 == 0:
             raise UserError(f"--levels {self.levels} has no level at 0 or only that one; give an odd number from 3 on.")
+
+    @property
+    def _least_layers(self) -> int:
+        return 0 if self.linear else 1
 
 
 DEFAULTS = Stage2Config()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tvl_align.contract import Features, FeatureSpec, Tokens
 from tvl_align.registers.model import RegisterConfig
 from tvl_align.registers.principal import PrincipalComponents
+from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import joint_noise
 
@@ -35,11 +36,9 @@ class CodeConfig(RegisterConfig):
     """Standard deviation of the Gaussian noise added in training to what is read (of a mean variance of 1)."""
 
     def __post_init__(self) -> None:
-        for name in ("components", "units", "complementary_units"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)} leaves nothing to learn from; give at least 1.")
-        if self.noise < 0:
-            raise UserError(f"--noise {self.noise} is no standard deviation; give 0 or more.")
+        super().__post_init__()
+        at_least(1, self, "components", "units", "complementary_units")
+        at_least(0, self, "noise")
 
 
 class Codes(nn.Module):

@@ -12,6 +12,7 @@ from tvl_align.contract import FeatureSpec, Implementation, Method
 from tvl_align.losses.register_loss import RegisterLoss
 from tvl_align.methods.codes import CodeConfig
 from tvl_align.methods.direct import DirectModel
+from tvl_align.system.bounds import at_least
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class MLPConfig(CodeConfig):
     """Weight of the L2-norm and diversity penalties on complementary tokens."""
     hidden: int = 768
     """Hidden width of the MLPs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "hidden")
 
 
 class MLPModel(DirectModel):

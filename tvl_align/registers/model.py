@@ -18,6 +18,7 @@ from tvl_align.encoders.tvl import Stage1
 from tvl_align.registers.blocks import BlockOptions, KeyProjection, RegisterStack, attend_jointly
 from tvl_align.registers.decoder import TokenDecoder, reconstruction_error
 from tvl_align.registers.nested import NestedMode, draw_kept
+from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (Radford et al. 2021, arXiv:2103.00020) clamps the logit scale at 100
@@ -57,6 +58,18 @@ class RegisterConfig:
     """Leave the vision-text pair out of the loss."""
     disable_tactile_text_loss: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the tactile-text pair out of the loss."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "num_register_tokens", "num_overlapping_tokens", "register_token_dim", "num_heads")
+        at_least(self._least_layers, self, "num_cross_attn_layers")
+        at_least(0, self, "mlp_ratio", "complementary_reg_weight", "preservation_weight")
+        between(0, 1, self, "drop_rate", "attn_drop_rate", "drop_path_rate", below=True)
+        between(0, 1, self, "nested_dropout_rate")
+
+    @property
+    def _least_layers(self) -> int:
+        """The smallest number of cross-attention blocks that a method works with."""
+        return 1
 
     def block(self, width: int | None = None) -> BlockOptions:
         """Options of a register block; width: default the register width."""

@@ -17,7 +17,7 @@ from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.report.compare import write_comparison
 from tvl_align.report.page import write_page
 from tvl_align.synthetic.demo import DemoConfig, paths, prepare, run_name, small_settings, timed, with_options
-from tvl_align.system.console import UserError
+from tvl_align.system.bounds import at_least
 from tvl_align.system.runtime import pick_device
 from tvl_align.system.workers import run_in_processes
 from tvl_align.training.engine import fit
@@ -41,6 +41,10 @@ class ContestConfig(DemoConfig):
     jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Runs in parallel; they share the CPU cores."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, self, "worlds", "jobs")
+
 
 def contest(config: ContestConfig, command: str = "make compare") -> Path:
     """Run the benchmark. Prints the number of runs as JSON and returns the path of the report, which names the command."""
@@ -59,9 +63,7 @@ def contest(config: ContestConfig, command: str = "make compare") -> Path:
 
 
 def worlds_of(config: ContestConfig) -> list[ContestConfig]:
-    """One config per world. Raises UserError if there is none."""
-    if config.worlds < 1:
-        raise UserError(f"--worlds {config.worlds} leaves nothing to run; give at least 1.")
+    """One config per world."""
     if config.worlds == 1:
         return [config]
     seeds = range(config.seed, config.seed + config.worlds)

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 
 from tvl_align.config import parse
 from tvl_align.encoders.tvl import Stage1Config
+from tvl_align.evaluation.factors import MIN_ROWS
 from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.report.page import print_table, write_page
 from tvl_align.synthetic.pretrain import PretrainConfig, pretrain
 from tvl_align.synthetic.world import write_world
+from tvl_align.system.bounds import at_least, between
 from tvl_align.training.engine import fit
 from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.settings import RunConfig, Settings
@@ -49,6 +51,12 @@ class DemoConfig:
     """Maximal number of probe rows."""
     probe_steps: int = 400
     """Most training steps of a probe."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "pretrain_epochs", "epochs", "probe_steps")
+        at_least(0, self, "views")
+        at_least(MIN_ROWS, self, "probe_rows")
+        between(0, 1, self, "misregistration")
 
 
 def demo(config: DemoConfig) -> Path:

@@ -41,6 +41,7 @@ from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_cli
 from tvl_align.encoders.tvl import GRID, Stage1, create_touch_encoder
 from tvl_align.losses.contrastive import info_nce, positive_mask
 from tvl_align.registers.model import MAX_LOGIT_SCALE
+from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, pick_device, seed_everything
@@ -85,6 +86,10 @@ class PretrainConfig:
     """Seed of the split, the initial weights, the order of rows and the sentences."""
     device: str | None = None
     """PyTorch device; default: cuda if available, else cpu."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "epochs", "batch_size")
+        at_least(0, self, "lr", "weight_decay", "pixel_weight", "spectrum_weight", "words_weight", "num_workers")
 
 
 class SpectrumTarget(nn.Module):

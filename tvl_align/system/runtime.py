@@ -15,10 +15,15 @@ def pick_device(name: str | None) -> torch.device:
     """The named device; None: cuda if available, else cpu. Raises UserError for an unknown or unavailable device."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: --device takes cuda or cpu.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU on this machine; use --device cpu.")
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cuda", "cpu"):
+        raise UserError(f"unknown device {name!r}: --device takes cuda, cuda:N or cpu.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= (device.index or 0):
+            found, remedy = (f"{count} GPUs, numbered from 0,", "cuda") if count else ("no GPU", "cpu")
+            raise UserError(f"--device {name}: PyTorch finds {found} on this machine; use --device {remedy}.")
     return device
 
 

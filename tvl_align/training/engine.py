@@ -56,6 +56,8 @@ def make_accelerator(settings: Settings[Any]) -> "Accelerator":
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     device = pick_device(settings.run.device)
+    if device.index is not None and device.type == "cuda" and world_size() == 1:
+        torch.cuda.set_device(device)  # accelerate takes the current device
     timeout = timedelta(hours=6)  # long enough for a process that encodes much more than the others
     rejoin_process_group(device, timeout)
     if device.type == "cpu":
@@ -103,13 +105,15 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
     lr = optim.lr if optim.lr is not None else optim.blr * optim.batch_size * optim.accum_iter * world_size() / 256
     steps = len(epoch_batches(len(inputs.splits["train"]), optim.batch_size, 0, 0, drop_last=optim.drop_last))
     updates = math.ceil(steps / optim.accum_iter)
-    schedule = Schedule(lr, optim.epochs * updates, round(optim.warmup_epochs * updates), optim.min_lr)
+    schedule = Schedule(lr, optim.epochs * updates, round(optim.warmup * updates), optim.min_lr)
     optimizer = make_adamw(model.named_parameters(), optim.weight_decay)
     progress = Progress(epoch=settings.run.start_epoch)
     if checkpoint is not None:
         progress = restore(checkpoint, model, optimizer, inputs.key, explicit=bool(settings.run.resume))
     rows = {name: len(split) for name, split in inputs.splits.items()}
     run = Run(settings, implementation, inputs.key, rows) if is_main() else None
+    if run is not None and optim.warmup < optim.warmup_epochs:
+        run.log(f"--warmup_epochs {optim.warmup_epochs:g} is more than half of the run; shortened to {optim.warmup:g}")
     if run is not None and checkpoint is not None:
         if settings.run.resume in ("", "auto"):
             run.write_derived(progress)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tvl_align.system.bounds import at_least
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -31,7 +33,16 @@ class OptimConfig:
     skip_nonfinite: int = 0
     """Skip up to this many steps with NaN or inf in loss or gradients, each with a warning; then stop with an error."""
     warmup_epochs: float = 10
-    """Epochs of linear warm-up; may be fractional."""
+    """Epochs of linear warm-up; may be fractional. More than half of --epochs is shortened to half."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch_size", "epochs", "accum_iter")
+        at_least(0, self, "weight_decay", "blr", "lr", "min_lr", "skip_nonfinite", "warmup_epochs")
+
+    @property
+    def warmup(self) -> float:
+        """Epochs of warm-up: --warmup_epochs, at most half of the run, so that the peak is reached."""
+        return min(self.warmup_epochs, self.epochs / 2)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Settings: all options of one training run."""
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Generic, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ import tyro
 from tvl_align.config import Ignored, ignored_flags
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.inputs import DataConfig, Inputs, load_inputs
+from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError
 from tvl_align.training.optimisation import OptimConfig
 
@@ -47,6 +48,12 @@ class RunConfig:
     slurm: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Submit a Slurm job: key=value, repeated for each option of submitit (partition=gpu, nodes=2, ...)."""
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "start_epoch")
+        name = PurePath(self.log_name)
+        if not name.parts or name.is_absolute() or ".." in name.parts or "\0" in self.log_name:
+            raise UserError(f"--log_name {self.log_name!r} is no folder inside --output_dir; give a name without ..")
+
     @property
     def own_seed(self) -> int:
         """Seed of batch order, view sampling, dropout and initial weights."""
@@ -71,6 +78,10 @@ class Settings(Generic[K]):
     run: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        if self.run.start_epoch >= self.optim.epochs:
+            raise UserError(
+                f"--start_epoch {self.run.start_epoch} leaves nothing of --epochs {self.optim.epochs}; give a lower one."
+            )
         if self.stage1.stage1_checkpoint is None and self.data.store is None:
             raise UserError("no features to train on; give --stage1_checkpoint FILE, or --store FOLDER.")
 
