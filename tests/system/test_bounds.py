@@ -54,7 +54,7 @@ OUT_OF_RANGE: list[tuple[Callable[..., Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("make", "change"), OUT_OF_RANGE, ids=lambda x: "-".join(map(str, x)) if isinstance(x, dict) else "")
+@pytest.mark.parametrize(("make", "change"), OUT_OF_RANGE, ids=lambda x: str(x) if isinstance(x, dict) else "")
 def test_a_number_out_of_range_is_refused(make: Callable[..., Any], change: dict[str, Any]) -> None:
     ((name, value),) = change.items()
     with pytest.raises(UserError, match=rf"^--{name} {value} is out of range; give a number from "):
