@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -21,6 +22,7 @@ from tvl_align.config import parse
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Implementation, Method, Output
 from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.measure import EvaluateConfig, measure
+from tvl_align.features.identity import Identity
 from tvl_align.losses.complementary import masked_mean
 from tvl_align.methods.base import CRITIC_WIDTH, BaseLoss, Stage2Config, TVLStage2
 from tvl_align.methods.codes import Codes
@@ -145,7 +147,7 @@ SUPERVISED = Method(
 class OracleConfig:
     """Train a run of base again with labels, as an upper bound, and evaluate it."""
 
-    run: Path
+    run: tyro.conf.Positional[Path]
     """Run folder of base."""
     label_weight: float = 1.0
     """Weight of the heads' loss."""
@@ -160,7 +162,9 @@ def supervised(config: OracleConfig) -> Path:
         raise UserError(f"{config.run} is a run of {method.implementation.experiment_id}; give a run of base.")
     folder = settings.data.store or settings.data.datasets_dir
     labels = read_labels(folder / ("labels.csv" if settings.data.store else "factors.csv"))
-    inputs = settings.open_inputs(pick_device(settings.run.device), recorded["store"])
+    inputs = settings.open_inputs(
+        pick_device(settings.run.device), Identity(recorded["store"], recorded.get("features", {}))
+    )
     names = list(inputs.splits["train"].names)
     levels = {(m, f): torch.as_tensor(labels.told(m, [f], names)[:, 0]) for m, f, _ in _owned(labels, list(inputs.specs))}
     factors = tuple(f"{m} {f} {len(labels.levels[f])} {kind}" for m, f, kind in _owned(labels, list(inputs.specs)))

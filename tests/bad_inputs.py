@@ -18,7 +18,8 @@ from faults import Outcome
 from PIL import Image
 
 from tvl_align.data.samples import Samples, TextOptions, make_samples
-from tvl_align.data.transforms import ImageOptions
+from tvl_align.data.text import adjectives
+from tvl_align.data.transforms import ImageOptions, inspect_images
 from tvl_align.data.tvl import Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.features.encode import open_or_encode
@@ -26,6 +27,7 @@ from tvl_align.features.store import FeatureStore
 from tvl_align.system.console import UserError
 
 PHOTO, TOUCH = "ssvtp/images_rgb/image_0_rgb.jpg", "ssvtp/images_tac/image_0_tac.jpg"
+PNG = PHOTO.replace(".jpg", ".png")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,10 @@ class Found:
     def says_swapped(self) -> bool:
         return bool(self.store.manifest["swapped"])
 
+    def caption_of_row_0(self) -> list[str]:
+        rows = [row for samples in self.samples.values() for row in samples.rows if row.name == PHOTO]
+        return adjectives(rows[0].caption or "")
+
     def captions(self) -> list[str | None]:
         return [row.caption for samples in self.samples.values() for row in samples.rows]
 
@@ -69,7 +75,8 @@ class Bad:
 
 def look(folder: Path, stage1: Stage1, out: Path, tolerance: Tolerance) -> Found:
     data = read_tvl(folder, tolerance=tolerance)
-    samples = make_samples(data, ImageOptions(stage1.photo_size, stage1.touch_size), TextOptions(), 0)
+    images = inspect_images(ImageOptions(stage1.photo_size, stage1.touch_size), data)
+    samples = make_samples(data, images, TextOptions(), 0)
     return Found(open_or_encode(out, stage1, samples, 0, 1, tolerance=tolerance), samples)
 
 
@@ -153,9 +160,54 @@ def many_bad(folder: Path) -> None:
         path.write_bytes(b"no image")
 
 
-def near(reference: torch.Tensor, most: float) -> Callable[[Found], bool]:
+def captioned(caption: str) -> Callable[[Path], None]:
+    """Another caption in row 0."""
+    return cells(lambda rows: rows[1].__setitem__(2, caption))
+
+
+def lines(change: Callable[[str], str]) -> Callable[[Path], None]:
+    """Change every line of SSVTP's train.csv but the header."""
+
+    def make(folder: Path) -> None:
+        path = folder / "ssvtp/train.csv"
+        header, *rest = path.read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join([header, *map(change, rest)]) + "\n", encoding="utf-8")
+
+    return make
+
+
+def delimited(delimiter: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        path = folder / "ssvtp/train.csv"
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=delimiter).writerows(rows)
+
+    return make
+
+
+def small_data3(folder: Path) -> None:
+    """A test row of HCT's data3 in a copy whose photos were made small."""
+    for kind in ("vision", "tactile"):
+        (folder / "hct/data3/cup-1" / kind).mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(90, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "hct/data3/cup-1" / kind / "0.png")
+    (folder / "hct/data3/test.csv").write_text("url,tactile,caption\ncup-1/vision/0.png,cup-1/tactile/0.png,soft\n")
+
+
+def grey12(folder: Path) -> None:
+    """The photo of row 0 as a camera of 12 bits writes it: values up to 4,095 in a file of 16 bits."""
+    with Image.open(folder / PHOTO) as image:
+        grey = np.asarray(image.convert("L")).astype(np.uint16)
+    grey.flat[0] = 255
+    Image.fromarray(grey * 16 + grey // 16).save(folder / PNG)
+    text(lambda b: b.replace(b"image_0_rgb.jpg", b"image_0_rgb.png"))(folder)
+
+
+def near(reference: torch.Tensor, most: float, name: str = PHOTO) -> Callable[[Found], bool]:
     def holds(found: Found) -> bool:
-        image = found.image(PHOTO)
+        image = found.image(name)
         return image is not None and float((image - reference).abs().mean()) < most
 
     return holds
@@ -168,6 +220,9 @@ def kinds(plain: Found) -> list[Bad]:
     grey = original.mean(0, keepdim=True).expand_as(original)
     broken, count = "corrupt or truncated", len(plain.captions())
     same_rows = lambda found: len(found.captions()) == count  # noqa: E731
+    as_plain = lambda found: sorted(map(str, found.captions())) == captions  # noqa: E731
+    captions = sorted(map(str, plain.captions()))
+    soft_red = lambda found: found.caption_of_row_0() == ["soft", "red"] and same_rows(found)  # noqa: E731
     header = b"url,tactile,caption"
     return [
         Bad("truncated JPEG", text(lambda b: b[: len(b) // 2], PHOTO), "left out", broken),
@@ -178,6 +233,8 @@ def kinds(plain: Found) -> list[Bad]:
         Bad("truncated touch image", text(lambda b: b[: len(b) // 2], TOUCH), "left out", broken),
         Bad("a PNG named .jpg", rewrite(lambda i: i, format="PNG"), "used", holds=near(original, 0.05)),
         Bad("16-bit grey", rewrite(grey16, format="PNG"), "used", holds=near(grey, 0.4)),
+        Bad("12 bits in 16-bit grey", grey12, "used", holds=near(grey, 0.4, PNG)),
+        Bad("a small photo of data3", small_data3, "left out", "is not inside of the photo"),
         Bad("fractional grey (TIFF)", rewrite(lambda i: i.convert("F"), format="TIFF"), "left out", "floating-point"),
         Bad("CMYK", rewrite(lambda i: i.convert("CMYK"), format="JPEG"), "used", holds=near(original, 0.3)),
         Bad("grey", rewrite(lambda i: i.convert("L"), format="JPEG"), "used", holds=near(grey, 0.4)),
@@ -219,6 +276,21 @@ def kinds(plain: Found) -> list[Bad]:
         Bad("an open quote", text(lambda b: b + b'images_rgb/image_1_rgb.jpg,,"soft'), "used"),
         Bad("an empty caption", _no_caption, "used", holds=lambda f: None in f.captions() and same_rows(f)),
         Bad("a caption of commas", _only_commas, "used", holds=lambda f: None in f.captions()),
+        Bad("nan for a caption", no_value("nan"), "used", holds=lambda f: f.caption_of_row_0() == [] and same_rows(f)),
+        Bad("N/A for a caption", no_value("N/A"), "used", holds=lambda f: f.caption_of_row_0() == [] and same_rows(f)),
+        Bad("a list for a caption", captioned("['soft', 'red']"), "used", holds=soft_red),
+        Bad("full-width commas", captioned("soft\uff0cred"), "used", holds=soft_red),
+        Bad("semicolons between cells", delimited(";"), "used", holds=as_plain),
+        Bad("tabs between cells", delimited("\t"), "used", holds=as_plain),
+        Bad("backslashes in paths", text(lambda b: b.replace(b"/", b"\\")), "used", holds=as_plain),
+        Bad("a header in capitals", text(lambda b: b.replace(header, header.upper(), 1)), "used", holds=as_plain),
+        Bad("a comma after every row", lines(lambda line: line + ","), "used", holds=as_plain),
+        Bad(
+            "two columns of one name",
+            text(lambda b: b.replace(header, b"url,caption,caption", 1)),
+            "refused",
+            "2 columns named 'caption'",
+        ),
         Bad("10,000 words", cells(lambda r: r[1].__setitem__(2, ", ".join(["soft"] * 10_000))), "used", holds=same_rows),
         Bad("a cell of 200,000 letters", cells(lambda r: r[1].__setitem__(2, "a" * 200_000)), "refused", "CSV"),
         Bad(
@@ -257,9 +329,17 @@ def _turn(folder: Path) -> None:
     wide.save(folder / PHOTO, quality=95, exif=wide.getexif())
 
 
-def _no_caption(folder: Path) -> None:
-    cells(lambda rows: rows[1].__setitem__(2, ""))(folder)
-    (folder / "ssvtp/text/labels_0.txt").unlink(missing_ok=True)
+def no_value(word: str) -> Callable[[Path], None]:
+    """A word for no caption, and no label file either."""
+
+    def make(folder: Path) -> None:
+        captioned(word)(folder)
+        (folder / "ssvtp/text/labels_0.txt").unlink(missing_ok=True)
+
+    return make
+
+
+_no_caption = no_value("")
 
 
 def _only_commas(folder: Path) -> None:

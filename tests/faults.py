@@ -4,6 +4,7 @@ Every function below makes one kind of fault and returns its outcome; tests/test
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -320,6 +321,81 @@ def races(ground: Ground, times: int) -> Outcome:
     )
 
 
+ABILITIES = {  # C code that takes an ability of the file system away from a process, as some file systems do
+    "links": """#include <errno.h>
+int link(const char *from, const char *to) { errno = EPERM; return -1; }
+int linkat(int a, const char *from, int b, const char *to, int flags) { errno = EPERM; return -1; }""",
+    "locks": """#include <errno.h>
+int flock(int file, int operation) { errno = ENOSYS; return -1; }""",
+}
+SKIPPED = "skipped: "  # an outcome that begins so says why a fault cannot be made on this machine
+
+
+def without(ground: Ground, ability: str) -> Outcome:
+    """A training on a file system without hard links (exFAT, SMB) or without locks (Lustre): it ends as on any other."""
+    fault, name = f"file system without {ability}", f"without_{ability}"
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return Outcome(fault, 0, f"{SKIPPED}no C compiler")
+    library = ground.root / f"{name}.so"
+    make = [compiler, "-shared", "-fPIC", "-x", "c", "-o", str(library), "-"]
+    subprocess.run(make, input=ABILITIES[ability], text=True, check=True)
+    code, said = child.run(ground.train(name), env=ENVIRONMENT | {"LD_PRELOAD": str(library)})
+    if code:
+        return Outcome(fault, 1, f"exit code {code}", said[-300:])
+    files = list(ground.run(name).iterdir())
+    linked = [f.name for f in files if f.suffix == ".pth" and f.stat().st_nlink > 1]
+    wrong = {
+        "links": f"{linked} are links" if linked else "",
+        "locks": "" if said.count("file system without locks") == 1 else f"no single warning: {said[-300:]}",
+    }
+    left = [f.name for f in files if f.suffix == ".tmp"]
+    lost = same_run(whole_run(ground), ground.run(name)) or wrong[ability] or (f"{left} left" if left else "")
+    return Outcome(fault, 1, "bit-identical to the uninterrupted run", lost)
+
+
+def small_shared_memory(ground: Ground) -> Outcome:
+    """An encode with a /dev/shm of 1 MB, as in a small container: the main process loads the images, and says so once."""
+    fault = "1 MB of shared memory"
+    namespace = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    small = [*namespace, "sh", "-c", 'mount -t tmpfs -o size=1M tmpfs /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or child.run([*small, "true"])[0]:
+        return Outcome(fault, 0, f"{SKIPPED}no permission to mount a file system")
+    code, said = finish(ground.encode("stores/whole"))
+    assert code == 0, said
+    whole = FeatureStore(Path(said.strip().splitlines()[-1]))
+    code, said = finish([*small, *ground.encode("stores/small")])
+    if code or said.count("is too small for --num_workers") != 1:
+        return Outcome(fault, 1, f"exit code {code}", said[-300:] or "not a word")
+    return Outcome(fault, 1, "the same store, one warning", _store_differs(whole, Path(said.strip().splitlines()[-1])))
+
+
+def dead_loader(ground: Ground) -> Outcome:
+    """SIGKILL to a process that loads images for an encode: the encode ends within 30 s with one sentence."""
+    process = start([*ground.encode("stores/dead"), "--views", "40"])
+    end = time.monotonic() + child.LIMIT
+    while not (loaders := _loaders(process.pid)):
+        assert process.poll() is None and time.monotonic() < end, "no process loads images"
+        time.sleep(0.005)
+    os.kill(loaders[0], signal.SIGKILL)
+    began = time.monotonic()
+    said = child.finish(process)
+    seconds = time.monotonic() - began
+    named = "--num_workers 0" in said and "/dev/shm" in said and "Traceback" not in said
+    lost = "" if process.returncode == 2 and named and seconds < 30 else f"{seconds:.0f} s: {said[-300:]}"
+    return Outcome("process that loads images killed", 1, f"one sentence after {seconds:.0f} s", lost)
+
+
+def _loaders(parent: int) -> list[int]:
+    """Process ids of the DataLoader workers of a process."""
+    found = []
+    for pid in _workers(parent):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "pt_data_worker":
+                found.append(pid)
+    return found
+
+
 class Bomb:
     """A pickle that makes a file where it is loaded."""
 
@@ -600,6 +676,10 @@ def campaign(ground: Ground, kills: int, fuzz: float) -> Iterator[Callable[[], O
     yield lambda: dead_rank(ground, 4, 0, within=30)
     yield lambda: dead_rank(ground, 2, 1)
     yield lambda: races(ground, max(2, kills // 5))
+    yield lambda: without(ground, "links")
+    yield lambda: without(ground, "locks")
+    yield lambda: small_shared_memory(ground)
+    yield lambda: dead_loader(ground)
     yield lambda: bad_inputs.all_of_them(ground.root, ground.checkpoint)
     yield lambda: strangers(ground)
     yield lambda: gone_bad(ground)

@@ -17,6 +17,19 @@ def info_nce(x: np.ndarray, y: np.ndarray, scale: float, positives: np.ndarray, 
     return total
 
 
+def positives(pair: tuple[str, str], captions: np.ndarray, contents: dict[str, np.ndarray]) -> np.ndarray:
+    """(N, N) bool: the same row, the same sentence in a pair with text, or the same content in a modality of the pair."""
+    good = np.eye(len(captions), dtype=bool)
+    for i in range(len(captions)):
+        for j in range(len(captions)):
+            if "text" in pair and any(captions[i][k] == captions[j][k] for k in range(len(captions[i]))):
+                good[i][j] = True
+            for modality in pair:
+                if modality in contents and contents[modality][i] == contents[modality][j]:
+                    good[i][j] = True
+    return good
+
+
 def accuracy(x: np.ndarray, y: np.ndarray, positives: np.ndarray, k: int) -> float:
     """Percent of queries with a positive among the k first; candidates that tie with the best positive go before it."""
     hits = 0

@@ -56,6 +56,25 @@ def test_two_at_once_tear_nothing(ground: Ground) -> None:
     assert not outcome.lost, outcome
 
 
+def no_loss(outcome: faults.Outcome) -> None:
+    if outcome.outcome.startswith(faults.SKIPPED):
+        pytest.skip(outcome.outcome)
+    assert not outcome.lost, outcome
+
+
+@pytest.mark.parametrize("ability", ["links", "locks"])
+def test_a_file_system_that_lacks_an_ability_costs_nothing(ground: Ground, ability: str) -> None:
+    no_loss(faults.without(ground, ability))
+
+
+def test_little_shared_memory_costs_nothing_but_time(ground: Ground) -> None:
+    no_loss(faults.small_shared_memory(ground))
+
+
+def test_a_dead_process_that_loads_images_ends_the_job_in_one_sentence(ground: Ground) -> None:
+    no_loss(faults.dead_loader(ground))
+
+
 def test_files_from_strangers_are_refused_and_nothing_of_theirs_runs(ground: Ground) -> None:
     outcome = faults.strangers(ground)
     assert not outcome.lost, outcome

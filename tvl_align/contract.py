@@ -16,9 +16,9 @@ from torch import Tensor
 
 MODALITIES = ("vision", "tactile", "text")
 Batch = Mapping[str, Any]
-"""Raw inputs: {"vision": (B, 3, S, S), "tactile": (B, 3, S', S'), "text": (B, L) int64 token ids}; optionally
-"present": {modality: (B,) bool} and "caption_keys": (B, K) int64. Without "present" every row has every modality. Without
-"caption_keys" two rows have the same caption if their token ids are equal."""
+"""Raw inputs: {"vision": (B, 3, S, S), "tactile": (B, 3, S', S') normalised floats, "text": B sentences, or (B, L) int64
+token ids}; optionally "present": {modality: (B,) bool} and "caption_keys": (B, K) int64. Without "present" every row has
+every modality. Without "caption_keys" two rows have the same caption if their token ids are equal."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,15 @@ class Features:
 
     caption_keys (B, K) int64: rows that are equal in any column have the same text, and are positives of each other in pairs
     with text. Column 0 identifies the caption of the row, column 1 the augmented sentence. rows (B,) int64: indices of the
-    rows in their split; -1 marks a padding row.
+    rows in their split; -1 marks a padding row. content_keys {modality: (B,) int64}: rows that are equal have the same
+    content in that modality, such as the same picture, and are positives of each other in pairs with it; in a modality that
+    is not in it all rows differ.
     """
 
     modalities: dict[str, Tokens]
     caption_keys: Tensor
     rows: Tensor
+    content_keys: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,7 +68,8 @@ class Features:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Features":
         """Apply a function to every tensor."""
         tokens = {name: m.map(function) for name, m in self.modalities.items()}
-        return Features(tokens, function(self.caption_keys), function(self.rows))
+        content = {name: function(keys) for name, keys in self.content_keys.items()}
+        return Features(tokens, function(self.caption_keys), function(self.rows), content)
 
     def to(self, device: torch.device | str) -> "Features":
         """Copy to a device, asynchronously from pinned memory."""
@@ -97,24 +101,31 @@ class Output:
     """Output of a model. Entries are attributes and can also be read by name: `output["register_tokens"]`.
 
     overlapping_tokens: {modality: (B, No, D)}; dropped registers are zero. complementary_tokens: {modality: (B, Nc, D)}.
-    stage1_features: {modality: (B, E)}, the frozen pooled features. logit_scale: (), already exponentiated and clamped.
-    present: {modality: (B,) bool}. caption_keys: (B, K) int64. register_tokens: (B, N, D), registers that attend to all
-    present modalities jointly; None if `joint` is False. nested_dropout_mask: (B, N) bool, True = kept; None in evaluation.
+    stage1_features: {modality: (B, E)}, the frozen pooled features. logit_scale: (), already exponentiated and clamped;
+    default: its start in CLIP. present: {modality: (B,) bool}; a modality that is not in it is present in all rows.
+    caption_keys: (B, K) int64; empty: all captions differ. register_tokens: (B, N, D), registers that attend to all present
+    modalities jointly; None if `joint` is False. nested_dropout_mask: (B, N) bool, True = kept; None in evaluation.
     reconstruction: {modality: Reconstruction}, empty if the method does not reconstruct. features: the input of the model,
-    which a loss must not use. extras: entries a method adds for its own loss or for inspection.
+    which a loss must not use. extras: entries a method adds for its own loss or for inspection. content_keys: {modality:
+    (B,) int64}, by default those of `features`.
     """
 
     overlapping_tokens: dict[str, Tensor]
     complementary_tokens: dict[str, Tensor]
     stage1_features: dict[str, Tensor]
-    logit_scale: Tensor
-    present: dict[str, Tensor]
-    caption_keys: Tensor
+    logit_scale: Tensor = field(default_factory=lambda: torch.tensor(1 / 0.07))
+    present: dict[str, Tensor] = field(default_factory=dict)
+    caption_keys: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.int64))
     register_tokens: Tensor | None = None
     nested_dropout_mask: Tensor | None = None
     reconstruction: dict[str, Reconstruction] = field(default_factory=dict)
     features: Features | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    content_keys: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.features is not None and not self.content_keys:
+            object.__setattr__(self, "content_keys", self.features.content_keys)
 
     def __contains__(self, name: object) -> bool:
         return name in self.keys()

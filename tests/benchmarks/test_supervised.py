@@ -9,6 +9,7 @@ import torch
 from test_away import arrays
 
 from benchmarks.supervised import OracleConfig, Supervised, SupervisedConfig, SupervisedLoss, supervised
+from tvl_align.config import parse
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.inputs import DataConfig
 from tvl_align.features.store import FeatureStore
@@ -22,6 +23,10 @@ from tvl_align.training.settings import RunConfig, Settings
 KNOBS = SupervisedConfig(
     register_token_dim=32, num_heads=4, factors=("vision hue 3 shared", "vision light 2 unique", "text hue 3 shared")
 )
+
+
+def test_the_documented_command_is_parsed() -> None:
+    assert parse(OracleConfig, ["demo/runs/base"]) == OracleConfig(Path("demo/runs/base"))
 
 
 def numbers(**changes: float) -> tuple[Supervised, dict[str, torch.Tensor]]:

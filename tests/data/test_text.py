@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvl_align.data.text import adjectives, caption_key, evaluation_text, read_synonyms, sentence, training_text
+from tvl_align.data.text import (
+    adjectives,
+    caption_key,
+    decoded,
+    evaluation_text,
+    is_absent,
+    read_synonyms,
+    sentence,
+    training_text,
+)
 from tvl_align.system.console import UserError
 
 words = st.lists(st.text("abcdefgh", min_size=1, max_size=6), min_size=1, max_size=20)
@@ -23,6 +32,36 @@ def test_sentences_have_the_form_of_tvl() -> None:
 
 def test_words_after_the_sixth_are_ignored() -> None:
     assert adjectives("a, b, c, d, e, f, g, h") == list("abcdef")
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "N/A", "null", "-", "<NA>", "#N/A", " NA ", ""])
+def test_words_for_no_value_are_no_adjectives(word: str) -> None:
+    assert is_absent(word)
+    assert adjectives(word) == adjectives(f"{word}.") == []
+    assert adjectives(f"soft, {word}, hard") == ["soft", "hard"]
+    assert not any(map(is_absent, ("soft", "nano", "nonelastic", "0", "a-b")))
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [
+        ("['furrowed', 'ordinary']", ["furrowed", "ordinary"]),
+        ("['furrowed' \"wolf's fur\"].", ["furrowed", "wolf's fur"]),
+        ("[furrowed, Ordinary]", ["furrowed", "ordinary"]),
+        ("[None]", []),
+        ("[]", []),
+        ("\u5149\u6ed1\uff0c\u67d4\u8f6f\u3002", ["\u5149\u6ed1", "\u67d4\u8f6f"]),
+        ("furrowed; ordinary", ["furrowed", "ordinary"]),
+    ],
+)
+def test_lists_and_other_commas_are_read(caption: str, words: list[str]) -> None:
+    assert adjectives(caption) == words
+
+
+def test_bytes_are_utf8() -> None:
+    assert decoded("gr\u00f6\u00dfe".encode(), "names") == decoded("gr\u00f6\u00dfe", "names") == "gr\u00f6\u00dfe"
+    with pytest.raises(UserError, match=r"names has the bytes b'\\xff', which are not UTF-8; decode them"):
+        decoded(b"\xff", "names")
 
 
 def test_a_sentence_without_words_is_an_error() -> None:
@@ -62,12 +101,21 @@ def test_caption_keys_do_not_depend_on_the_order_of_words() -> None:
     assert caption_key("soft") != caption_key("soft, smooth")
 
 
-def test_synonym_file(tmp_path: Path) -> None:
+def test_synonym_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "synonyms.json"
-    assert read_synonyms(path) == {}
     path.write_text(json.dumps({"Soft": ["Plush", "downy"]}))
     assert read_synonyms(path) == {"soft": ["plush", "downy"]}
     assert read_synonyms(path, keep=1) == {"soft": ["plush"]}
+    assert not caplog.records
     path.write_text("[1, 2")
     with pytest.raises(UserError, match=r"synonyms\.json is not a JSON object"):
         read_synonyms(path)
+
+
+def test_a_synonym_file_that_replaces_nothing_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "synonyms.json"
+    assert read_synonyms(path) == {}
+    path.write_text(json.dumps({"soft": []}))
+    assert read_synonyms(path) == {"soft": []}
+    expected = [f"--replace_synonyms replaces no word: {path} {why}" for why in ("is missing", "has no synonyms")]
+    assert [record.getMessage() for record in caplog.records] == expected

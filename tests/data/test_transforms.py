@@ -1,15 +1,29 @@
 """Image files -> tensors."""
 
 import random
+import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from tvl_align.data.transforms import TOUCH_MEAN, TOUCH_STD, Geometry, ImageLoader, ImageOptions, crop_photo, pad_and_rotate
-from tvl_align.data.tvl import Row, read_tvl
+from tvl_align.data.transforms import (
+    TOUCH_MEAN,
+    TOUCH_STD,
+    BadImage,
+    Geometry,
+    ImageLoader,
+    ImageOptions,
+    _open,
+    crop_photo,
+    inspect_images,
+    pad_and_rotate,
+)
+from tvl_align.data.tvl import Row, TVLData, read_tvl
 from tvl_align.system.console import UserError
 
 
@@ -43,6 +57,96 @@ def test_jittered_crop_moves_by_at_most_a_twentieth() -> None:
     assert len(tops) > 5
     assert min(tops) >= 0
     assert max(tops) <= 0.05 * 255
+
+
+def test_a_crop_that_leaves_the_photo_is_refused() -> None:
+    """Nothing black is added: a photo of data3 needs 200 rows above the crop, and no photo may be narrower than its crop."""
+    assert crop_photo(coordinates(363, 640), row(folder="data3")).shape == (3, 163, 163)
+    for image, sample in (
+        (coordinates(362, 640), row(folder="data3")),
+        (coordinates(128, 128), row(folder="data3")),
+        (coordinates(1000, 200), row()),
+        (coordinates(200, 1000), row("ssvtp")),
+    ):
+        with pytest.raises(BadImage, match="is not inside of the photo; give photos of the original size"):
+            crop_photo(image, sample)
+    assert all(crop_photo(coordinates(1000, 255) + 1, row(), random.Random(s))[:2].min() >= 1 for s in range(20))
+
+
+def grey_files(folder: Path, values: list[np.ndarray], name: str = "png") -> TVLData:
+    rows = []
+    for i, pixels in enumerate(values):
+        for kind in ("vision", "tactile"):
+            path = folder / f"hct/data1/press-{i}/{kind}/0.{name}"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(pixels.astype(np.uint16)).save(path)
+        names = [f"hct/data1/press-{i}/{kind}/0.{name}" for kind in ("vision", "tactile")]
+        rows.append(Row("hct", *names, None, "soft", str(i)))
+    return TVLData(folder, rows, [], [])
+
+
+def test_16_bit_files_of_12_bits_keep_256_levels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The number of bits follows from all files, so that a dark one stays dark; a later file beyond it is not used."""
+    ramp, dark = np.arange(4096).reshape(64, 64), np.full((64, 64), 160)
+    data = grey_files(tmp_path, [dark, ramp, dark])
+    options = inspect_images(ImageOptions(64, 64), data)
+    assert (options.photo_bits, options.touch_bits) == (12, 12)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"16-bit grey {what} of {tmp_path} hold values up to 4,095; read as 12 bits" for what in ("photos", "touch images")
+    ]
+    levels = [_open(tmp_path / str(r.tactile), options.touch_bits) for r in data.train]
+    assert levels[1].unique().tolist() == list(range(256))
+    assert levels[0].unique().tolist() == [10]
+    assert _open(tmp_path / str(data.train[1].tactile)).unique().tolist() == list(range(16))  # as 16 bits
+    Image.fromarray(ramp.astype(np.uint16) + 1).save(tmp_path / str(data.train[2].vision))
+    _, faults = ImageLoader(tmp_path, options)(data.train[2])
+    assert faults == {"vision": "grey values outside of 0 to 4,095, the range of 12 bits"}
+
+
+def test_16_bit_files_that_use_all_bits_are_read_as_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    full = np.arange(4096).reshape(64, 64) * 16
+    data = grey_files(tmp_path, [full // 64, full])
+    assert inspect_images(ImageOptions(), data) == ImageOptions()
+    assert not caplog.records
+    assert torch.equal(_open(tmp_path / str(data.train[1].vision))[0].long(), torch.from_numpy(full >> 8))
+
+
+def with_significant_bits(path: Path, bits: int) -> None:
+    content, chunk = path.read_bytes(), b"sBIT" + bytes([bits])
+    start = 8 + 25  # signature and IHDR
+    path.write_bytes(content[:start] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[start:])
+
+
+def test_what_a_file_says_of_its_bits_is_believed(tmp_path: Path) -> None:
+    ramp = np.arange(4096).reshape(64, 64)
+    data = grey_files(tmp_path, [ramp, ramp * 16 + ramp // 256, ramp[:8] * 16])  # plain, scaled as the standard says, dark
+    for sample in data.train:
+        with_significant_bits(tmp_path / str(sample.vision), 12)
+    plain, scaled, dark = (_open(tmp_path / str(sample.vision))[0] for sample in data.train)
+    assert plain.flatten().tolist() == scaled.flatten().tolist() == (ramp // 16).flatten().tolist()
+    assert torch.equal(dark, scaled[:8])
+    said = inspect_images(ImageOptions(), TVLData(tmp_path, data.train[:1], [], []))
+    assert (said.photo_bits, said.touch_bits) == (16, 12)  # the photo says its bits itself, the touch image does not
+    tiff = tmp_path / "12.tif"
+    packed = np.array([[v >> 4 & 255, (v & 15) << 4 | w >> 8, w & 255] for v, w in ramp.reshape(-1, 2)], np.uint8).tobytes()
+    tags = [(256, 4, 64), (257, 4, 64), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 64)]
+    tags += [(279, 4, len(packed))]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(packed))
+    tiff.write_bytes(head + packed + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert _open(tiff)[0].flatten().tolist() == (ramp // 16).flatten().tolist()
+
+
+def test_a_resized_data3_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "hct/data3/cup/tactile/0.png"
+    path.parent.mkdir(parents=True)
+    data = TVLData(tmp_path, [Row("hct", None, "hct/data3/cup/tactile/0.png", None, "soft", "g")], [], [])
+    for size in ((240, 320), (320, 240), (64, 64)):
+        Image.new("RGB", size).save(path)
+        inspect_images(ImageOptions(), data)
+    (record,) = caplog.records
+    assert "touch images of hct/data3" in record.getMessage() and "have 64 x 64 pixels, not 240 x 320" in record.getMessage()
 
 
 def test_touch_images_are_padded_to_a_square_and_rotated() -> None:

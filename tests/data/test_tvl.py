@@ -1,19 +1,29 @@
 """The readers of SSVTP and HCT, on files in the public format."""
 
+import csv
+import hashlib
+import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tvl_align.data.text import adjectives
 from tvl_align.data.tvl import Tolerance, background_file, read_tvl
 from tvl_align.system.console import UserError
 
 
 def image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 24), (90, 120, 60)).save(path)
+    colour = tuple(hashlib.sha256(str(path).encode()).digest()[:3])  # no two files are equal
+    Image.new("RGB", (32, 24), colour).save(path)
 
 
 @pytest.fixture
@@ -100,12 +110,101 @@ def test_columns_are_found_by_the_header(data: Path) -> None:
         read_tvl(data)
 
 
+def tabs(text: str) -> str:
+    return "\n".join("\t".join(cells) for cells in csv.reader(io.StringIO(text)))
+
+
+def every_line(change: Callable[[int, str], str]) -> Callable[[str], str]:
+    return lambda text: "\n".join(change(i, line) for i, line in enumerate(text.splitlines()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: re.sub(r",(?=i|t|c|\")", ";", text),  # captions keep their commas
+        lambda text: text.replace(",", ";"),
+        tabs,
+        every_line(lambda i, line: f"{i - 1 if i else ''},{line}"),
+        every_line(lambda i, line: line + ("," if i else "")),
+        lambda text: text.replace("images_rgb/", "images_rgb\\").replace("images_tac/", "images_tac\\"),
+        lambda text: text.replace("url,tactile,caption", "URL, Tactile,CAPTION"),
+        lambda text: text.replace("\n", "\r"),
+        lambda text: text.replace("\n", "\n\n"),
+        lambda text: re.sub(r"soft, (\w+)\.", r"['soft', '\1']", text),
+        lambda text: text.replace("soft, ", "soft\uff0c"),
+    ],
+    ids=[
+        *("semicolons", "semicolons in captions", "tabs", "pandas index", "trailing commas", "backslashes", "capitals"),
+        *("CR", "blank lines", "lists", "full-width commas"),
+    ],
+)
+def test_tables_of_other_systems_have_the_same_rows(data: Path, change: Callable[[str], str]) -> None:
+    def rows() -> list[tuple[str | None, str | None, list[str], str]]:
+        read = read_tvl(data, ["ssvtp"])
+        assert not read.dropped
+        return [(r.vision, r.tactile, adjectives(r.caption or ""), r.group) for r in read.train + read.val]
+
+    path, before = data / "ssvtp/train.csv", rows()
+    assert before[0][2][0] == "soft"
+    path.write_bytes(change(path.read_text()).encode())
+    assert rows() == before
+
+
+def test_a_column_that_is_there_twice_is_refused(data: Path) -> None:
+    path = data / "ssvtp/train.csv"
+    path.write_text(path.read_text().replace("url,tactile,caption", "url,Caption,caption"))
+    with pytest.raises(UserError, match=r"train\.csv has 2 columns named 'caption'; keep one of them"):
+        read_tvl(data)
+
+
+def test_cells_that_say_no_value_have_none(data: Path) -> None:
+    """The touch path is absent, and the caption comes from the label file."""
+    path = data / "ssvtp/train.csv"
+    (data / "ssvtp/text/labels_3.txt").write_text("rough")
+    (data / "ssvtp/text/labels_4.txt").write_text("None")
+    text = path.read_text().replace('"soft, word3."', "NaN").replace('"soft, word4."', "N/A").replace('"soft, word5."', "-")
+    path.write_text(text.replace("images_tac/image_6_tac.jpg", "null"))
+    lists = json.loads((data / "hct/data1/contact.json").read_text())
+    (data / "hct/data1/train.csv").unlink()
+    (data / "hct/data1/contact.json").write_text(json.dumps(lists | {"background": [None] * 6}))
+    read = read_tvl(data)
+    rows = {r.group: r for r in read.train + read.val if r.dataset == "ssvtp"}
+    assert [rows[f"ssvtp/{n}"].caption for n in (3, 4, 5)] == ["rough", None, None]
+    assert rows["ssvtp/6"].tactile is None and rows["ssvtp/6"].caption == "soft, word6."
+    assert {r.background for r in read.train + read.val if r.name.startswith("hct/data1")} == {None}
+
+
+def test_names_that_are_not_ascii_are_the_same_in_any_locale(data: Path, tmp_path: Path) -> None:
+    folder = data / "hct/d\u00e4ta1"
+    (data / "hct/data1").rename(folder)
+    (folder / "cup-1700000000").rename(folder / "gr\u00f6\u00dfe-1")
+    for name in ("train.csv", "test.csv"):
+        text = (folder / name).read_text(encoding="utf-8").replace("cup-1700000000", "gr\u00f6\u00dfe-1")
+        (folder / name).write_text(text, encoding="utf-8")
+    moved = data.rename(tmp_path / "\u00fcber")
+    script = "import sys; from pathlib import Path; from tvl_align.data.tvl import read_tvl; " + (
+        "d = read_tvl(Path(sys.argv[1])); print(d.dropped, ascii(sorted(map(str, d.train + d.val + d.test))))"
+    )
+    found = []
+    for locale in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONUTF8": "1"}):
+        command = [sys.executable, "-c", script, str(moved)]
+        found.append(subprocess.run(command, capture_output=True, env=os.environ | locale, check=True).stdout)
+    assert found[0] == found[1] and rb"hct/d\xe4ta1/gr\xf6\xdfe-1/vision" in found[0] and b"Counter()" in found[0]
+
+
 def test_without_a_csv_rows_come_from_the_json_without_captions(data: Path) -> None:
     (data / "hct/data1/train.csv").unlink()
     read = read_tvl(data)
     rows = [r for r in read.train + read.val if r.name.startswith("hct/data1")]
     assert len(rows) == 6
     assert {r.caption for r in rows} == {None}
+
+
+def test_a_folder_may_have_test_rows_only(data: Path) -> None:
+    (data / "hct/data1/train.csv").unlink()
+    (data / "hct/data1/contact.json").unlink()
+    read = read_tvl(data)
+    assert len(read.train) + len(read.val) == 10 + 6 and len(read.test) == 2 + 12
 
 
 def test_unusable_rows_are_dropped_with_a_reason(data: Path) -> None:
@@ -192,3 +291,18 @@ def test_background_of_a_row(data: Path) -> None:
     assert background_file(data, row) is None
     image(data / "hct/digit_background.png")
     assert background_file(data, row) == data / "hct/digit_background.png"
+
+
+def test_trajectories_with_the_same_picture_are_one_group(data: Path) -> None:
+    """A copy of a photo under another name keeps its trajectory on the side of the other one, for any seed."""
+    one, other = (data / f"hct/data1/cup-170000000{press}/vision/contact0-0.1.jpg" for press in (0, 2))
+    other.write_bytes(one.read_bytes())
+    image_3, image_7 = (data / f"ssvtp/images_tac/image_{n}_tac.jpg" for n in (3, 7))
+    image_7.write_bytes(image_3.read_bytes())
+    for seed in range(5):
+        read = read_tvl(data, seed=seed)
+        groups = {row.group for row in read.train + read.val}
+        assert {"hct/data1/cup-1700000000", "ssvtp/3"} <= groups
+        assert not {"hct/data1/cup-1700000002", "ssvtp/7"} & groups
+        assert len(groups) == 10 + 6 - 2
+        assert not {row.group for row in read.val} & {row.group for row in read.train}

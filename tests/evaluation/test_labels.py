@@ -63,7 +63,26 @@ def test_captions_that_name_only_some_factors(tmp_path: Path) -> None:
     assert mine.told("vision", ["hue", "wood"], ["a", "b", "c"]).tolist() == [[1, 1], [0, 1], [1, 0]]
 
 
-NUMBER = {"factors": {"force": {"ownership": [], "kind": "number"}}}
+def test_words_for_no_value_are_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Unless the legend lists them among the levels."""
+    rows = "a,nan,none,wood\nb,2,disc,N/A\nc,,None,-\nd,NULL,none,felt\n"
+    legend = {"factors": {"print": {"ownership": [], "levels": ["none", "disc"]}, "force": NUMBER["factors"]["force"]}}
+    mine = read_labels(write(tmp_path, f"row,force,print,material\n{rows}", legend))
+    assert mine.levels["print"] == ["disc", "none"] and mine.levels["material"] == ["felt", "wood"]
+    assert mine.of("print", list("abcd")).tolist() == [1, 0, -1, 1]
+    assert mine.of("material", list("abcd")).tolist() == [1, -1, -1, 0]
+    assert mine.numbers["force"] == {"b": 2.0}
+    told = [record.getMessage() for record in caplog.records]
+    expected = "1 cells of material are 'N/A', which is no label; list it in `levels` of mine.json if it is one"
+    assert f"{tmp_path / 'mine.csv'}: {expected}" in told and len(told) == 5
+
+
+def test_a_row_that_is_labelled_twice_alike_counts_once(tmp_path: Path) -> None:
+    mine = read_labels(write(tmp_path, "row,force\na,1\nb,2\na,1\n", NUMBER))
+    assert mine.numbers["force"] == {"a": 1.0, "b": 2.0}
+
+
+NUMBER: dict[str, Any] = {"factors": {"force": {"ownership": [], "kind": "number"}}}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +92,9 @@ NUMBER = {"factors": {"force": {"ownership": [], "kind": "number"}}}
         ("row,split,named\na,b,c\n", None, "needs a vision column .* a column per factor"),
         ("row,force\na,b,c\n", None, "more or fewer cells than columns"),
         ("row,force\na,soft\n", NUMBER, "column force is marked as number, but .*'soft'"),
-        ("row,force\na,nan\n", NUMBER, "force of a is not finite"),
+        ("row,force\na,-inf\n", NUMBER, "force of a is not finite"),
+        ("row,force\na,1\na,2\n", NUMBER, "two different lines for 'a'; keep one of them"),
+        ("row,x,x\na,1,2\n", None, "2 columns named 'x'; keep one of them"),
         ("row,force\na,1e999\n", NUMBER, "force of a is not finite"),
         ("row,force\na,1\n", "{", "is malformed"),
         ("row,force\na,1\n", {"factors": {"force": {}}}, "is malformed .*ownership"),

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,19 +12,22 @@ import torch
 from torch import Tensor
 
 from tvl_align.contract import Features
+from tvl_align.data.tvl import Row
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.evaluation import measure as module
 from tvl_align.evaluation.factors import Rows
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
-from tvl_align.evaluation.split_tokens import all_rows, stage1_features
+from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, stage1_features
+from tvl_align.features.identity import Identity
 from tvl_align.features.inputs import DataConfig
 from tvl_align.features.subset import ShuffledPairs
+from tvl_align.losses.contrastive import positive_mask
 from tvl_align.methods.base import BASE, Stage2Config
 from tvl_align.system.console import UserError
 from tvl_align.training.engine import fit
 from tvl_align.training.optimisation import OptimConfig
-from tvl_align.training.run import load_run
+from tvl_align.training.run import Places, load_run
 from tvl_align.training.settings import RunConfig, Settings
 
 
@@ -49,7 +53,7 @@ def run(once: Any, world: Path, stage1_checkpoint: Path, feature_dir: Path) -> P
 def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The untrained model is calibrated, once, on training rows, with which the probe rows share no group."""
     settings, _, config = load_run(run, None)
-    splits = settings.open_inputs(torch.device("cpu"), config["store"]).splits
+    splits = settings.open_inputs(torch.device("cpu"), Identity(config["store"], config["features"])).splits
     assert {"train", "val", "test", "probe"} <= splits.keys()
     groups = {name: set(split.groups.tolist()) for name, split in splits.items()}
     assert groups["probe"] and not groups["probe"] & groups["train"]
@@ -90,6 +94,7 @@ def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, 
     assert [model for model, _ in seen] == built[1:] and len(built) == 2
     assert torch.equal(seen[0][1], train.modalities["vision"].pooled)
     assert sorted(probed[0]) == sorted(splits["probe"].names)
+    assert results["repeated"] == {}  # no picture of this data set is there twice
     assert results["probe_rows"] == {"split": "probe", "rows": len(splits["probe"])}
     assert results["groups"] == len(groups["test"])
     assert json.dumps(results, allow_nan=False)
@@ -109,7 +114,10 @@ def labels_of(levels: Tensor, **fields: Any) -> Labels:
 def test_ceilings_are_read_with_some_evenly_spaced_training_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of a run on shuffled pairs: there the rows keep the labels that belong to their features."""
     settings, _, config = load_run(run, None)
-    splits, cpu = settings.open_inputs(torch.device("cpu"), config["store"]).splits, torch.device("cpu")
+    splits, cpu = (
+        settings.open_inputs(torch.device("cpu"), Identity(config["store"], config["features"])).splits,
+        torch.device("cpu"),
+    )
     probe = Rows(list(splits["probe"].names)[:6], stage1_features(splits["probe"], torch.arange(6), cpu))
     monkeypatch.setattr(module, "CEILING_ROWS", 10)
     count = len(splits["train"])
@@ -136,7 +144,38 @@ def test_captions_of_equal_levels_mean_the_same() -> None:
     expected[0, 2] = expected[2, 0] = True
     assert torch.equal(equal, expected)
     assert meanings.of("tactile", "vision") is None
-    assert Meanings(labels_of(levels), names, keys).of("text", "vision") is keys
+    plain = Meanings(labels_of(levels), names, keys).of("text", "vision")
+    assert plain is not None and torch.equal(plain, keys)
+
+
+def test_rows_with_the_same_picture_are_positives_in_pairs_with_it() -> None:
+    """With labels and without; what a caption means counts in pairs with text only."""
+    levels, names = torch.tensor([[0, 0], [0, 1], [1, 1]]), ["r0", "r1", "r2"]
+    contents = {"tactile": torch.tensor([7, 8, 7])}
+    for labels, equal in ((labels_of(levels, text_factors=("hue",)), [(0, 1)]), (None, [])):
+        meanings = Meanings(labels, names, torch.arange(3)[:, None], contents)
+        for pair, expected in (
+            (("text", "tactile"), [*equal, (0, 2)]),
+            (("text", "vision"), equal),
+            (("vision", "tactile"), [(0, 2)]),
+        ):
+            keys = meanings.of(*pair)
+            assert keys is not None
+            positive = positive_mask(keys, keys)
+            assert [(i, j) for i in range(3) for j in range(i + 1, 3) if positive[i, j]] == expected
+    assert Meanings(None, names, torch.arange(3)[:, None], {}).of("vision", "tactile") is None
+
+
+def test_a_copy_of_the_photo_is_no_confusion() -> None:
+    """Row 0 finds the photo of row 2, which is a copy of its own; row 1 finds a wrong one; row 3 has none."""
+    rows = [Row("ssvtp", f"v{i}", f"t{i}", None, None, f"g{i}") for i in range(4)]
+    present = {"vision": torch.tensor([True, True, True, False]), "tactile": torch.ones(4, dtype=torch.bool)}
+    pooled = {"tactile": torch.eye(3)[[0, 0, 0, 1]], "vision": torch.eye(3)[[1, 2, 0, 0]]}
+    tokens = SplitTokens({}, {}, pooled, present, torch.arange(4)[:, None], 1.0, {})
+    samples = SimpleNamespace(rows=rows)
+    for contents, wrong in (({}, [("v0", "v2"), ("v1", "v2")]), ({"vision": torch.tensor([0, 1, 0, 3])}, [("v1", "v2")])):
+        found = module._confusions(tokens, samples, Meanings(None, list("abcd"), tokens.keys, contents))
+        assert [(f["query"]["vision"], f["found"]["vision"]) for f in found] == wrong
 
 
 def test_the_oracle_knows_the_factors_that_both_own() -> None:
@@ -164,8 +203,8 @@ def test_a_run_of_another_major_version_is_refused(run: Path, tmp_path: Path) ->
 
 
 def test_probes_are_not_fitted_and_tested_on_the_same_rows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def without_probe_rows(folder: Path, method: str | None) -> Any:
-        settings, *rest = load_run(folder, method)
+    def without_probe_rows(folder: Path, method: str | None, places: Places) -> Any:
+        settings, *rest = load_run(folder, method, places)
         return replace(settings, data=replace(settings.data, probe_rows=0)), *rest
 
     monkeypatch.setattr(module, "load_run", without_probe_rows)

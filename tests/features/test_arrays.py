@@ -16,7 +16,9 @@ from tvl_align.evaluation.labels import read_labels
 from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.features.arrays import arrays_key, check_arrays, read_npz
 from tvl_align.features.store import FeatureStore
+from tvl_align.losses.contrastive import keys_of, positive_mask
 from tvl_align.methods.registry import METHODS
+from tvl_align.metrics.retrieval import retrieval
 from tvl_align.system.console import UserError
 from tvl_align.training.engine import fit
 
@@ -97,6 +99,8 @@ BAD = {
     "a.mask has shape": GOOD | {"a.mask": np.ones((6, 3), bool)},
     "a.present must have one entry": GOOD | {"a.present": np.ones(4, bool)},
     "a.pooled must be finite": GOOD | {"a.pooled": np.ones(6)},
+    "a.captions must have one entry": GOOD | {"a.captions": np.array(["x"] * 5)},
+    "c.captions belongs to no modality": GOOD | {"c.captions": np.array(["x"] * 6)},
     "c.views belongs to no modality": GOOD | {"c.views": np.ones((6, 2, 3))},
     "a.views must be floats of shape \\(6, views, 2, 3\\), not \\(6, 2, 3\\)": GOOD | {"a.views": np.ones((6, 2, 3))},
     "b.views must be floats of shape \\(6, views, 1, 4\\) or \\(6, views, 4\\)": GOOD | {"b.views": np.ones((5, 2, 4))},
@@ -193,11 +197,107 @@ def test_numbers_are_labels(tmp_path: Path) -> None:
 
 
 def test_groups_that_are_given_are_stored(tmp_path: Path) -> None:
-    x, groups = np.ones((6, 2)), ["p", "q", "q", "p", "r", "r"]
+    x, groups = np.eye(6), ["p", "q", "q", "p", "r", "r"]
     store = FeatureStore.from_arrays({"a": x, "b": x}, tmp_path / "1", groups=groups, split=["train"] * 6)
     assert store.splits["train"].groups.tolist() == [0, 1, 1, 0, 2, 2]
     other = FeatureStore.from_arrays({"a": x, "b": x}, tmp_path / "2", split=["train"] * 6)
     assert other.splits["train"].groups.tolist() == list(range(6)) and other.key != store.key
+
+
+def perfect(store: FeatureStore, pair: tuple[str, str], split: str) -> float:
+    """Acc@1 on a split of a model whose codes of the pair are what both tell: here the pooled features of the first."""
+    source = store.splits[split]
+    features = source.read(torch.arange(len(source)))
+    keys = keys_of(pair, features.caption_keys, features.content_keys)
+    codes = features.modalities[pair[0]].pooled
+    return retrieval(codes, codes, torch.ones(len(source), dtype=torch.bool), keys).acc1
+
+
+@pytest.mark.parametrize("name", ["text", "sentence"])
+@pytest.mark.parametrize("given", ["strings", "numbers", "equal features"])
+def test_five_sentences_in_100_rows_are_positives(name: str, given: str, tmp_path: Path) -> None:
+    """Rows with equal captions, or with equal features without captions, are positives; a perfect model scores 100."""
+    g = np.random.default_rng(0)
+    which = np.arange(100) % 5
+    noise = 0 if given == "equal features" else 1e-4  # two encodings of a sentence may differ in the last digit
+    arrays = {name: np.eye(5)[which] + noise * g.standard_normal((100, 5)), "force": g.standard_normal((100, 3))}
+    captions = {"strings": np.array(list("abcde"))[which], "numbers": which}.get(given)
+    arrays |= {} if captions is None else {f"{name}.captions": captions}
+    split = np.array(["train"] * 60 + ["test"] * 40)
+    np.savez(tmp_path / "x.npz", **arrays, split=split)
+    store = FeatureStore.from_arrays(read_npz(tmp_path / "x.npz"), tmp_path / "store")
+    for part, rows in (("train", 60), ("test", 40)):
+        assert perfect(store, (name, "force"), part) == 100
+        read = store.splits[part].read(torch.arange(rows))
+        keys = keys_of((name, "force"), read.caption_keys, read.content_keys)
+        assert positive_mask(keys, keys).sum(1).tolist() == [rows // 5] * rows
+        if name == "text":  # what has the same text is in caption_keys, as in every other store
+            assert read.content_keys == {} and len(read.caption_keys.unique(dim=0)) == 5
+        alone = keys_of(("force",), read.caption_keys, read.content_keys)
+        assert alone is None
+    plain = FeatureStore.from_arrays(
+        {"other": arrays[name] + 1e-2 * g.standard_normal((100, 5)), "force": arrays["force"]},
+        tmp_path / "plain",
+        split=split,
+    )
+    assert plain.splits["train"].content_keys == {}
+
+
+def test_captions_that_are_not_known_are_equal_to_none(tmp_path: Path) -> None:
+    g = np.random.default_rng(0)
+    arrays = {"a": g.standard_normal((6, 3)), "b": g.standard_normal((6, 3))}
+    options = {"captions": {"a": ["x", "", "", "x", "y", "x"]}, "present": {"a": [1, 1, 1, 1, 1, 0]}, "split": ["train"] * 6}
+    store = FeatureStore.from_arrays(arrays, tmp_path / "store", **options)
+    keys = store.splits["train"].content_keys["a"].tolist()
+    assert keys[0] == keys[3] and len(set(keys)) == 5
+    assert store.manifest["splits"]["train"]["repeated"] == {"a": 1}
+    options["captions"] = {"a": ["x", "", "", "z", "y", "x"]}
+    assert FeatureStore.from_arrays(arrays, tmp_path / "other", **options).key != store.key
+    (store.folder / "train" / "rows" / "content_keys" / "a.memmap").unlink()
+    with pytest.raises(UserError, match="damaged"):
+        FeatureStore(store.folder)
+
+
+def test_copies_are_kept_on_one_side_of_the_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    g = np.random.default_rng(0)
+    arrays = {"photo": g.standard_normal((200, 3)), "force": g.standard_normal((200, 3))}
+    arrays["photo"][100:] = arrays["photo"][:100]
+    checked = check_arrays(arrays)
+    assert set(checked.split) == {"train", "val", "test"}
+    assert (checked.split[100:] == checked.split[:100]).all()
+    assert "100 rows repeat the photo of another row" in caplog.text
+    assert "rows with equal photo are kept in one split, 100 groups" in caplog.text
+    joined = check_arrays(arrays, groups=np.arange(200) // 2)
+    for i in range(100):
+        assert len({joined.split[j] for j in (i, i ^ 1, i + 100, (i ^ 1) + 100)}) == 1
+    assert len(set(joined.groups)) == 50
+    store = FeatureStore.from_arrays(checked, tmp_path / "store")
+    for name, split in store.splits.items():
+        rows = (checked.split == name).sum()
+        assert store.manifest["splits"][name]["repeated"] == {"photo": rows // 2}
+        assert (split.content_keys["photo"][: rows // 2] == split.content_keys["photo"][rows // 2 :]).all()
+        assert len(split.groups.unique()) == rows // 2
+    assert store.only(["force"]).splits["train"].content_keys == {}
+
+
+def test_copies_on_both_sides_of_a_split_that_is_given_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    g = np.random.default_rng(0)
+    arrays = {"photo": g.standard_normal((10, 3)), "force": g.standard_normal((10, 3))}
+    arrays["photo"][7] = arrays["photo"][1]
+    split = ["train"] * 5 + ["test"] * 5
+    assert check_arrays(arrays, split=split).split.tolist() == split
+    assert "2 rows have equal numbers in another split (photo)" in caplog.text
+
+
+def test_few_sentences_do_not_join_groups(caplog: pytest.LogCaptureFixture) -> None:
+    """They would leave as many groups as sentences. Without captions this is said, with the remedy."""
+    force, which = np.random.default_rng(0).standard_normal((100, 3)), np.arange(100) % 5
+    for name, options in (("text", {}), ("sentence", {"captions": {"sentence": which}})):
+        checked = check_arrays({name: np.eye(5)[which], "force": force}, **options)
+        assert np.bincount(np.unique(checked.split, return_inverse=True)[1]).tolist() == [10, 80, 10]
+        assert checked.groups is None
+    check_arrays({"sentence": np.eye(5)[which], "force": force})
+    assert "kept in one split, 5 groups; give .captions of those that hold sentences or classes" in caplog.text
 
 
 @pytest.mark.parametrize("message", BAD)

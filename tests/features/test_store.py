@@ -18,7 +18,8 @@ from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Row, Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.features import encode as encode_module
-from tvl_align.features.encode import open_or_encode, store_key
+from tvl_align.features.encode import open_or_encode
+from tvl_align.features.identity import HASHES, identify
 from tvl_align.features.live import LiveSplit
 from tvl_align.features.store import FeatureStore
 from tvl_align.system.console import UserError
@@ -202,8 +203,9 @@ def test_the_key_depends_on_all_settings_and_files(
     world: Path, stage1: Stage1, stage1_checkpoint: Path, tmp_path: Path
 ) -> None:
     def key(samples: dict[str, Samples], encoders: Stage1 = stage1, views: int = 2) -> str:
-        return store_key(encoders, samples, views)[0]
+        return identify(encoders, samples, views, tmp_path).key
 
+    world = shutil.copytree(world, tmp_path / "world")
     first = key(samples_of(world))
     assert key(samples_of(world)) == first
     changed = [
@@ -221,10 +223,13 @@ def test_the_key_depends_on_all_settings_and_files(
         ),
     ]
     image = world / read_tvl(world).test[0].vision
-    stat = image.stat()
-    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    content, stat = image.read_bytes(), image.stat()
+    image.write_bytes(content[:-1] + b"x")
     changed.append(key(samples_of(world)))
-    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    image.write_bytes(content)
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert key(samples_of(world)) == first  # the time is no content
+    (tmp_path / HASHES).write_text("{damaged")
     assert key(samples_of(world)) == first
     assert len({first, *changed}) == 1 + len(changed)
 
@@ -323,7 +328,8 @@ def test_data_that_change_while_they_are_encoded_are_refused(
     samples, encode = samples_of(tmp_path / "world"), Stage1.encode
 
     def encode_and_modify_data(self: Stage1, batch: Batch) -> Features:
-        os.utime(tmp_path / "world" / samples["test"].rows[0].vision)
+        image = tmp_path / "world" / samples["test"].rows[0].vision
+        image.write_bytes(image.read_bytes() + b"\0")
         return encode(self, batch)
 
     monkeypatch.setattr(Stage1, "encode", encode_and_modify_data)

@@ -24,12 +24,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     arrays = {m: x + shared @ g.standard_normal((3, x.shape[2])) for m, x in arrays.items()}
     mask = np.arange(9) < g.integers(2, 10, (ROWS, 1))
     views = {"vision": g.standard_normal((ROWS, 2, 6, 8))}
+    arrays["tactile"][100:] = arrays["tactile"][:20]  # copies, here in the same groups
+    groups = g.permutation(ROWS)
+    groups[100:] = groups[:20]
     return FeatureStore.from_arrays(
         arrays,
         tmp_path_factory.mktemp("subset") / "store",
         mask={"text": mask},
         present={"tactile": np.arange(ROWS) % 7 != 3},
-        groups=[f"g{i // 4}" for i in g.permutation(ROWS)],
+        groups=[f"g{i // 4}" for i in groups],
         split=["train"] * ROWS,
         views=views,
     )
@@ -91,6 +94,8 @@ def test_names_data_sets_and_features_follow_their_rows(store: FeatureStore) -> 
     part, whole = read(subset, rows, 1), read(source, torch.tensor([int(subset.rows[4]), -1, int(subset.rows[0])]), 1)
     assert torch.equal(part.rows, rows)
     assert torch.equal(part.caption_keys, whole.caption_keys)
+    assert torch.equal(part.content_keys["tactile"], whole.content_keys["tactile"])
+    assert torch.equal(subset.content_keys["tactile"], source.content_keys["tactile"][subset.rows])
     for m, tokens in part.modalities.items():
         assert equal(tokens, whole.modalities[m])
         assert not tokens.present[1]
@@ -113,6 +118,9 @@ def test_shuffled_pairs_are_those_of_the_stated_permutation(store: FeatureStore)
         assert equal(found.modalities[m], paired.modalities[m])
         if m == "text":
             assert torch.equal(found.caption_keys, paired.caption_keys)
+        if m == "tactile":
+            assert torch.equal(found.content_keys["tactile"], paired.content_keys["tactile"])
+            assert torch.equal(shuffled.content_keys["tactile"][rows[rows >= 0]], paired.content_keys["tactile"][rows >= 0])
     assert not any(tokens.present[2] for tokens in found.modalities.values())
     assert len(shuffled) == ROWS and shuffled.names[7] == source.names[7]
 

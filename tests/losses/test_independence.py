@@ -25,7 +25,7 @@ def inputs(
 
 
 def slow(
-    codes: Named, guesses: Named, answers: Named, valid: Named, present: Named, keys: torch.Tensor
+    codes: Named, guesses: Named, answers: Named, valid: Named, present: Named, keys: torch.Tensor, contents: Named
 ) -> tuple[float, float]:
     """One row, one critic and one candidate at a time."""
     losses, penalties = [], []
@@ -40,7 +40,13 @@ def slow(
                 continue
             loss = penalty = 0.0
             for i in rows:
-                same = [j for j in candidates if j == i or (o == "text" and bool((keys[i] == keys[j]).any()))]
+                same = [
+                    j
+                    for j in candidates
+                    if j == i
+                    or (o == "text" and bool((keys[i] == keys[j]).any()))
+                    or (o in contents and bool(contents[o][i] == contents[o][j]))
+                ]
                 for guess, answer in zip(guesses[m][i].numpy(), answers[m][i].numpy(), strict=True):
                     weights = {j: math.exp(guess @ unit[j]) for j in candidates}
                     loss -= sum(math.log(weights[j] / sum(weights.values())) for j in same) / len(same)
@@ -55,16 +61,18 @@ def slow(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_both_terms_equal_plain_loops(seed: int) -> None:
-    """With absent rows, rows without a complementary code, and equal captions."""
+    """With absent rows, rows without a complementary code, equal captions and equal pictures."""
     given = inputs(seed, rows=3 + seed)
-    assert [float(x) for x in independence(*given)] == pytest.approx(slow(*given), rel=1e-4, abs=1e-5)
+    for contents in ({}, {"vision": torch.arange(3 + seed) // 2}):
+        found = [float(x) for x in independence(*given, contents)]
+        assert found == pytest.approx(slow(*given, contents), rel=1e-4, abs=1e-5)
 
 
 def test_a_batch_without_a_modality_has_finite_gradients() -> None:
     codes, guesses, answers, valid, present, keys = inputs(0)
     present["text"] = torch.zeros(7, dtype=torch.bool)
     codes["text"] = torch.full((7, 3), 1e6)
-    expected = slow(codes, guesses, answers, valid, present, keys)
+    expected = slow(codes, guesses, answers, valid, present, keys, {})
     for x in (*guesses.values(), *answers.values()):
         x.requires_grad_()
     terms = independence(codes, guesses, answers, valid, present, keys)

@@ -164,7 +164,7 @@ def test_pooling_uses_kept_overlapping_tokens_only() -> None:
 def test_registers_must_outnumber_overlapping_tokens() -> None:
     with pytest.raises(UserError, match="4 registers cannot hold 4 overlapping tokens"):
         model(num_overlapping_tokens=4)
-    with pytest.raises(UserError, match="cannot hold 0"):
+    with pytest.raises(UserError, match="--num_overlapping_tokens 0 is out of range"):
         model(num_overlapping_tokens=0)
 
 
@@ -289,7 +289,9 @@ def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatc
     Stage2Loss()(output)
     assert len(calls) == 1
     pooled = {m: z.mean(1)[:, None] for m, z in output["overlapping_tokens"].items()}
-    vectors, present, unpacked = alignment_module._joined(pooled, output)
+    content = {"vision": torch.tensor([1, 1, 2**40, -3, 4, 5])}
+    vectors, present, unpacked, same = alignment_module._joined(pooled, replace(output, content_keys=content))
+    assert torch.equal(same["vision"], content["vision"])
     assert torch.equal(unpacked, keys)
     assert present.all()
     assert torch.equal(vectors, torch.stack(list(pooled.values()), dim=1))

@@ -126,7 +126,7 @@ def test_input_dropout_keeps_the_expected_value_in_training_only() -> None:
     assert torch.allclose(
         plain.overlapping_tokens["vision"], model(features, kept=kept).overlapping_tokens["vision"], atol=1e-5
     )
-    with pytest.raises(UserError, match=r"--input_dropout 1.0 is no dropout probability"):
+    with pytest.raises(UserError, match=r"--input_dropout 1.0 is out of range"):
         Stage2Config(input_dropout=1.0)
 
 

@@ -86,6 +86,12 @@ def test_the_page_has_every_table(tmp_path: Path) -> None:
     assert not words(html) & {"nan", "None"}
 
 
+def test_copies_are_counted_on_the_page(tmp_path: Path) -> None:
+    text = " ".join(write_page(write_run(tmp_path / "run", repeated={"vision": 12, "touch": 0})).read_text().split())
+    assert "12 rows repeat the vision of another row; such rows are positives" in text
+    assert "rows repeat the touch" not in text
+
+
 def test_a_page_of_a_run_without_labels_or_pairs(tmp_path: Path) -> None:
     """A store with one modality has no pair, nothing to read without labels, and no Acc@1 of a prefix."""
     empty = {"acc1": None, "low": None, "high": None, "pairs": {}, "reconstructions": {}, "reconstruction": None}

@@ -1,6 +1,8 @@
 """Stage-2 checkpoints: atomic writes, and no code is executed on loading."""
 
+import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,47 @@ def test_the_best_is_kept_when_the_next_one_is_written(tmp_path: Path) -> None:
             link_as(path, "checkpoint-acc1.pth")
     assert load_checkpoint(tmp_path / "checkpoint-acc1.pth")["epoch"] == 1
     assert load_checkpoint(path)["epoch"] == 2
+
+
+def no_links(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_without_links_the_best_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "link", no_links)
+    path, best = tmp_path / "checkpoint.pth", tmp_path / "checkpoint-acc1.pth"
+    for epoch in range(2):
+        save_checkpoint(path, {"model": {}, "epoch": epoch})
+        link_as(path, best.name)
+        link_as(path, best.name)
+        assert best.read_bytes() == path.read_bytes() and not best.samefile(path)
+    save_checkpoint(path, {"model": {}, "epoch": 2})
+    assert load_checkpoint(best)["epoch"] == 1
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, best.name}
+
+
+def test_a_copy_that_does_not_fit_leaves_the_old_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, best = tmp_path / "checkpoint.pth", tmp_path / "checkpoint-acc1.pth"
+    save_checkpoint(path, {"model": {}, "epoch": 0})
+    link_as(path, best.name)
+    save_checkpoint(path, {"model": {}, "epoch": 1})
+    monkeypatch.setattr(os, "link", no_links)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="No space left"):
+        link_as(path, best.name)
+    assert load_checkpoint(best)["epoch"] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, best.name}
+
+
+def test_a_link_made_twice_leaves_no_other_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "checkpoint.pth", {"model": {}})
+    for _ in range(2):
+        link_as(tmp_path / "checkpoint.pth", "checkpoint-acc1.pth")
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pth", "checkpoint-acc1.pth"}
 
 
 class Bomb:

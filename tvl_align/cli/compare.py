@@ -24,8 +24,11 @@ class CompareConfig:
     """Run folders with a results.json, written by tvl-align evaluate."""
     out: Path = Path("comparison")
     """Folder for report.html and report.md."""
+    datasets_dir: Path | None = None
+    """Data folder whose images are shown; default: where they were when the runs were evaluated."""
 
 
 def run(argv: Sequence[str]) -> None:
     config = parse(CompareConfig, argv, "tvl-align compare", examples=EXAMPLES)
-    print(write_comparison(config.runs, config.out, shlex.join(["tvl-align", "compare", *argv])))
+    command = shlex.join(["tvl-align", "compare", *argv])
+    print(write_comparison(config.runs, config.out, command, config.datasets_dir))

@@ -1,14 +1,30 @@
-"""Load batches of images with the worker processes of a DataLoader."""
+"""Load batches of images with the worker processes of a DataLoader.
+
+Workers hand images over in shared memory, the file system /dev/shm, which a container may limit (Docker: 64 MB). Only as
+many batches are loaded at a time as fit into it. A worker that finds it full or is killed ends the job with one sentence.
+"""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from tvl_align.data.samples import Samples, Views
+from tvl_align.data.samples import Samples
+from tvl_align.system.console import UserError
+from tvl_align.system.files import warn_once
+from tvl_align.system.workers import MAX_LANES
+
+SHARED_MEMORY = "/dev/shm"  # where torch shares tensors on Linux
+RESERVED = 2**20  # bytes of it that are left to others, such as the locks of the workers
+PREFETCH = 2  # batches that a worker loads ahead, where they fit
+HELD = MAX_LANES + 1  # batches that may be in use while others are loaded
+REMEDY = f"give --num_workers 0, or more memory and a larger {SHARED_MEMORY} (docker run --shm-size 8g)."
 
 RowViews = list[tuple[int, int]]
 """(row, view) pairs of a batch."""
@@ -31,27 +47,106 @@ def load_images(
 ) -> Iterator[ImageBatch]:
     """Yield the images of every batch of (row, view) pairs. Row -1 has no image.
 
-    `num_workers` processes decode and prefetch; the number is capped at the number of cores and of batches. Images are in
-    pinned memory where CUDA is available.
+    `num_workers` processes decode and prefetch; the number is capped at the number of cores, of batches, and of batches that
+    fit into shared memory. Images are in pinned memory where CUDA is available.
+
+    Raises UserError if a worker dies or finds no shared memory, and the UserErrors of `samples`.
     """
+    workers, prefetch = _workers_that_fit(samples, batches, num_workers)
     loader = DataLoader(
-        samples,
-        batch_sampler=batches,
-        num_workers=min(num_workers, os.cpu_count() or 1, len(batches)),
-        collate_fn=_collate,
+        _Batches(samples),
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         # Consumes one number of the global generator, whatever the number of workers.
         generator=torch.Generator().manual_seed(int(torch.randint(2**62, ()))),
     )
-    for batch in loader:
-        faults = [fault for fault in batch.faults if fault[1] in modalities]
-        yield ImageBatch({m: images for m, images in batch.images.items() if m in modalities}, faults)
+    try:
+        for batch in _start(loader):
+            if isinstance(batch, UserError):
+                raise batch
+            faults = [fault for fault in batch.faults if fault[1] in modalities]
+            yield ImageBatch({m: images for m, images in batch.images.items() if m in modalities}, faults)
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught "):  # raised by `samples`, in a worker
+            raise
+        raise _failed(error) from error
 
 
-def _collate(items: list[Views]) -> ImageBatch:
-    stacked: dict[str, tuple[list[int], Tensor]] = {}
-    for modality in ("vision", "tactile"):
-        positions = [i for i, item in enumerate(items) if modality in item.images]
-        if positions:
-            stacked[modality] = positions, torch.stack([items[i].images[modality] for i in positions])
-    return ImageBatch(stacked, [(i, m, reason) for i, item in enumerate(items) for m, reason in item.faults.items()])
+def _workers_that_fit(samples: Samples, batches: Sequence[RowViews], num_workers: int) -> tuple[int, int | None]:
+    """(number of workers, batches that each loads ahead): at most so many that all batches in flight fit into shared memory.
+
+    Processes on the same machine share it equally. (0, None) if not even one batch fits, or none is to be loaded.
+    """
+    wanted = min(num_workers, os.cpu_count() or 1, len(batches))
+    if not wanted:
+        return 0, None
+    options = samples.images.options
+    image_bytes = 3 * torch.float32.itemsize * (options.photo_size**2 + options.touch_size**2)
+    batch_bytes = image_bytes * max(1, *map(len, batches))
+    try:
+        memory = os.statvfs(SHARED_MEMORY)
+    except OSError:  # not Linux
+        return wanted, PREFETCH
+    if not memory.f_blocks:  # a tmpfs without a limit
+        return wanted, PREFETCH
+    free = memory.f_bavail * memory.f_frsize // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fit = max(0, (free - RESERVED) // batch_bytes - HELD)
+    workers = min(wanted, fit)
+    if workers < wanted:
+        size = memory.f_blocks * memory.f_frsize / 2**20
+        warn_once(  # the same line for all splits and epochs
+            f"{SHARED_MEMORY} of {size:.0f} MiB is too small for --num_workers {num_workers}: fewer or none load images, "
+            "which is slower; enlarge it (docker run --shm-size 8g)"
+        )
+    return workers, min(PREFETCH, fit // workers) if workers else None
+
+
+class _Batches(Dataset[ImageBatch | UserError]):
+    """The batches of (row, view) pairs. A UserError is returned: raised in a worker, its message would be a traceback."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitem__(self, row_views: RowViews) -> ImageBatch | UserError:
+        try:
+            items = [self.samples[row_view] for row_view in row_views]
+        except UserError as error:
+            return error
+        images: dict[str, tuple[list[int], Tensor]] = {}
+        for modality in ("vision", "tactile"):
+            positions = [i for i, item in enumerate(items) if modality in item.images]
+            if positions:
+                images[modality] = positions, torch.stack([items[i].images[modality] for i in positions])
+        if get_worker_info() is not None:
+            try:  # here, because the DataLoader would share them in a thread where an error is lost and the batch with it
+                for _, stacked in images.values():
+                    stacked.share_memory_()
+            except RuntimeError as error:
+                return _failed(error)
+        return ImageBatch(images, [(i, m, reason) for i, item in enumerate(items) for m, reason in item.faults.items()])
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _failed(error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"a worker process that loads images failed ({reason}); {REMEDY}")
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """An iterator over the batches, without PyTorch's signal handler for the death of a worker.
+
+    The handler raises RuntimeError in whatever the main thread is doing. Without it a death is noticed within 5 s of waiting
+    for a batch, as it is in other threads.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    loaded = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return loaded

@@ -5,7 +5,9 @@ non-empty subset, optionally in random order and with words replaced by synonyms
 """
 
 import json
+import logging
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,12 +15,38 @@ from tvl_align.system.console import UserError
 
 PROMPT = "This image gives tactile feelings of "
 MAX_WORDS = 6  # later words of a caption are ignored, in every split
+ABSENT = ("", "-", "nan", "none", "null", "n/a", "na", "<na>", "#n/a")  # as spreadsheets, pandas, R and Python write it
+SEPARATORS = re.compile("[,;\uff0c\u3001\uff1b]")  # also the full-width comma, enumeration comma and semicolon
+QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
+log = logging.getLogger(__name__)
+
+
+def is_absent(text: str) -> bool:
+    """Whether a cell, caption or label says that there is no value: empty, or a word of `ABSENT` in any case."""
+    return text.strip().lower() in ABSENT
 
 
 def adjectives(caption: str) -> list[str]:
-    """The first `MAX_WORDS` adjectives of a caption, in lower case: 'Soft, smooth.' -> ['soft', 'smooth']."""
-    words = caption.replace(".", "").replace("\n", " ").lower().split(",")
-    return [" ".join(word.split()) for word in words if word.strip()][:MAX_WORDS]
+    """The first `MAX_WORDS` adjectives of a caption, in lower case: 'Soft, smooth.' -> ['soft', 'smooth'].
+
+    A list as Python writes it, "['soft', 'smooth']", has the same adjectives. Words that say "no value" are none.
+    """
+    text = caption.strip().rstrip(".")
+    words = SEPARATORS.split(text)
+    if text.startswith("[") and text.endswith("]"):
+        words = [a or b for a, b in QUOTED.findall(text)] or SEPARATORS.split(text[1:-1])
+    words = [" ".join(re.sub("[.\u3002]", "", word).lower().split()) for word in words]
+    return [word for word in words if not is_absent(word)][:MAX_WORDS]
+
+
+def decoded(value: object, where: str) -> str:
+    """A string, or UTF-8 bytes as h5py gives them, as a string. Raises UserError for other bytes, naming `where`."""
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} has the bytes {value[:40]!r}, which are not UTF-8; decode them before.") from error
 
 
 def caption_key(caption: str) -> str:
@@ -72,12 +100,18 @@ def training_text(
 def read_synonyms(path: Path, keep: int | None = None) -> dict[str, list[str]]:
     """Read `synonyms.json` ({word: [synonym, ...]}) and keep the first `keep` synonyms of each word.
 
-    Returns {} if there is no such file. Raises UserError if it is not a JSON object of word lists.
+    Returns {} if there is no such file; a file without synonyms is named in a warning too. Raises UserError if it is not a
+    JSON object of word lists.
     """
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {str(word).lower(): [str(s).lower() for s in others][:keep] for word, others in table.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is not a JSON object of word lists ({error}); fix or remove the file.") from error
+    table: dict[str, list[str]] = {}
+    if path.is_file():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            table = {str(word).lower(): [str(s).lower() for s in others][:keep] for word, others in content.items()}
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a JSON object of word lists ({error}); fix or remove the file.") from error
+    if not any(table.values()):
+        log.warning(
+            "--replace_synonyms replaces no word: %s %s", path, "has no synonyms" if path.is_file() else "is missing"
+        )
+    return table

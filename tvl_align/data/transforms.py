@@ -8,12 +8,14 @@ surface with its mirror image and the shared tokens cannot encode direction.
 Shapes: images are (3, S, S) float32, normalised. All randomness derives from the `seed` argument.
 """
 
+import logging
 import math
 import random
 import struct
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,12 +26,18 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from tvl_align.data.tvl import CROP_FRACTION, Row, background_file
+from tvl_align.data.tvl import CROP_FRACTION, Row, TVLData, background_file, file_of
 from tvl_align.system.console import UserError
 
 CROP_JITTER = 0.05
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 8  # pixels
+GREY_BITS = (8, 10, 12, 14, 16)  # of cameras that write 16-bit grey files
+GREY_FILES = 64  # files of a modality that are opened to find its number of bits
+BITS_PER_SAMPLE = 258  # a TIFF tag
+TOUCH_SIZE = (240, 320)  # pixels of DIGIT's frames; in a resized copy they are others
+DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError, Image.DecompressionBombError)
+log = logging.getLogger(__name__)
 DATA3_TOP = 200  # pixels; in HCT's folder data3 the sensor is lower in the photo
 PHOTO_MEAN, PHOTO_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOUCH_MEAN, TOUCH_STD = (0.29174602, 0.29713256, 0.29104046), (0.18764469, 0.19467652, 0.21871583)
@@ -38,7 +46,11 @@ SUBTRACTED_MEAN, SUBTRACTED_STD = (-0.00809318, -0.01887447, -0.01843059), (0.04
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Options of the image transforms. Sizes are the input sizes of the encoders in pixels."""
+    """Options of the image transforms.
+
+    photo_size, touch_size: the input sizes of the encoders in pixels. photo_bits, touch_bits: how many bits the values of
+    16-bit grey files have that do not say it themselves; see `inspect_images`.
+    """
 
     photo_size: int = 224
     touch_size: int = 224
@@ -47,6 +59,8 @@ class ImageOptions:
     subtract_background: bool = False
     shared_geometry: bool = True
     augment: bool = True
+    photo_bits: int = 16
+    touch_bits: int = 16
 
 
 @lru_cache(maxsize=4)
@@ -129,7 +143,8 @@ class ImageLoader:
     def _photo(self, row: Row, rng: random.Random | None, geometry: Geometry) -> Tensor:
         assert row.vision is not None
         size = self.options.photo_size
-        image = crop_photo(_open(self.root / row.vision), row, rng if self.options.randomize_crop else None)
+        image = _open(file_of(self.root, row.vision), self.options.photo_bits)
+        image = crop_photo(image, row, rng if self.options.randomize_crop else None)
         image = geometry(F.resize(image, [size, size], antialias=True))
         if rng is not None:
             image = _photo_augmentation(size)(image)
@@ -137,7 +152,8 @@ class ImageLoader:
 
     def _touch(self, row: Row, rng: random.Random | None, geometry: Geometry) -> Tensor:
         assert row.tactile is not None
-        image = pad_and_rotate(_open(self.root / row.tactile))
+        bits = self.options.touch_bits
+        image = pad_and_rotate(_open(file_of(self.root, row.tactile), bits))
         mean, std = TOUCH_MEAN, TOUCH_STD
         jitter = rng is not None and (self.options.color_jitter or not self.options.subtract_background)
         if self.options.subtract_background:
@@ -147,7 +163,7 @@ class ImageLoader:
                     f"{row.tactile} has no background image (tactile_bg_latent.jpg or digit_background.png); "
                     "add one or leave out --subtract_background."
                 )
-            background = F.resize(pad_and_rotate(_open(path)), list(image.shape[-2:]), antialias=True)
+            background = F.resize(pad_and_rotate(_open(path, bits)), list(image.shape[-2:]), antialias=True)
             pair = torch.stack([image, background])  # both get the same colour jitter
             pair = v2.RandomApply([_TOUCH_JITTER], p=0.8)(pair) if jitter else pair
             pair = F.to_dtype(pair, torch.float32, scale=True)
@@ -163,11 +179,12 @@ class BadImage(Exception):
     """An image that cannot be used. The message is the reason; it does not name the file, so that reasons can be counted."""
 
 
-def _open(path: Path) -> Tensor:
+def _open(path: Path, bits: int = 16) -> Tensor:
     """Decode an image file and apply its EXIF orientation -> (3, H, W) uint8.
 
-    The format is detected from the content, not from the file name. The size is checked before decoding. Raises BadImage for
-    a file that is not a complete image of a supported size.
+    The format is detected from the content, not from the file name. The size is checked before decoding. bits: of the values
+    of a 16-bit grey file that does not say it itself. Raises BadImage for a file that is not a complete image of a supported
+    size, and for grey values beyond these bits.
     """
     try:
         with warnings.catch_warnings():
@@ -181,8 +198,8 @@ def _open(path: Path) -> Tensor:
                     raise BadImage("floating-point grey values of unknown scale")
                 image: Image.Image = file
                 if file.mode.startswith("I"):  # 16-bit grey: Pillow's conversion would clip values at 255
-                    grey16 = np.clip(np.asarray(file, dtype=np.int64), 0, 2**16 - 1)
-                    image = Image.fromarray((grey16 >> 8).astype(np.uint8))
+                    grey = np.asarray(file, dtype=np.int64)
+                    image = Image.fromarray(_to_8_bits(grey, _stated_bits(file, path, grey) or bits))
                 ImageOps.exif_transpose(image, in_place=True)
                 return F.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
     except FileNotFoundError as error:
@@ -193,25 +210,110 @@ def _open(path: Path) -> Tensor:
         raise BadImage("not an image") from error
     except Image.DecompressionBombError as error:
         raise BadImage(f"more than {MAX_PIXELS // 10**6} million pixels") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError) as error:  # raised by Pillow's decoders
+    except DECODER_ERRORS as error:
         raise BadImage("corrupt or truncated") from error
+
+
+def _to_8_bits(grey: np.ndarray, bits: int) -> np.ndarray:
+    if grey.min() < 0 or grey.max() >= 2**bits:
+        raise BadImage(f"grey values outside of 0 to {2**bits - 1:,}, the range of {bits} bits")
+    return (grey >> (bits - 8)).astype(np.uint8)
+
+
+def _stated_bits(file: Image.Image, path: Path, grey: np.ndarray) -> int | None:
+    """How many bits the grey values (H, W) of a 16-bit file have as the file says, None if it does not."""
+    if file.format == "TIFF":
+        (depth,) = file.tag_v2.get(BITS_PER_SAMPLE, (16,))[:1]  # type: ignore[attr-defined]
+        return int(depth) if 8 <= depth < 16 else None
+    depth = _significant_bits(path) if file.format == "PNG" else None
+    if depth is None or not 8 <= depth < 16:
+        return depth and 16
+    # The standard of PNG scales such values to 16 bits. A writer that does not has small values between the scaled ones.
+    step = (2**16 - 1) / (2**depth - 1)
+    scaled = grey.max() >= 2**depth or np.abs(grey - np.round(grey / step) * step).max() <= 1
+    return 16 if scaled else depth
+
+
+def _significant_bits(path: Path) -> int | None:
+    """The first number in the sBIT chunk of a PNG file, None without one. Pillow does not keep this chunk."""
+    with path.open("rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            size, kind = struct.unpack(">I4s", head)
+            if kind == b"sBIT":
+                return file.read(1)[0]
+            if kind == b"IDAT":
+                break
+            file.seek(size + 4, 1)
+    return None
+
+
+def inspect_images(options: ImageOptions, data: TVLData) -> ImageOptions:
+    """These options with the number of bits of the values in 16-bit grey files, one for photos, one for touch images.
+
+    Cameras of 10, 12 or 14 bits write files of 16 bits, which would keep few grey levels if read as such. The number follows
+    from the largest value in evenly spaced files of the data folder, so that no single dark picture is brightened; it is
+    logged if it is not 16. A copy of HCT's data3 whose images seem to be resized is named in a warning.
+    """
+    rows = [*data.train, *data.val, *data.test]
+    photos, touches = (sorted({getattr(row, m) for row in rows} - {None}) for m in ("vision", "tactile"))
+    first = next((path for path in touches if _in_data3(path)), None)
+    with suppress(*DECODER_ERRORS):  # counted with its reason when it is used
+        if first is not None and (size := _image_size(file_of(data.root, first))) not in (TOUCH_SIZE, TOUCH_SIZE[::-1]):
+            sizes = "{} x {} pixels, not {} x {}".format(*size, *TOUCH_SIZE)
+            what = f"if the photos were resized too, their crop at row {DATA3_TOP} misses the sensor"
+            log.warning("touch images of hct/data3 in %s have %s; %s", data.root, sizes, what)
+    photo_bits, touch_bits = _grey_bits("photos", data.root, photos), _grey_bits("touch images", data.root, touches)
+    return replace(options, photo_bits=photo_bits, touch_bits=touch_bits)
+
+
+def _grey_bits(what: str, root: Path, paths: Sequence[str]) -> int:
+    # JPEG has 8 bits. Names of JPEG files are opened only if there are no others, since a file may have a wrong name.
+    paths = [path for path in paths if not path.lower().endswith((".jpg", ".jpeg"))] or paths
+    largest = 0
+    for i in sorted({int(x) for x in np.linspace(0, len(paths) - 1, GREY_FILES)}) if paths else ():
+        path = file_of(root, paths[i])
+        with suppress(*DECODER_ERRORS), warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                if file.mode.startswith("I") and file.width * file.height <= MAX_PIXELS:
+                    grey = np.asarray(file, dtype=np.int64)
+                    largest = max(largest, int(grey.max()) if _stated_bits(file, path, grey) is None else 0)
+    bits = next((n for n in GREY_BITS if 0 < largest < 2**n), 16)
+    if bits < 16:
+        log.warning("16-bit grey %s of %s hold values up to %s; read as %d bits", what, root, f"{largest:,}", bits)
+    return bits
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as file:
+        return file.size
+
+
+def _in_data3(path: str | None) -> bool:
+    """Whether a path lies in HCT's sub-folder data3, whatever folders above the data or below are called."""
+    return "data3" in (path or "").split("/")[1:2]
 
 
 def crop_photo(image: Tensor, row: Row, rng: random.Random | None = None) -> Tensor:
     """Crop a photo (3, H, W) to the square under the sensor: the centre for SSVTP, the top centre for HCT.
 
-    With `rng` the position of the crop is jittered by up to 5% of its side.
+    With `rng` the position of the crop is jittered by up to 5% of its side, inside of the photo. Raises BadImage if the
+    square is not inside of the photo.
     """
     height, width = image.shape[-2:]
     side = math.ceil(CROP_FRACTION * max(height, width))
     top = (height - side) // 2 if row.dataset == "ssvtp" else 0
-    if "data3" in (row.vision or "").split("/")[1:2]:  # the row's sub-folder of HCT, not a folder above the data
+    if _in_data3(row.vision):
         top = DATA3_TOP
     left = (width - side) // 2
+    if min(top, left) < 0 or top + side > height:
+        raise BadImage(f"the crop at row {top} is not inside of the photo; give photos of the original size")
     if rng is not None:
         jitter = int(CROP_JITTER * side)
         top += rng.randint(0, jitter) if row.dataset == "hct" else rng.randint(-jitter // 2, jitter // 2)
         left += rng.randint(-jitter // 2, jitter // 2)
+        top, left = min(max(top, 0), height - side), min(max(left, 0), width - side)
     return F.crop(image, top, left, side, side)
 
 
@@ -222,14 +324,16 @@ def pad_and_rotate(image: Tensor) -> Tensor:
     return torch.rot90(F.pad(image, [pad_x, pad_y]), 1, (-2, -1))
 
 
-def preview(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
+def preview(root: Path, row: Row, options: ImageOptions | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The cropped photo and the rotated touch image of a row for display, each (S, S, 3) uint8.
 
-    If either file cannot be used, both are 8 x 8 grey images.
+    If either file cannot be used, both are 8 x 8 grey images. options: their numbers of bits are used.
     """
+    options = options or ImageOptions()
     assert row.vision is not None and row.tactile is not None
     try:
-        photo, touch = crop_photo(_open(root / row.vision), row), pad_and_rotate(_open(root / row.tactile))
+        photo = crop_photo(_open(file_of(root, row.vision), options.photo_bits), row)
+        touch = pad_and_rotate(_open(file_of(root, row.tactile), options.touch_bits))
     except BadImage:
         photo = touch = torch.full((3, 8, 8), 128, dtype=torch.uint8)
     return photo.permute(1, 2, 0).numpy(), touch.permute(1, 2, 0).numpy()

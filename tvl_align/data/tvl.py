@@ -8,22 +8,25 @@ import csv
 import json
 import logging
 import math
+import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tvl_align.data.split import grouped_split
-from tvl_align.data.text import adjectives
+from tvl_align.data.split import file_keys, grouped_split, join_groups, row_keys
+from tvl_align.data.text import adjectives, is_absent
 from tvl_align.system.console import UserError
 
 DATASETS = ("ssvtp", "hct")
 CROP_FRACTION = math.sqrt(2) * 0.18  # side of the crop / longer side of the photo
 VAL_FRACTION = 0.1
 NOT_CONTACT_CAPTION = "background"
+COLUMNS = ("url", "tactile", "tactile_background", "caption")
+DELIMITERS = (",", ";", "\t")
 IN_TEST = "training row is in the official test split"
 DUPLICATE = "duplicate of another row"
 EXPECTED = (IN_TEST, DUPLICATE)  # reasons that do not count as bad rows
@@ -54,13 +57,16 @@ class Row:
 
 @dataclass
 class TVLData:
-    """The rows of a data folder by split. dropped: number of dropped rows by reason."""
+    """The rows of a data folder by split. dropped: number of dropped rows by reason. pictures: {path: key}, equal for files
+    of equal bytes.
+    """
 
     root: Path
     train: list[Row]
     val: list[Row]
     test: list[Row]
     dropped: Counter[str] = field(default_factory=Counter)
+    pictures: dict[str, int] = field(default_factory=dict)
 
     def split(self, name: str) -> list[Row]:
         """The rows of "train", "val" or "test"."""
@@ -86,6 +92,16 @@ def _data_folders(folder: Path) -> Iterator[Path]:
         for sub in sorted(folder.iterdir()):
             if (sub / "contact.json").is_file() or (sub / "train.csv").is_file() or (sub / "test.csv").is_file():
                 yield sub
+
+
+def file_of(root: Path, path: str) -> Path:
+    """The file of a row's path. Names in tables are UTF-8, also where the locale decodes names of files as ASCII."""
+    return root / os.fsdecode(path.encode("utf-8", "surrogateescape"))
+
+
+def name_of(path: Path) -> str:
+    """The inverse of `file_of`: the name of a file as tables write it, whatever the locale."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "surrogateescape")
 
 
 def find_root(datasets_dir: Path, datasets: Sequence[str]) -> Path:
@@ -165,10 +181,12 @@ def read_tvl(
             not_contact += _usable(_read_not_contact(root, sub), data) if use_not_contact else []
     for rows in (train_val, data.test, not_contact):
         rows.sort(key=lambda row: (row.dataset, row.name, row.tactile or "", row.caption or ""))
+    paths = {path for row in (*train_val, *data.test, *not_contact) for path in (row.vision, row.tactile) if path}
+    data.pictures = file_keys({path: file_of(root, path) for path in sorted(paths)})
     test_names = {row.name for row in data.test}
     kept = [row for row in train_val if row.name not in test_names]
     data.dropped[IN_TEST] += len(train_val) - len(kept)
-    data.train, data.val = grouped_split(kept, VAL_FRACTION, seed)
+    data.train, data.val = grouped_split(_joined_groups(kept, data.pictures), VAL_FRACTION, seed)
     not_contact = [row for row in not_contact if row.name not in test_names]
     count = min(len(not_contact), int(len(data.train) * percent_not_contact))
     data.train += sorted(random.Random(seed).sample(not_contact, count), key=lambda row: row.name)
@@ -183,6 +201,13 @@ def read_tvl(
     if not data.train:
         raise UserError(f"{root} has no usable training row; fix the reasons that are logged above.")
     return data
+
+
+def _joined_groups(rows: Sequence[Row], pictures: Mapping[str, int]) -> list[Row]:
+    """The rows, with the groups joined that have a picture in common."""
+    paths = [row.vision for row in rows], [row.tactile for row in rows]
+    groups = join_groups([row.group for row in rows], [row_keys(pictures.get(p or "") for p in column) for column in paths])
+    return [replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
 
 
 def _usable(rows: Iterator[Row | str], data: TVLData) -> list[Row]:
@@ -215,7 +240,7 @@ def _reject_reason(row: Row, root: Path) -> str | None:
         if "\0" in path:
             return f"{modality} path contains a NUL character"
         try:
-            exists = (root / path).is_file()
+            exists = file_of(root, path).is_file()
         except OSError:  # no permission, name too long
             return f"{modality} file cannot be accessed"
         if not exists:
@@ -226,29 +251,45 @@ def _reject_reason(row: Row, root: Path) -> str | None:
 def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str] | str]:
     """The rows of a CSV file as {column: cell}, or the reason why a row cannot be used.
 
-    Raises UserError if a required column is missing or the file is not UTF-8 CSV.
+    Cells are separated by commas, semicolons or tabs, whichever gives the required columns; their names may be in capitals.
+    Raises UserError if a required column is missing or twice, or if the file is not UTF-8 CSV.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = [(name or "").strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
+            first = file.readline()
+            file.seek(0)
+            headers = {delimiter: _header(first, delimiter) for delimiter in DELIMITERS}
+            delimiter = next((d for d in DELIMITERS if set(required) <= set(headers[d])), DELIMITERS[0])
+            header = headers[delimiter]
             for column in required:
                 if column not in header:
                     found = ", ".join(header) or "empty"
                     raise UserError(f"{path} has no column {column!r} (its header: {found}); add the column.")
+            for column in COLUMNS:
+                if header.count(column) > 1:
+                    raise UserError(f"{path} has {header.count(column)} columns named {column!r}; keep one of them.")
+            reader = csv.DictReader(file, header, delimiter=delimiter)
+            next(reader)
             return [_cells(row) for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a UTF-8 CSV file ({error}); save it as UTF-8.") from error
 
 
+def _header(line: str, delimiter: str) -> list[str]:
+    return [name.strip().lower() for name in next(csv.reader([line], delimiter=delimiter), [])]
+
+
 def _cells(row: dict[str | None, Any]) -> dict[str, str] | str:
-    """A CSV row as {column: cell}, or the reason if it has more or fewer cells than the header has columns."""
-    if None in row:
+    """A CSV row as {column: cell}, "" for a cell that says "no value"; or the reason why it cannot be used.
+
+    Empty cells after the last column do not count.
+    """
+    if any(cell.strip() for cell in row.pop(None, [])):
         return "more cells than columns; a caption with commas needs quotes"
     if None in row.values():
         return "fewer cells than columns"
-    return {str(k): v.strip() for k, v in row.items()}
+    cells = {str(k): "" if is_absent(v) else v.strip() for k, v in row.items()}
+    return cells | {k: cells[k].replace("\\", "/") for k in COLUMNS[:3] if k in cells}  # paths as Windows writes them
 
 
 def _caption(text: str | None) -> str | None:
@@ -261,7 +302,7 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
         if split == "train":
             raise UserError(f"{path} is missing; add SSVTP's train.csv with the columns url, tactile, caption.")
         return
-    prefix = folder.relative_to(root).as_posix()
+    prefix = name_of(folder.relative_to(root))
     for cells in _read_csv(path, ["url"]):
         if isinstance(cells, str):
             yield cells
@@ -291,7 +332,8 @@ def _first_line(path: Path) -> str | None:
 
 
 def _join(prefix: str, relative: str) -> str | None:
-    if not relative:
+    """The path below the data folder, None for a cell that says "no value"."""
+    if is_absent(relative):
         return None
     if PurePosixPath(relative).is_absolute():
         return relative  # _reject_reason drops the row
@@ -308,7 +350,7 @@ def _read_hct(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
             yield _hct_row(
                 root, folder, cells["url"], cells["tactile"], cells.get("tactile_background"), cells.get("caption")
             )
-    elif split == "train":
+    elif split == "train" and (folder / "contact.json").is_file():
         for vision, tactile, background in _read_pairs(folder / "contact.json"):
             yield _hct_row(root, folder, vision, tactile, background, None)
 
@@ -329,9 +371,9 @@ def _hct_row(
     caption: str | None,
     contact: bool = True,
 ) -> Row:
-    prefix = folder.relative_to(root).as_posix()
+    prefix = name_of(folder.relative_to(root))
     trajectory = PurePosixPath(vision or tactile).parts[:1]
-    group = "/".join(["hct", folder.name, *trajectory])
+    group = "/".join(["hct", name_of(Path(folder.name)), *trajectory])
     paths = _join(prefix, vision), _join(prefix, tactile), _join(prefix, background or "")
     return Row("hct", *paths, _caption(caption), group, contact)
 
@@ -352,7 +394,8 @@ def _read_pairs(path: Path) -> list[tuple[str, str, str]]:
     if not len(vision) == len(tactile) == len(background):
         sizes = f"{len(vision)} vision, {len(tactile)} tactile, {len(background)} background"
         raise UserError(f"{path} has lists of different lengths ({sizes}); they must be parallel.")
-    return list(zip(map(str, vision), map(str, tactile), map(str, background), strict=True))
+    paths = ([str(path).replace("\\", "/") for path in column] for column in (vision, tactile, background))
+    return list(zip(*paths, strict=True))
 
 
 def background_file(root: Path, row: Row) -> Path | None:
@@ -360,10 +403,10 @@ def background_file(root: Path, row: Row) -> Path | None:
 
     The row's own background, else the nearest `digit_background.png` in a parent folder, else None.
     """
-    if row.background and (root / row.background).is_file():
-        return root / row.background
+    if row.background and file_of(root, row.background).is_file():
+        return file_of(root, row.background)
     if row.tactile:
-        for parent in (root / row.tactile).parents:
+        for parent in file_of(root, row.tactile).parents:
             if (parent / "digit_background.png").is_file():
                 return parent / "digit_background.png"
             if parent == root:

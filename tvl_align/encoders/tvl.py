@@ -9,6 +9,7 @@ order. For text it is the tokens up to and including the end token.
 
 import argparse
 import hashlib
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -38,6 +39,15 @@ TOUCH_MODELS = {
     "vit_base": "vit_base_patch16_224",
     "resnet18": "resnet18",
 }
+ARGUMENTS = {  # what is read of the `args` of a checkpoint
+    **dict.fromkeys(("tactile_model", "clip_vision_model", "clip_pretrain_data"), str),
+    "common_latent_dim": int,
+    "tactile_overrides": dict,
+}
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before the names of weights
+# An unknown weight of these parts is an error; others, such as further heads, are ignored.
+OWN_PARTS = ("clip.", "tactile_encoder.", *(f"modality_heads.{m}." for m in MODALITIES))
+log = logging.getLogger(__name__)
 GRID = 4  # side of the average-pooled patch grid
 FeatureKind = Literal["tokens", "pooled"]
 
@@ -144,22 +154,50 @@ class Stage1(nn.Module):
     def encode(self, batch: Batch) -> Features:
         """Encode a batch of raw inputs. Modalities that the batch lacks are absent from the result.
 
-        Raises UserError if the batch has none of the modalities.
+        Raises UserError if the batch has none of the modalities, if modalities differ in the number of rows, and for images
+        of another size or type than the encoders take.
         """
         names = [name for name in self.modalities if name in batch]
         if not names:
             raise UserError(f"the batch has none of {', '.join(self.modalities)}; it has {', '.join(batch)}.")
         encoders = {"vision": self.encode_vision, "tactile": self.encode_touch, "text": self.encode_text}
+        inputs = {name: self._text(batch[name]) if name == "text" else self._images(name, batch[name]) for name in names}
+        lengths = {name: len(x) for name, x in inputs.items()}
+        if len(set(lengths.values())) > 1:
+            raise UserError(f"the modalities of the batch differ in their rows, {lengths}; give each the same number.")
         with torch.no_grad() if self.frozen else nullcontext():
-            tokens = {name: self._tokens(*encoders[name](batch[name])) for name in names}
-        rows = torch.arange(len(batch[names[0]]), device=self.logit_scale.device)
+            tokens = {name: self._tokens(*encoders[name](x)) for name, x in inputs.items()}
+        rows = torch.arange(lengths[names[0]], device=self.logit_scale.device)
         if "present" in batch:
             tokens = {m: Tokens(t.tokens, t.mask, t.pooled, batch["present"][m]) for m, t in tokens.items()}
         keys = batch.get("caption_keys")
         if keys is None:
-            equal = (batch["text"][:, None] == batch["text"][None]).all(-1) if "text" in batch else None
-            keys = (rows if equal is None else equal.int().argmax(1))[:, None]
+            keys = (_hash(inputs["text"]) if "text" in inputs else rows)[:, None]
         return Features(tokens, keys, rows)
+
+    def _images(self, name: str, images: Any) -> Tensor:
+        """Check images (B, 3, S, S), normalised floats, and convert them to the type of the encoders."""
+        size = self.photo_size if name == "vision" else self.touch_size
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise UserError(
+                f"the {name} images are {kind}; give a float tensor, scaled to [0, 1] and normalised as in "
+                "tvl_align.data.transforms."
+            )
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise UserError(
+                f"the {name} images have the shape {tuple(images.shape)}, but the encoder takes (B, 3, {size}, {size}); "
+                "resize them first."
+            )
+        return images.to(self.logit_scale.dtype)
+
+    def _text(self, text: Any) -> Tensor:
+        """Token ids (B, L) of sentences; token ids are returned as they are."""
+        if isinstance(text, Tensor):
+            return text
+        if isinstance(text, str) or not all(isinstance(sentence, str) for sentence in text):
+            raise UserError(f"the text is {text!r:.60}; give a list of sentences, or token ids (B, L) from `tokenize`.")
+        return self.tokenize(text).to(self.logit_scale.device)
 
     def _tokens(self, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tokens:
         if self.features == "pooled":
@@ -211,6 +249,12 @@ class Stage1(nn.Module):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _hash(ids: Tensor) -> Tensor:
+    """Token ids (B, L) -> (B,) int64, equal for equal rows on every process, else different but for 1 pair in 2^60."""
+    factors = torch.randint(2**62, ids.shape[1:], generator=torch.Generator().manual_seed(0)) * 2 + 1
+    return (ids * factors.to(ids.device)).sum(-1)
 
 
 def _pooled_sequence(grid: Tensor, pooled_token: Tensor | None) -> Tensor:
@@ -273,18 +317,45 @@ def create_touch_encoder(name: str, num_classes: int, overrides: Mapping[str, An
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
-    """The `model` weights and the `args` of a TVL checkpoint.
+    """The weights and the `args` of a TVL checkpoint.
 
-    No code in the file is executed: only tensors, plain containers and `argparse.Namespace` are loaded (`weights_only`).
-    Raises UserError for any other file.
+    The weights are the entry `model` or `state_dict`, or the whole file (also .safetensors). `args` is a Namespace or a
+    dict; without it the Namespace is empty. Prefixes that wrappers put before all names are removed. No code in the file is
+    executed, see `load_safely`. Raises UserError for any other file.
     """
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}; give --stage1_checkpoint a TVL checkpoint (.pth).")
-    content = load_safely(path, [argparse.Namespace])
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{path} is not a TVL checkpoint: it has no entry 'model' with weights.")
-    args = content.get("args")
-    return content["model"], args if isinstance(args, argparse.Namespace) else argparse.Namespace()
+    content = load_safely(path)
+    entries = content if isinstance(content, dict) else {}
+    found = [entries[name] for name in ("model", "state_dict") if isinstance(entries.get(name), dict)]
+    if entries and all(isinstance(value, Tensor) for value in entries.values()):
+        found.append(entries)
+    if not found:
+        raise UserError(f"{path} is not a TVL checkpoint: it has no weights, alone or as an entry 'model' or 'state_dict'.")
+    args = entries.get("args")
+    args = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
+    for name, kind in ARGUMENTS.items():
+        if not isinstance(args.get(name), kind | None):
+            raise UserError(f"{path} has the argument {name} = {args[name]!r}; it must be of type {kind.__name__}.")
+    return _unwrapped(found[0], path), argparse.Namespace(**{str(name): value for name, value in args.items()})
+
+
+def _unwrapped(weights: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+    """Weights without the prefixes of WRAPPERS, if all weights of the model, or of the touch encoder, have them."""
+    weights, removed = {str(name): value for name, value in weights.items()}, []
+
+    def common(part: str, wrapper: str) -> bool:
+        names = [name for name in weights if name.startswith(part)]
+        return bool(names) and all(name.startswith(part + wrapper) for name in names)
+
+    for part in ("", "tactile_encoder."):
+        while wrapper := next((w for w in WRAPPERS if common(part, w)), None):
+            prefix = part + wrapper
+            weights = {part + n[len(prefix) :] if n.startswith(prefix) else n: value for n, value in weights.items()}
+            removed.append(prefix)
+    if removed:
+        log.warning("%s: read without the prefixes of wrappers that its weights have: %s", path, ", ".join(removed))
+    return weights
 
 
 def load_clip(name: str, weights: str) -> nn.Module:
@@ -314,9 +385,21 @@ def load_clip(name: str, weights: str) -> nn.Module:
 
 
 def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load all weights but those of CLIP. Weights outside the encoders are ignored, and named in the log.
+
+    BatchNorm counters may be floats, as in a checkpoint in half precision: no feature depends on them.
+    """
     own = {k: v for k, v in stage1.state_dict().items() if not k.startswith("clip.")}
     state = {k: v for k, v in state.items() if k != "logit_bias"}  # no feature depends on it
+    floats = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    counters = [k for k in own.keys() & floats.keys() if k.endswith("num_batches_tracked")]
+    state |= {k: floats[k].float().nan_to_num(0.0, 0.0, 0.0).to(own[k].dtype) for k in counters}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    further = [k for k in unexpected if not k.startswith(OWN_PARTS)]
+    if further and not missing:
+        log.warning("%s: ignored weights that are no part of the encoders: %s", path, _first(further))
+        state = {k: v for k, v in state.items() if k not in further}
+        unexpected = [k for k in unexpected if k not in further]
     shapes = [
         f"{k} {tuple(getattr(state[k], 'shape', ()))}, needs {tuple(own[k].shape)}"
         for k in sorted(own.keys() & state.keys())
@@ -333,8 +416,8 @@ def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> N
         raise UserError(
             f"{path} does not fit these encoders, {'; '.join(errors)}; check --tactile_model and --common_latent_dim."
         )
-    check_weights(dict(state), path)
-    stage1.load_state_dict(dict(state), strict=False)  # the keys above are complete; only those of CLIP are absent
+    check_weights(state, path)
+    stage1.load_state_dict(state, strict=False)  # the keys above are complete; only those of CLIP are absent
 
 
 def _first(names: Sequence[str], count: int = 8) -> str:

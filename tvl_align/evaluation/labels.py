@@ -2,6 +2,8 @@
 
 import csv
 import json
+import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from tvl_align.data.text import is_absent
 from tvl_align.system.console import UserError
 
 QUANTILES = 5  # levels of a real-valued factor, equally frequent
 NAMED = "named"  # column of the factors that a caption really names
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,15 @@ class Labels:
 def read_labels(path: Path) -> Labels:
     """Read a CSV with a row-name column (`vision` or `row`) and one column per factor.
 
-    A .json file with the same stem may hold {"factors": {name: {"ownership": [modality, ...], "kind": "number"}},
-    "text_factors": [name, ...]}; the kind marks real-valued factors. A column `named` lists the factors that the caption
-    names. Raises UserError for missing or malformed files.
+    A .json file with the same stem may hold {"factors": {name: {"ownership": [modality, ...], "kind": "number", "levels":
+    [level, ...]}}, "text_factors": [name, ...]}; the kind marks real-valued factors. A column `named` lists the factors that
+    the caption names. A cell that is empty or says "no value", such as "nan" or "None", is no label, unless `levels` lists
+    the word. Raises UserError for missing or malformed files, and for a row that has two different labels.
     """
     header, rows = _read_csv(path)
+    twice = next((c for c in header if header.count(c) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} has {header.count(twice)} columns named {twice!r}; keep one of them.")
     key = next((c for c in ("vision", "row") if c in header), None)
     columns = [c for c in header if c not in ("split", key, NAMED)]
     if key is None or not columns:
@@ -62,7 +70,14 @@ def read_labels(path: Path) -> Labels:
     for row in rows:
         if None in row or None in row.values():
             raise UserError(f"{path} has a row with more or fewer cells than columns ({row[key]!r}); correct that row.")
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if lines.setdefault(row[key], row) != row:
+            raise UserError(f"{path} has two different lines for {row[key]!r}; keep one of them.")
+    rows = list(lines.values())
     legend = _read_legend(path.with_suffix(".json"), columns)
+    for c in columns:
+        _blank(path, rows, c, legend["levels"][c])
     numbers = {c: _numbers(path, c, {r[key]: r[c] for r in rows if r[c]}) for c in columns if legend["kinds"][c] == "number"}
     levels = {c: sorted({row[c] for row in rows if row[c]}) for c in columns if c not in numbers}
     values: dict[str, dict[str, int]] = {row[key]: {} for row in rows}
@@ -83,6 +98,19 @@ def read_labels(path: Path) -> Labels:
     return Labels(levels, values, legend["ownership"], numbers, text_factors, named)
 
 
+def _blank(path: Path, rows: Sequence[dict[str, str]], column: str, levels: Sequence[str]) -> None:
+    """Empty the cells of a column that say "no value" in a word that is not one of its levels."""
+    words: Counter[str] = Counter()
+    for row in rows:
+        if is_absent(row[column]) and row[column] not in levels:
+            words[row[column].strip()] += 1
+            row[column] = ""
+    for word, count in words.items():
+        if word:
+            text = "%s: %d cells of %s are %r, which is no label; list it in `levels` of %s if it is one"
+            log.warning(text, path, count, column, word, path.with_suffix(".json").name)
+
+
 def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     if not path.is_file():
         raise UserError(f"no such label file: {path}; --labels takes a CSV with a vision column and one column per factor.")
@@ -95,7 +123,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _read_legend(path: Path, columns: Sequence[str]) -> Mapping[str, Any]:
-    """Ownership, kinds and text factors of the columns; empty where the file says nothing."""
+    """Ownership, kinds, levels and text factors of the columns; empty where the file says nothing."""
     factors: dict[str, Any] = {}
     text_factors: list[str] = []
     if path.is_file():
@@ -104,11 +132,13 @@ def _read_legend(path: Path, columns: Sequence[str]) -> Mapping[str, Any]:
             factors, text_factors = content.get("factors", {}), [str(f) for f in content.get("text_factors", [])]
             ownership = {c: tuple(map(str, factors[c]["ownership"])) if c in factors else () for c in columns}
             kinds = {c: factors[c].get("kind", "") if c in factors else "" for c in columns}
+            levels = {c: [str(x) for x in factors[c].get("levels", [])] if c in factors else [] for c in columns}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             expected = "{factors: {name: {ownership: [...]}}}"
             raise UserError(f"{path} is malformed ({error!r}); it must contain {expected}.") from error
-        return {"ownership": ownership, "kinds": kinds, "text_factors": text_factors}
-    return {"ownership": {c: () for c in columns}, "kinds": {c: "" for c in columns}, "text_factors": []}
+        return {"ownership": ownership, "kinds": kinds, "levels": levels, "text_factors": text_factors}
+    empty: dict[str, Any] = {"ownership": (), "kinds": "", "levels": []}
+    return {what: dict.fromkeys(columns, nothing) for what, nothing in empty.items()} | {"text_factors": []}
 
 
 def _numbers(path: Path, column: str, cells: Mapping[str, str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ neither the model nor its closed forms saw: the probe rows, or the validation ro
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +17,19 @@ import tyro
 from torch import Tensor, nn
 
 from tvl_align.data.samples import Samples
+from tvl_align.data.split import repeats
 from tvl_align.evaluation.cross_reading import cross_readings
 from tvl_align.evaluation.factors import MIN_ROWS, FactorProbes, Rows
 from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.oracle import oracle
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, joined_features, stage1_features
 from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
+from tvl_align.features.identity import Identity
 from tvl_align.features.inputs import DataConfig
 from tvl_align.features.store import FeatureSource
 from tvl_align.features.subset import ShuffledPairs
 from tvl_align.losses.alignment import pair_name
-from tvl_align.losses.contrastive import positive_mask
+from tvl_align.losses.contrastive import keys_of, positive_mask
 from tvl_align.metrics.retrieval import TVL_THRESHOLDS, Retrieval, retrieval, tvl_protocol
 from tvl_align.system.bounds import at_least
 from tvl_align.system.checkpoint import load_checkpoint
@@ -35,7 +37,7 @@ from tvl_align.system.console import UserError
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, pick_device, seed_everything
 from tvl_align.training.engine import build_model, calibrate
-from tvl_align.training.run import load_run
+from tvl_align.training.run import Places, load_run
 
 EXAMPLES = 8  # number of test rows shown on the page
 CEILING_ROWS = 10_000  # most rows that probes of the frozen features are fitted on
@@ -59,6 +61,7 @@ class EvaluateConfig:
     """Maximal number of probe rows, drawn with the seed of the run."""
     split: Literal["test", "val"] = "test"
     """Split to evaluate. Use val to choose settings; it writes results-val.json and no page."""
+    places: tyro.conf.OmitArgPrefixes[Places] = field(default_factory=Places)
     device: str | None = None
     """cuda or cpu; default: cuda if available, else cpu."""
 
@@ -72,9 +75,9 @@ def measure(options: EvaluateConfig) -> Path:
 
     Raises UserError for a split without rows and for a run folder that cannot be loaded.
     """
-    settings, method, config = load_run(options.run, options.method)
+    settings, method, config = load_run(options.run, options.method, options.places)
     device = pick_device(options.device)
-    inputs = settings.open_inputs(device, config["store"])
+    inputs = settings.open_inputs(device, Identity(config["store"], config.get("features", {})))
     if options.split not in inputs.splits:
         where = settings.data.store or settings.data.datasets_dir
         raise UserError(f"{where} has no {options.split} rows; give --split another one of its splits.")
@@ -117,15 +120,16 @@ def measure(options: EvaluateConfig) -> Path:
     trained_tokens, untrained_tokens = (compute_tokens(m, test, all_rows(test), device) for m in (model, untrained))
     frozen = stage1_features(test, all_rows(test), device)
     pooled = {m: t.pooled for m, t in frozen.modalities.items()}
-    meanings = Meanings(labels, list(test.names), trained_tokens.keys)
+    meanings = Meanings(labels, list(test.names), trained_tokens.keys, test.content_keys)
     results["retrieval"] = {
         pair_name(a, b): _pair(a, b, trained_tokens, untrained_tokens, pooled, meanings, weights)
         for a, b in combinations(names, 2)
     }
     results["tvl_protocol"] = _tvl_protocol(trained_tokens, pooled, names) if samples else {}
+    results["repeated"] = {m: repeats(keys.numpy()) for m, keys in test.content_keys.items()}
     results["controls"] = {"shuffled_acc1": _shuffled_acc1(trained_tokens, names, meanings, settings.run.seed)}
     has_pair = {"vision", "tactile"} <= set(names)
-    results["confusions"] = _confusions(trained_tokens, samples) if samples and has_pair else []
+    results["confusions"] = _confusions(trained_tokens, samples, meanings) if samples and has_pair else []
     on_probe = compute_tokens(model, probe, rows, device)
     results["label_free"] = cross_readings(on_probe, trained_tokens, settings.run.seed, device, options.probe_steps)
     factors: FactorProbes | None = None
@@ -178,21 +182,24 @@ def _labels(options: EvaluateConfig, data: DataConfig) -> Labels | None:
 
 
 class Meanings:
-    """What is known about the partners of test rows: which captions mean the same, and what an oracle would find.
+    """What is known about the partners of test rows: which rows have equal content, and what an oracle would find.
 
     keys: (M, K) int64 caption keys of the rows; with labels that name the factors of the captions, a key of their levels.
+    content: {modality: (M,) int64} content keys of the rows.
     """
 
-    def __init__(self, labels: Labels | None, names: Sequence[str], keys: Tensor) -> None:
-        self.labels, self.names, self.keys = labels, names, keys
+    def __init__(
+        self, labels: Labels | None, names: Sequence[str], keys: Tensor, content: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.labels, self.names, self.keys, self.content = labels, names, keys, content or {}
         if labels is not None and labels.text_factors:
             levels = np.stack([labels.of(f, names) for f in labels.text_factors], axis=1)
             levels[(levels < 0).any(1)] = -1 - np.arange(len(levels))[(levels < 0).any(1), None]  # a meaning of its own
             self.keys = torch.from_numpy(np.unique(levels, axis=0, return_inverse=True)[1].reshape(-1, 1).astype(np.int64))
 
     def of(self, first: str, second: str) -> Tensor | None:
-        """Keys that define the positives of pairs with text; None for other pairs: only the own row is positive."""
-        return self.keys if "text" in (first, second) else None
+        """Keys that define the positives of the pair; None: only the own row is positive."""
+        return keys_of((first, second), self.keys, self.content)
 
     def oracle(self, first: str, second: str, valid: Tensor) -> tuple[float, float] | None:
         """Acc@1 and Acc@5 of tvl_align.evaluation.oracle; None if no factor is known to be in both."""
@@ -312,11 +319,13 @@ def _retrievals(tokens: SplitTokens, names: Sequence[str], meanings: Meanings) -
     return found
 
 
-def _confusions(tokens: SplitTokens, samples: Samples) -> list[dict[str, Any]]:
+def _confusions(tokens: SplitTokens, samples: Samples, meanings: Meanings) -> list[dict[str, Any]]:
     """The first touch images for which a wrong photo is retrieved: the query row and the retrieved row of each."""
     valid = (tokens.present["tactile"] & tokens.present["vision"]).nonzero().squeeze(1)
     retrieved = (tokens.pooled["tactile"][valid] @ tokens.pooled["vision"][valid].T).argmax(1)
-    wrong = (retrieved != torch.arange(len(retrieved))).nonzero().squeeze(1)[:EXAMPLES].tolist()
+    keys = meanings.of("tactile", "vision")
+    own = torch.arange(len(tokens.keys)) if keys is None else keys
+    wrong = [i for i, j in enumerate(valid[retrieved].tolist()) if not (own[valid[i]] == own[j]).any()][:EXAMPLES]
     pairs = [(int(valid[i]), int(valid[retrieved[i]])) for i in wrong]
     return [{"query": asdict(samples.rows[a]), "found": asdict(samples.rows[b])} for a, b in pairs]
 

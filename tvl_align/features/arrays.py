@@ -6,6 +6,8 @@ An .npz file has these arrays for N rows and two or more modalities of any name:
     <modality>.pooled     (N, E) float, optional: pooled features of Stage-1 retrieval; default: the mean of the tokens
     <modality>.mask       (N, T) bool, optional: True = a real token, False = padding
     <modality>.present    (N,) bool, optional: True = the row has the modality
+    <modality>.captions   (N,) strings or integers, optional: for a modality that holds sentences or classes, the one of
+                          each row ("" or -1: not known)
     <modality>.views      (N, V, T, W) or (N, V, W) float, optional: V augmented versions of the tokens, for training only
     label.<name>          (N,) integers or strings, optional: a factor to probe; floats of more than 20 distinct values are
                           numbers (NaN: unknown), everything else is a class
@@ -13,6 +15,10 @@ An .npz file has these arrays for N rows and two or more modalities of any name:
     split                 (N,) of "train", "val", "test", optional; default: a random split of the groups, 80%, 10%, 10%
     groups                (N,) strings, optional: rows of a group are never split apart; default: every row is a group
     names                 (N,) strings, optional: unique names of the rows
+
+Rows with equal numbers in a modality, or with equal captions, are positives of each other in pairs with that modality. Rows
+with equal numbers are kept on one side of the split: their groups are joined. This does not hold for a modality with
+captions, nor for one that is named `text`, because a few sentences describe many rows.
 
 View v of two modalities shares its augmentation, so V is the same in all modalities that have views; a modality without
 views repeats its plain tokens. Views have the mask of the row, and the normalised mean of their tokens as pooled features.
@@ -22,6 +28,7 @@ Only the views of training rows are read; those of other rows may have any value
 import csv
 import hashlib
 import json
+import logging
 import random
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,9 +40,11 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
-from torch import nn
+from torch import Tensor, nn
 
 from tvl_align.contract import FeatureSpec
+from tvl_align.data.split import copies_across, join_groups, repeats, row_keys
+from tvl_align.data.text import decoded, is_absent
 from tvl_align.features.tables import FORMAT, empty_table, write_rows
 from tvl_align.system.console import UserError
 from tvl_align.system.provenance import provenance
@@ -46,7 +55,9 @@ MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 2**26, 200  # a file above both is r
 RESERVED_NAMES = ("index", "caption_keys")  # names inside a store
 MAX_CLASSES = 20  # float labels of more distinct values are numbers
 MAX_TOKEN = 60_000  # the largest value of half precision is 65,504
+MAX_LOSS = 0.1  # of half precision: error / standard deviation over the rows
 ROWS_AT_ONCE = 256  # rows whose views are in memory in single precision at a time
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,12 @@ class ModalityArrays:
     present: np.ndarray
     views: np.ndarray | None = None
 
+    def contents(self) -> Iterator[bytes | None]:
+        """A hash of the numbers that are stored of each row, None for a row that lacks the modality."""
+        for row, has in enumerate(self.present):
+            numbers = self.tokens[row].astype(np.float16), self.mask[row], self.pooled[row]
+            yield hashlib.sha256(b"".join(x.tobytes() for x in numbers)).digest() if has else None
+
     def view_chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield chunks of `rows`, (B,) int64, and the tokens of their views, (B, V, T, W) float32, padding zeroed."""
         for start in range(0, len(rows) if self.views is not None else 0, ROWS_AT_ONCE):
@@ -76,7 +93,8 @@ class Arrays:
 
     modalities: {modality: its arrays}. split: (N,) of "train", "val", "test". names: unique names of the rows. labels:
     {factor: (N,) str}. owners: {factor: modalities that carry it}. numbers: the factors that are numbers, of 6 significant
-    digits, "" if unknown; the others are classes. groups: (N,) str, or None: every row is a group.
+    digits, "" if unknown; the others are classes. groups: (N,) str, or None: every row is a group. content_keys: {modality:
+    (N,) int64}, equal for rows with equal numbers or captions; a modality in which all rows differ is not in it.
     """
 
     modalities: dict[str, ModalityArrays]
@@ -86,6 +104,7 @@ class Arrays:
     owners: dict[str, tuple[str, ...]] = field(default_factory=dict)
     numbers: tuple[str, ...] = ()
     groups: np.ndarray | None = None
+    content_keys: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def views(self) -> int:
@@ -120,12 +139,14 @@ def read_npz(path: Path, seed: int = 0) -> Arrays:
             first, _, second = key.partition(".")
             kind, name = (first, second) if first in ("label", "owners") else (second, first)
             dotted.setdefault(kind, {})[name] = value
-    unknown = sorted(dotted.keys() - {"label", "owners", "pooled", "mask", "present", "views"})
+    unknown = sorted(dotted.keys() - {"label", "owners", "pooled", "mask", "present", "views", "captions"})
     if unknown:
-        raise UserError(f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask, .present or .views.")
+        raise UserError(
+            f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask, .present, .captions or .views."
+        )
     plain = {k: v for k, v in content.items() if "." not in k}
     options = {k: plain.pop(k) for k in ("split", "groups", "names") if k in plain}
-    owners = {k: [str(m) for m in np.atleast_1d(v)] for k, v in dotted.get("owners", {}).items()}
+    owners = {k: [decoded(m, f"owners.{k}") for m in np.atleast_1d(v).tolist()] for k, v in dotted.get("owners", {}).items()}
     return check_arrays(
         plain,
         labels=dotted.get("label"),
@@ -134,6 +155,7 @@ def read_npz(path: Path, seed: int = 0) -> Arrays:
         mask=dotted.get("mask"),
         present=dotted.get("present"),
         views=dotted.get("views"),
+        captions=dotted.get("captions"),
         seed=seed,
         **options,
     )
@@ -148,6 +170,7 @@ def check_arrays(
     mask: Mapping[str, Any] | None = None,
     present: Mapping[str, Any] | None = None,
     views: Mapping[str, Any] | None = None,
+    captions: Mapping[str, Any] | None = None,
     split: Any = None,
     groups: Any = None,
     names: Any = None,
@@ -155,16 +178,17 @@ def check_arrays(
 ) -> Arrays:
     """Check the arrays of N rows and fill in defaults. The module's docstring describes the arguments.
 
-    labels, owners, pooled, mask, present and views are dicts by factor or modality name. Views are read in chunks of rows
-    and kept as given, so that they may be memory maps or in half precision. Raises UserError for fewer than two modalities,
-    different numbers of rows or views, wrong shapes, and NaN or inf in a present row.
+    labels, owners, pooled, mask, present, views and captions are dicts by factor or modality name. Views are read in chunks
+    of rows and kept as given, so that they may be memory maps or in half precision. Raises UserError for fewer than two
+    modalities, different numbers of rows or views, wrong shapes, and NaN or inf in a present row.
     """
     if len(arrays) < 2:
         raise UserError(
             f"registers align two or more modalities, got {', '.join(arrays) or 'none'}; give arrays of at least two."
         )
     _check_names(list(arrays))
-    for what, by_modality in (("pooled", pooled), ("mask", mask), ("present", present), ("views", views)):
+    given = {"pooled": pooled, "mask": mask, "present": present, "views": views, "captions": captions}
+    for what, by_modality in given.items():
         for name in by_modality or {}:
             if name not in arrays:
                 raise UserError(f"{name}.{what} belongs to no modality; the modalities are {', '.join(arrays)}.")
@@ -175,19 +199,27 @@ def check_arrays(
     }
     factors = {name: _column(f"label.{name}", x, count) for name, x in (labels or {}).items()}
     numbers = tuple(name for name, x in factors.items() if x.dtype.kind == "f" and len(np.unique(x)) > MAX_CLASSES)
-    factors = {name: _numbers(name, x) if name in numbers else x.astype(str) for name, x in factors.items()}
+    factors = {name: _numbers(name, x) if name in numbers else _classes(name, x) for name, x in factors.items()}
     for name, carriers in (owners or {}).items():
         unknown = [m for m in carriers if m not in arrays]
         if unknown:
             raise UserError(f"owners.{name} has {unknown[0]}, which is not a modality; choose from {', '.join(arrays)}.")
         if name not in factors:
             raise UserError(f"owners.{name} belongs to no label; add label.{name} or remove it.")
-    ids = [f"row{i}" for i in range(count)] if names is None else _column("names", names, count).astype(str).tolist()
+    ids = [f"row{i}" for i in range(count)] if names is None else _strings("names", names, count).tolist()
     if len(set(ids)) < count:
         raise UserError("names must be unique, since labels are matched by name.")
-    splits = _split(split, groups, count, seed)
-    group = None if groups is None else _column("groups", groups, count).astype(str)
-    checked = Arrays(modalities, splits, ids, factors, {k: tuple(v) for k, v in (owners or {}).items()}, numbers, group)
+    keys, copies = _content_keys(modalities, captions or {})
+    group = None if groups is None else _strings("groups", groups, count)
+    if split is not None and group is not None:
+        _warn_of_split_groups(group, _strings("split", split, count))
+    if copies:
+        own = [str(i) for i in range(count)] if group is None else group.tolist()
+        group = np.array(join_groups(own, copies.values()))
+    splits = _split(split, group, count, seed)
+    _log_repeats(keys, copies, group, splits, split is not None)
+    carriers_of = {k: tuple(v) for k, v in (owners or {}).items()}
+    checked = Arrays(modalities, splits, ids, factors, carriers_of, numbers, group, keys)
     for name, x in (views or {}).items():
         if name in (pooled or {}):
             raise UserError(
@@ -241,6 +273,7 @@ def _check_modality(name: str, x: Any, mask: Any, pooled: Any, present: Any, cou
         raise UserError(
             f"{name} has values up to {np.abs(tokens).max():.3g}, beyond the range of half precision; scale it down."
         )
+    _check_differences(name, np.asarray(x).reshape(tokens.shape), tokens, real)
     if pooled is None:
         vectors = _mean(tokens, real)
     else:
@@ -248,6 +281,35 @@ def _check_modality(name: str, x: Any, mask: Any, pooled: Any, present: Any, cou
         if len(vectors) != count or not np.isfinite(vectors).all():
             raise UserError(f"{name}.pooled must be finite numbers of shape ({count}, width), not {np.shape(pooled)}.")
     return ModalityArrays(tokens, real, _normalise(vectors), has)
+
+
+def _check_differences(name: str, given: np.ndarray, tokens: np.ndarray, real: np.ndarray) -> None:
+    """Warn of a modality in which all rows are equal. Raise UserError if half precision loses the differences between rows.
+
+    given: (N, T, W), as given. tokens: the same in float32, padding zeroed. real: (N, T). Evenly spaced rows are compared.
+    """
+    rows = np.flatnonzero(real.any(1))
+    sample = rows[:: max(1, len(rows) // ROWS_AT_ONCE)]
+    numbers = np.where(real[sample][..., None], given[sample], 0).astype(np.float64)
+    if len(rows) < 2:
+        return
+    if not np.ptp(numbers, axis=0).any():
+        if (tokens[rows] == tokens[rows[0]]).all():
+            log.warning("%s is the same in all of its %d rows: nothing can be learned from it", name, len(rows))
+        return
+    spread = float(np.sqrt(numbers.var(0).mean()))
+    factor = 10.0 ** -round(np.log10(spread))
+    if _half_error(numbers) > MAX_LOSS * spread:
+        scaled = np.abs(numbers).max() * factor < MAX_TOKEN and _half_error(numbers * factor) <= MAX_LOSS * spread * factor
+        remedy = f"multiply it by {factor:.0e}" if scaled else "subtract its mean over the rows, or standardise it"
+        raise UserError(
+            f"{name} has values up to {np.abs(numbers).max():.3g} that differ between rows by {spread:.1g}, "
+            f"too little for half precision; {remedy}."
+        )
+
+
+def _half_error(numbers: np.ndarray) -> float:
+    return float(np.sqrt(np.square(numbers - numbers.astype(np.float16)).mean()))
 
 
 def _mean(tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -295,6 +357,36 @@ def _numbers(name: str, column: np.ndarray) -> np.ndarray:
     return np.array(["" if np.isnan(x) else f"{x:.6g}" for x in column.tolist()])
 
 
+def _classes(name: str, column: np.ndarray) -> np.ndarray:
+    """(N,) str of a label, "" where it says "no value"."""
+    labels = _strings(f"label.{name}", column, len(column), every_row=False)
+    absent = np.array([is_absent(label) for label in labels.tolist()], bool)
+    for word in sorted(set(labels[absent].tolist()) - {""}) if column.dtype.kind in "USO" else ():
+        log.warning("label.%s: %d rows are %r, which is no label", name, (labels == word).sum(), word)
+    return np.where(absent, "", labels)
+
+
+def _strings(name: str, x: Any, count: int, every_row: bool = True) -> np.ndarray:
+    """(N,) str of strings, UTF-8 bytes or numbers. Raises UserError for other bytes, and with `every_row` for no value."""
+    column = _column(name, x, count)
+    column = np.array([decoded(v, name) for v in column.tolist()]) if column.dtype.kind in "SO" else column.astype(str)
+    missing = [row for row, value in enumerate(column.tolist()) if is_absent(value)] if every_row else []
+    if missing:
+        raise UserError(f"{name} has no value in row {missing[0]} ({len(missing)} rows in total); give every row one.")
+    return column
+
+
+def _warn_of_split_groups(groups: np.ndarray, split: np.ndarray) -> None:
+    """A given split is used as it is, also where rows of a group are on both sides."""
+    sides: dict[str, set[str]] = {}
+    for group, side in zip(groups.tolist(), split.tolist(), strict=True):
+        sides.setdefault(group, set()).add(side)
+    across = sum(len(found) > 1 for found in sides.values())
+    if across:
+        text = "%d of %d groups are in more than one split: the given split is used, and test rows resemble training rows"
+        log.warning(text, across, len(sides))
+
+
 def _column(name: str, x: Any, count: int) -> np.ndarray:
     column = np.asarray(x)
     if column.shape != (count,):
@@ -302,14 +394,47 @@ def _column(name: str, x: Any, count: int) -> np.ndarray:
     return column
 
 
+def _content_keys(
+    modalities: Mapping[str, ModalityArrays], captions: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Content keys of the modalities in which rows repeat; and of those among them that hold no sentences."""
+    keys = {name: row_keys(modality.contents()) for name, modality in modalities.items()}
+    copies = {name: k for name, k in keys.items() if repeats(k) and name not in captions and name != "text"}
+    for name, x in captions.items():
+        sentences = _strings(f"{name}.captions", x, len(keys[name]), every_row=False).tolist()
+        rows = enumerate(zip(sentences, modalities[name].present.tolist(), strict=True))
+        named = [s if has and s != "-1" and not is_absent(s) else f"\0{i}" for i, (s, has) in rows]
+        keys[name] = row_keys(join_groups(named, [keys[name]]))
+    return {name: k for name, k in keys.items() if repeats(k)}, copies
+
+
+def _log_repeats(
+    keys: Mapping[str, np.ndarray],
+    copies: Mapping[str, np.ndarray],
+    groups: np.ndarray | None,
+    splits: np.ndarray,
+    split_is_given: bool,
+) -> None:
+    for name, column in keys.items():
+        log.warning("%d rows repeat the %s of another row", repeats(column), name)
+    across = copies_across(copies, splits.tolist())
+    if across and split_is_given:
+        log.warning("%d rows have equal numbers in another split (%s)", across, ", ".join(copies))
+    elif copies and groups is not None:
+        remedy = (
+            "; give .captions of those that hold sentences or classes" if len(set(splits.tolist())) < len(SPLITS) else ""
+        )
+        log.warning("rows with equal %s are kept in one split, %d groups%s", " or ".join(copies), len(set(groups)), remedy)
+
+
 def _split(split: Any, groups: Any, count: int, seed: int) -> np.ndarray:
     if split is not None:
-        column = _column("split", split, count).astype(str)
+        column = _strings("split", split, count)
         unknown = sorted(set(column.tolist()) - set(SPLITS))
         if unknown:
             raise UserError(f"split has {unknown[0]!r}; use train, val and test.")
         return column
-    group = np.arange(count).astype(str) if groups is None else _column("groups", groups, count).astype(str)
+    group = np.arange(count).astype(str) if groups is None else groups
     distinct = sorted(set(group.tolist()))
     random.Random(seed).shuffle(distinct)
     edges = np.cumsum(SPLIT_FRACTIONS[:2]) * len(distinct)
@@ -328,6 +453,8 @@ def arrays_key(arrays: Arrays) -> str:
             digest.update(repr(("views", views.shape)).encode() + views.tobytes())
     for name, column in arrays.labels.items():
         digest.update(repr((name, column.tolist(), *(["number"] if name in arrays.numbers else []))).encode())
+    for name, keys in arrays.content_keys.items():
+        digest.update(repr(("content", name, keys.tolist())).encode())
     if arrays.groups is not None:
         digest.update(repr(("groups", arrays.groups.tolist())).encode())
     return digest.hexdigest()[:16]
@@ -347,9 +474,12 @@ def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
         rows = np.flatnonzero(arrays.split == split)
         if len(rows):
             names, groups = [arrays.names[i] for i in rows], None if arrays.groups is None else arrays.groups[rows].tolist()
-            views = arrays.views if split == "train" else 0
-            splits[split] = {"views": views, **write_rows(out / split, names, ["arrays"] * len(rows), groups)}
-            _write_split(out / split, arrays.modalities, rows, specs, views)
+            views, keys = arrays.views if split == "train" else 0, arrays.content_keys
+            content = {name: torch.from_numpy(column[rows]) for name, column in keys.items()}
+            captions = content.pop("text", torch.arange(len(rows)))  # without captions all rows differ
+            info = write_rows(out / split, names, ["arrays"] * len(rows), groups, content)
+            splits[split] = {"views": views, **info}
+            _write_split(out / split, arrays.modalities, rows, specs, views, captions)
     if arrays.labels:
         _write_labels(out, arrays)
     manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits, "ingredients": {}}
@@ -358,7 +488,12 @@ def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
 
 
 def _write_split(
-    folder: Path, modalities: Mapping[str, ModalityArrays], rows: np.ndarray, specs: Mapping[str, FeatureSpec], views: int
+    folder: Path,
+    modalities: Mapping[str, ModalityArrays],
+    rows: np.ndarray,
+    specs: Mapping[str, FeatureSpec],
+    views: int,
+    captions: Tensor,
 ) -> None:
     index = {}
     for name, modality in modalities.items():
@@ -384,7 +519,7 @@ def _write_split(
                     torch.from_numpy(_normalise(_mean(tokens, modality.mask[chunk][:, None])))
                 )
                 start = end
-    keys = torch.arange(len(rows))[:, None, None].expand(-1, views + 1, 2).contiguous()  # no captions: all rows differ
+    keys = captions[:, None, None].expand(-1, views + 1, 2).contiguous()
     TensorDict({**index, "caption_keys": keys}, batch_size=[len(rows)]).memmap(folder / "index")
 
 

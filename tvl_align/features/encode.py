@@ -1,6 +1,5 @@
 """Write a feature store: encode every image and sentence of the data once with the frozen encoders."""
 
-import hashlib
 import json
 import logging
 import os
@@ -19,18 +18,20 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from tvl_align.contract import FeatureSpec, Tokens
+from tvl_align.data.constant import constant_modalities
 from tvl_align.data.loading import ImageBatch, RowViews, load_images
 from tvl_align.data.samples import Samples
 from tvl_align.data.swapped import swapped_groups
 from tvl_align.data.transforms import PHOTO_MEAN, PHOTO_STD, TOUCH_MEAN, TOUCH_STD
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
+from tvl_align.features.identity import Identity, identify, rows_digests
 from tvl_align.features.store import FeatureStore
 from tvl_align.features.tables import FORMAT, empty_table, write_rows
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import barrier, is_main, rank, world_size
 from tvl_align.system.files import lock_folder
-from tvl_align.system.provenance import FEATURE_PACKAGES, package_versions, provenance
+from tvl_align.system.provenance import provenance
 from tvl_align.system.workers import run_in_threads
 
 ENCODE_BATCH = 64  # rows
@@ -39,80 +40,69 @@ COLOUR_STATISTICS = {"vision": "look_vision", "tactile": "look_tactile"}  # name
 log = logging.getLogger(__name__)
 
 
-def store_key(stage1: Stage1, samples: Mapping[str, Samples], views: int) -> tuple[str, dict[str, Any]]:
-    """The key of the feature store for these settings, and the settings that it hashes."""
-    first = next(iter(samples.values()))  # all splits have the same options
-    ingredients = {
-        "format": FORMAT,
-        "encoders": stage1.fingerprint(),
-        "features": stage1.features,
-        "images": asdict(first.images.options),
-        "text": {"prompt": first.text.prompt, "shuffle": first.text.shuffle, "synonyms": dict(first.text.synonyms)},
-        "views": views,
-        "seed": first.seed,
-        "packages": package_versions(FEATURE_PACKAGES),
-        "rows": {name: _rows_digest(split) for name, split in samples.items()},
-    }
-    text = json.dumps(ingredients, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16], ingredients
-
-
-def _rows_digest(samples: Samples) -> str:
-    """SHA-256 of the rows of a split, including the sizes and modification times of their files."""
-    digest = hashlib.sha256()
-    for row in samples.rows:
-        digest.update(repr(row).encode())
-        for path in (row.vision, row.tactile):
-            if path is not None:
-                try:
-                    stat = (samples.root / path).stat()
-                    digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-                except OSError:
-                    digest.update(b"gone")
-    return digest.hexdigest()
-
-
 def open_or_encode(
     feature_dir: Path,
     stage1: Stage1,
     samples: Mapping[str, Samples],
     views: int,
     num_workers: int,
-    expected: str | None = None,
+    expected: Identity | None = None,
     tolerance: Tolerance | None = None,
 ) -> FeatureStore:
     """Open the feature store for these settings, and encode it first if it does not exist.
 
     All processes of a distributed run must call this. An interrupted encode is resumed.
 
-    feature_dir: folder of stores. views: augmented views per training row. expected: the key that the store must have.
-    tolerance: how many rows may have images that cannot be used; these images are absent in the store and listed in its
-    manifest. Raises UserError if the key differs from `expected` (before encoding), if too many rows are bad, and if the
-    data change during encoding.
+    feature_dir: folder of stores. views: augmented views per training row. expected: the identity that the store must have.
+    If only versions of packages differ and that store exists, it is used. tolerance: how many rows may have images that
+    cannot be used; these images are absent in the store and listed in its manifest. Raises UserError if the identity differs
+    from `expected` (before encoding), if too many rows are bad, and if the data change during encoding.
     """
-    key, ingredients = store_key(stage1, samples, views)
-    if expected is not None and key != expected:
-        raise UserError(
-            f"encoders and data now give the features {key}, not {expected}; restore the Stage-1 checkpoint, the data and "
-            "the package versions of that run."
-        )
-    folder = feature_dir / key
+    identity = identify(stage1, samples, views, feature_dir)
+    if expected is not None and expected.key != identity.key:
+        return _earlier_store(feature_dir, expected, identity)
+    assert identity.key is not None
+    folder = feature_dir / identity.key
     if not (folder / "manifest.json").is_file():
         barrier()  # all processes have checked before one starts to write
         with lock_folder(feature_dir, wait=True, why="encodes into") if is_main() else nullcontext():
             barrier()
             if not (folder / "manifest.json").is_file():  # another run may have encoded it while this one waited
-                _encode(folder, key, ingredients, stage1, samples, views, num_workers, tolerance or Tolerance())
+                _encode(folder, identity, stage1, samples, views, num_workers, tolerance or Tolerance())
     store = FeatureStore(folder)
-    if store.key != key:
-        raise UserError(f"{folder} contains the store {store.key}, not {key}; remove the folder and run again.")
+    if store.key != identity.key:
+        raise UserError(f"{folder} contains the store {store.key}, not {identity.key}; remove the folder and run again.")
     return store
+
+
+def _earlier_store(feature_dir: Path, expected: Identity, now: Identity) -> FeatureStore:
+    """The store of a run that would have another key today, if only versions of packages differ.
+
+    Raises UserError, which names what differs.
+    """
+    folder = feature_dir / str(expected.key)
+    stored = (folder / "manifest.json").is_file()
+    recorded = Identity(expected.key, FeatureStore(folder).manifest["ingredients"]) if stored else expected
+    differences = now.differences(recorded)
+    what = ", ".join(text for _, text in differences)
+    if stored and {name for name, _ in differences} == {"packages"}:
+        log.warning("using the stored features of this run, which other versions made: %s", what)
+        return FeatureStore(folder)
+    raise changed_features(recorded, now)
+
+
+def changed_features(expected: Identity, now: Identity) -> UserError:
+    """The error for features of another identity than those of a run; it names what differs."""
+    what = ", ".join(text for _, text in now.differences(expected)) or "Stage 1, data, options or packages"
+    return UserError(
+        f"the features of this run are {expected.key}, and these settings give {now.key}, because of {what}; restore what "
+        "differs, or train again under another --log_name."
+    )
 
 
 def _encode(
     folder: Path,
-    key: str,
-    ingredients: dict[str, Any],
+    identity: Identity,
     stage1: Stage1,
     samples: Mapping[str, Samples],
     views: int,
@@ -143,10 +133,13 @@ def _encode(
                 counts = Counter(f"{m}: {r}" for _, m, r in faults)
                 log.warning("%s: images that cannot be used, by reason: %s", name, dict(counts))
                 tolerance.check(len(bad_rows), len(samples[name]), f"{modality} of {samples[name].rows[row].name}: {reason}")
-        if {name: _rows_digest(split) for name, split in samples.items()} != ingredients["rows"]:
+        if rows_digests(samples, folder.parent) != identity.ingredients["rows"]:
             shutil.rmtree(unfinished)
             raise UserError("the data changed while they were encoded; the unfinished store was removed, run again.")
-        swapped = _find_swapped_groups(unfinished, {name: samples[name] for name in splits})
+        looks = _looks(unfinished, list(splits))
+        for clause in constant_modalities(looks):
+            log.warning("%s; nothing can be learned from them", clause)
+        swapped = swapped_groups([row.group for name in splits for row in samples[name].rows], *looks.values())
         if swapped:
             examples = ", ".join(swapped[:3]) + (" and more" if len(swapped) > 3 else "")
             log.warning("photos and touch images seem to be swapped in %d groups: %s", len(swapped), examples)
@@ -154,17 +147,17 @@ def _encode(
                 raise UserError(f"photos and touch images seem to be swapped in {examples}; swap their folders.")
         for name, info in splits.items():
             rows = samples[name].rows
-            columns = ([getattr(row, column) for row in rows] for column in ("name", "dataset", "group"))
-            info |= write_rows(unfinished / name, *columns)
+            names, datasets, groups = ([getattr(row, column) for row in rows] for column in ("name", "dataset", "group"))
+            info |= write_rows(unfinished / name, names, datasets, groups, samples[name].content_keys)
             shutil.rmtree(unfinished / name / "done")
         first = next(iter(samples.values()))
         manifest = {
             "format": FORMAT,
-            "key": key,
+            "key": identity.key,
             "root": str(first.root.resolve()),
             "modalities": {name: asdict(spec) for name, spec in specs.items()},
             "splits": splits,
-            "ingredients": ingredients,
+            "ingredients": identity.ingredients,
             "made_by": provenance(),
             "dropped": first.dropped,
             "skipped": {
@@ -325,12 +318,10 @@ def _colour_statistics(modality: str, images: Tensor) -> Tensor:
     return torch.cat([average * scale + torch.tensor(mean), deviation * scale], dim=1)
 
 
-def _find_swapped_groups(folder: Path, samples: Mapping[str, Samples]) -> list[str]:
-    """Groups of all splits whose photo and touch folders seem to be swapped, from the colour statistics of their images."""
-    done = [TensorDict.load_memmap(folder / name / "done") for name in samples]
-    groups = [row.group for split in samples.values() for row in split.rows]
-    vision, tactile = (torch.cat([d[COLOUR_STATISTICS[m]] for d in done]) for m in ("vision", "tactile"))
-    return swapped_groups(groups, vision, tactile)
+def _looks(folder: Path, splits: Sequence[str]) -> dict[str, Tensor]:
+    """Colour statistics of the images of all splits: {"vision": (N, 6), "tactile": (N, 6)}, NaN where a row has no image."""
+    done = [TensorDict.load_memmap(folder / name / "done") for name in splits]
+    return {m: torch.cat([d[file] for d in done]) for m, file in COLOUR_STATISTICS.items()}
 
 
 def _write(table: TensorDict, rows: Tensor, tokens: Tokens) -> None:

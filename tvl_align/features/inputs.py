@@ -1,5 +1,6 @@
 """Options of the data -> the inputs of a training run: a feature source for every split."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,15 +12,18 @@ from tvl_align.config import Ignored
 from tvl_align.contract import MODALITIES, FeatureSpec
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
 from tvl_align.data.text import PROMPT
-from tvl_align.data.transforms import ImageOptions
+from tvl_align.data.transforms import ImageOptions, inspect_images
 from tvl_align.data.tvl import Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, Stage1Config, load_stage1
-from tvl_align.features.encode import open_or_encode
+from tvl_align.features.encode import changed_features, open_or_encode
+from tvl_align.features.identity import Identity, identify
 from tvl_align.features.live import LiveSplit
 from tvl_align.features.store import FeatureSource, FeatureStore
 from tvl_align.features.subset import ShuffledPairs, set_probe_rows_aside
 from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,14 @@ class DataConfig:
 class Inputs:
     """The inputs of a training run.
 
-    splits: {split: feature source}, with the split "probe" of training rows that were set aside. specs: {modality: shapes of
-    its features}. key: key of the feature store, None without a store. samples: {split: images and sentences}, empty for a
-    store that is given by --store.
+    splits: {split: feature source}, with the split "probe" of training rows that were set aside. specs: {modality: shapes}.
+    identity: of the feature store, or of the features that are computed on the fly. samples: {split: images and sentences},
+    empty for a store that is given by --store or used alone.
     """
 
     splits: dict[str, FeatureSource]
     specs: dict[str, FeatureSpec]
-    key: str | None
+    identity: Identity
     samples: dict[str, Samples]
 
 
@@ -109,13 +113,14 @@ def load_inputs(
     seed: int,
     feature_dir: Path,
     device: torch.device,
-    expected: str | None = None,
+    expected: Identity | None = None,
 ) -> Inputs:
     """Open the feature store of these options under `feature_dir`, and encode it first if it does not exist.
 
     With `data.store` that store is opened. With `data.views` 0 there is no store and features are computed on the fly. seed:
-    seed of the split and of the augmented views. expected: the key that the store must have. Raises UserError if the data or
-    the Stage-1 checkpoint give another key.
+    seed of the split and of the augmented views. expected: the identity that the features must have. If its store exists and
+    the data folder or the Stage-1 checkpoint does not, the store is used alone. Raises UserError if the data or the Stage-1
+    checkpoint give another identity, before anything is encoded.
     """
     inputs = _open(frozen, data, seed, feature_dir, device, expected)
     splits = dict(inputs.splits)
@@ -127,27 +132,39 @@ def load_inputs(
 
 
 def _open(
-    frozen: Stage1Config, data: DataConfig, seed: int, feature_dir: Path, device: torch.device, expected: str | None
+    frozen: Stage1Config, data: DataConfig, seed: int, feature_dir: Path, device: torch.device, expected: Identity | None
 ) -> Inputs:
     if data.store is not None:
         return _open_given_store(data, data.store, expected)
+    missing = [str(p) for p in (frozen.stage1_checkpoint, data.datasets_dir) if p is not None and not p.exists()]
+    if expected is not None and missing and (feature_dir / str(expected.key) / "manifest.json").is_file():
+        log.warning("there is no %s; using the stored features of this run alone", " and no ".join(missing))
+        return _of_store(FeatureStore(feature_dir / str(expected.key)), {})
     stage1, samples = load_samples(frozen, data, seed, device)
     tolerance = Tolerance(data.strict, data.max_skipped)
     if data.views == 0:
         splits = {n: LiveSplit(stage1, s, data.num_workers, n == "train", tolerance) for n, s in samples.items() if len(s)}
-        return Inputs(dict(splits), stage1.specs, None, samples)
-    store = open_or_encode(feature_dir, stage1, samples, data.views, data.num_workers, expected, tolerance)
-    return Inputs(dict(store.splits), store.specs, store.key, samples)
+        identity = identify(stage1, samples, 0, feature_dir)
+        if expected is not None and expected.key not in (None, identity.key):
+            raise changed_features(expected, identity)
+        return Inputs(dict(splits), stage1.specs, identity, samples)
+    return _of_store(
+        open_or_encode(feature_dir, stage1, samples, data.views, data.num_workers, expected, tolerance), samples
+    )
 
 
-def _open_given_store(data: DataConfig, folder: Path, expected: str | None) -> Inputs:
+def _open_given_store(data: DataConfig, folder: Path, expected: Identity | None) -> Inputs:
     store, names = FeatureStore(folder), data.active_modality_names
-    if expected is not None and store.key != expected:
+    if expected is not None and store.key != expected.key:
         raise UserError(
-            f"{store.folder} now contains the store {store.key}, not {expected} that this run was trained on; restore it."
+            f"{store.folder} contains the store {store.key}, not {expected.key} that this run was trained on; give that "
+            "one with --store."
         )
-    store = store if names == MODALITIES else store.only(names)
-    return Inputs(dict(store.splits), store.specs, store.key, {})
+    return _of_store(store if names == MODALITIES else store.only(names), {})
+
+
+def _of_store(store: FeatureStore, samples: dict[str, Samples]) -> Inputs:
+    return Inputs(dict(store.splits), store.specs, Identity(store.key, store.manifest["ingredients"]), samples)
 
 
 def load_samples(
@@ -177,6 +194,7 @@ def load_samples(
         data.shared_geometry,
         data.augment_pictures,
     )
+    images = inspect_images(images, rows)
     synonyms = find_synonyms(rows.root, data.keep_k_synonyms) if data.replace_synonyms else {}
     text = TextOptions("" if data.no_text_prompt else PROMPT, data.shuffle_text, synonyms)
     return stage1, make_samples(rows, images, text, seed)

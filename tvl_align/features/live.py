@@ -36,6 +36,7 @@ class LiveSplit:
         indices = {group: i for i, group in enumerate(dict.fromkeys(row.group for row in samples.rows))}
         self.groups = torch.tensor([indices[row.group] for row in samples.rows], dtype=torch.int64)
         self._captions = samples.caption_ids()
+        self.content_keys = {m: keys for m, keys in samples.content_keys.items() if m in stage1.modalities}
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -75,7 +76,8 @@ class LiveSplit:
         keys = torch.stack([self._captions[rows], torch.tensor(sentence_ids)], dim=-1)
         batch: Batch = {**raw, "present": present, "caption_keys": keys.to(device)}
         encoded = self.stage1.encode(batch)
-        return Features(encoded.modalities, encoded.caption_keys, rows.to(device))
+        content = {m: keys[rows].to(device) for m, keys in self.content_keys.items()}
+        return Features(encoded.modalities, encoded.caption_keys, rows.to(device), content)
 
     def _record_faults(self, row_views: RowViews, faults: Sequence[tuple[int, str, str]]) -> None:
         for position, modality, reason in faults:

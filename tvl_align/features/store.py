@@ -48,6 +48,11 @@ class FeatureSource(Protocol):
         """(N,) int64: rows of a group, such as the frames of one press, are never split apart."""
         ...
 
+    @property
+    def content_keys(self) -> Mapping[str, Tensor]:
+        """{modality: (N,) int64}: equal for rows with the same content. See Features; captions are not among them."""
+        ...
+
     def __len__(self) -> int: ...
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
@@ -73,6 +78,9 @@ class StoredSplit:
         self.groups = open_memmap(folder / "rows" / "group.memmap", torch.int64, shape[:1])
         if shape[0] and not 0 <= int(self.datasets.min()) <= int(self.datasets.max()) < len(info["datasets"]):
             raise UserError(f"{folder} has data sets that are not in the manifest; the store is damaged, make it again.")
+        contents = [m for m in info.get("repeated", ()) if m in modalities]
+        files = {m: folder / "rows" / "content_keys" / f"{m}.memmap" for m in contents}
+        self.content_keys = {m: open_memmap(file, torch.int64, shape[:1]) for m, file in files.items()}
         self.index = {m: open_memmap(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
         self.is_condensed = False
         self.index["caption_keys"] = open_memmap(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
@@ -103,7 +111,8 @@ class StoredSplit:
             length = max(1, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1)
             token_rows, pooled_rows = read(table["tokens"], table_rows, length), read(table["pooled"], table_rows)
             tokens[name] = Tokens(token_rows, mask[:, :length], pooled_rows, present, self.is_condensed)
-        return Features(tokens, self.index["caption_keys"][rows, views], rows)
+        content = {m: keys[rows] for m, keys in self.content_keys.items()}
+        return Features(tokens, self.index["caption_keys"][rows, views], rows, content)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         """Yield the Features of every (rows, views) pair on `device`. See FeatureSource."""
@@ -189,13 +198,14 @@ class FeatureStore:
         self.specs = {name: self.specs[name] for name in names}
         for split in self.splits.values():
             split.tables = {name: split.tables[name] for name in names if name in split.tables}
+            split.content_keys = {name: keys for name, keys in split.content_keys.items() if name in names}
         return self
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any] | Arrays, out: Path, **options: Any) -> "FeatureStore":
         """Write arrays of two or more modalities, {name: (N, T, W) or (N, W)}, to the folder `out` and open it as a store.
 
-        options: labels, owners, pooled, mask, present, split, groups, names and seed of
+        options: labels, owners, pooled, mask, present, views, captions, split, groups, names and seed of
         `tvl_align.features.arrays.check_arrays`. If `out` is a store of the same arrays, it is only opened. Raises UserError
         for invalid arrays and if `out` has other content.
         """

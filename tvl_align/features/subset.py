@@ -21,6 +21,7 @@ class RowSubset:
         self.source, self.rows, self.views = source, rows, source.views
         self.names = _Selected(source.names, rows)
         self.datasets, self.groups = source.datasets[rows], source.groups[rows]
+        self.content_keys = {m: keys[rows] for m, keys in source.content_keys.items()}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -64,6 +65,7 @@ class ShuffledPairs:
             m: torch.randperm(len(source), generator=generator(seed, 7, i)) if i else torch.arange(len(source))
             for i, m in enumerate(modalities)
         }
+        self.content_keys = {m: keys[self.orders[m]] for m, keys in source.content_keys.items() if m in self.orders}
 
     def __len__(self) -> int:
         return len(self.source)
@@ -77,7 +79,8 @@ class ShuffledPairs:
             parts = dict(zip(self.orders, [next(read) for _ in orders], strict=True))
             text = parts.get("text", next(iter(parts.values())))
             modalities = {m: part.modalities[m] for m, part in parts.items() if m in part.modalities}
-            yield Features(modalities, text.caption_keys, row.to(device))
+            content = {m: parts[m].content_keys[m] for m in self.content_keys}
+            yield Features(modalities, text.caption_keys, row.to(device), content)
 
     def condensed(self, condense: Condense, device: torch.device) -> FeatureSource:
         """The same pairs of the condensed split."""

@@ -6,7 +6,8 @@ another folder.
 
     manifest.json         key, settings, shapes, skipped rows with their reasons; written last, so it marks a complete store
     <split>/rows/         dataset, group (N,) int64; names (bytes,) uint8, the concatenated names of the rows; name_ends (N,)
-                          int64, the end of each name
+                          int64, the end of each name; content_keys {modality: (N,) int64}, only of modalities in which rows
+                          repeat the content of others (the manifest counts them as `repeated`)
     <split>/index/        {modality: (N, V+1) int64}, the table row of every view, -1 = absent; caption_keys (N, V+1, 2)
                           int64, the ids of caption and sentence
     <split>/<modality>/   the table, R rows: tokens (R, T, W) fp16, mask (R, T) bool, pooled (R, E) fp32
@@ -15,7 +16,7 @@ The text table has every distinct sentence once. Only training rows have augment
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,17 @@ class RowNames(Sequence[str]):
 
 
 def write_rows(
-    folder: Path, names: Sequence[str], datasets: Sequence[str], groups: Sequence[str] | None = None
+    folder: Path,
+    names: Sequence[str],
+    datasets: Sequence[str],
+    groups: Sequence[str] | None = None,
+    content_keys: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Write names, data sets and groups (default: every row is one) of a split's rows to `folder`/rows.
+    """Write names, data sets, groups (default: every row is one) and content keys of a split's rows to `folder`/rows.
 
     Returns the split's entries for the manifest.
     """
+    content = {m: keys for m, keys in (content_keys or {}).items() if len(keys.unique()) < len(keys)}
     index = {group: i for i, group in enumerate(dict.fromkeys(names if groups is None else groups))}
     encoded = [name.encode(errors="backslashreplace") for name in names]
     distinct = sorted(set(datasets))
@@ -66,8 +72,9 @@ def write_rows(
         "dataset": torch.tensor([distinct.index(name) for name in datasets]),
         "group": torch.tensor([index[group] for group in (names if groups is None else groups)]),
     }
-    TensorDict(columns).memmap(folder / "rows")
-    return {"rows": len(names), "datasets": distinct}
+    TensorDict(columns | ({"content_keys": TensorDict(content)} if content else {})).memmap(folder / "rows")
+    repeated = {m: len(keys) - len(keys.unique()) for m, keys in content.items()}
+    return {"rows": len(names), "datasets": distinct, "repeated": repeated}
 
 
 def read_rows(mapped: Tensor, rows: Tensor, length: int | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tvl_align.contract import Output
-from tvl_align.losses.contrastive import hits_at_k, info_nce, positive_mask
+from tvl_align.losses.contrastive import hits_at_k, info_nce, keys_of, positive_mask
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import gather_with_grad, rank, world_size
 
@@ -48,25 +48,29 @@ def alignment(
     `<pair>_acc1` and `<pair>_acc5` (percent, within the batch, for monitoring), and `overlapping_loss`, `average_acc1` and
     `average_acc5`, averaged over the pairs that have rows. Each process uses its own rows as queries; the mean over
     processes is the loss of the joined batch. A batch larger than PIECE is scored in chunks of PIECE rows, which are
-    recomputed in the backward pass.
+    recomputed in the backward pass. Positives are the own row and the rows with the same content in a modality of the pair.
     """
     pooled = {m: x if x.ndim == 3 else x[:, None] for m, x in pooled.items()}
-    names, keys = list(pooled), output.caption_keys
-    batch, device = len(keys), keys.device
-    all_pooled, all_present, all_keys = _joined(pooled, output)
+    names, batch, device = list(pooled), len(output.caption_keys), output.caption_keys.device
+    all_pooled, all_present, all_captions, all_content = _joined(pooled, output)
     gathered = dict(zip(names, all_pooled.unbind(1), strict=True))
     present = dict(zip(names, all_present.unbind(1), strict=True))
-    pairs = [(first, second) for first, second in pairs if first in pooled and second in pooled]
+    wanted, pairs = pairs, [(first, second) for first, second in pairs if first in pooled and second in pooled]
+    if not pairs:
+        known = ", ".join(pair_name(*pair) for pair in wanted)
+        raise UserError(
+            f"the batch has only {', '.join(pooled)}, so none of the pairs to align ({known}); give both of a pair."
+        )
     valid = {pair: present[pair[0]] & present[pair[1]] for pair in pairs}
+    keys = {p: (keys_of(p, output.caption_keys, output.content_keys), keys_of(p, all_captions, all_content)) for p in pairs}
     sums = {pair: [all_pooled.new_zeros(()) for _ in ("loss", "acc1", "acc5")] for pair in pairs}
     for start in range(0, batch, PIECE):
         chunk = slice(start, min(start + PIECE, batch))
         index = torch.arange(chunk.start, chunk.stop, device=device) + rank() * batch  # in the joined batch
         same_row = torch.arange(len(all_pooled), device=device) == index[:, None]
-        same_caption = same_row | positive_mask(keys[chunk], all_keys)
         for (first, second), gallery_valid in valid.items():
-            positives = same_caption if "text" in (first, second) else same_row
-            pair_sums = sums[first, second]
+            (own, others), pair_sums = keys[first, second], sums[first, second]
+            positives = same_row if own is None or others is None else same_row | positive_mask(own[chunk], others)
             for a, b in ((first, second), (second, first)):
                 queries, queries_valid = pooled[a][chunk], gallery_valid[index]
                 for p, share in enumerate(weights):
@@ -100,16 +104,19 @@ def prefix_alignment(
     return alignment(pooled, output, pairs, [weights[k - 1] for k in lengths])
 
 
-def _joined(pooled: dict[str, Tensor], output: Output) -> tuple[Tensor, Tensor, Tensor]:
-    """Gather from all processes in one call: pooled (G, M, P, D) float32, present (G, M) bool, caption keys (G, K) int64.
+def _joined(pooled: dict[str, Tensor], output: Output) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Gather from all processes in one call: pooled (G, M, P, D) float32, present (G, M) bool, caption keys (G, K) int64,
+    content keys {modality: (G,) int64}.
 
     Flags and keys are packed into float32 columns next to the pooled vectors. Only the pooled vectors get gradients.
     """
     own = torch.stack([x.float() for x in pooled.values()], dim=1)
     present = torch.stack([output.present[m] for m in pooled], dim=1)
-    keys = output.caption_keys.contiguous()
+    keys = torch.cat([output.caption_keys, *(column[:, None] for column in output.content_keys.values())], dim=1)
     parts = [own.flatten(1), present.float(), keys.view(torch.int32).view(torch.float32)]
     gathered = gather_with_grad(torch.cat(parts, dim=1))
     vectors, flags, bits = gathered.split([part.shape[1] for part in parts], dim=1)
     all_keys = bits.detach().clone(memory_format=torch.contiguous_format).view(torch.int32).view(torch.int64)
-    return vectors.unflatten(1, own.shape[1:]), flags.detach() > 0.5, all_keys
+    captions = output.caption_keys.shape[1]
+    content = dict(zip(output.content_keys, all_keys[:, captions:].unbind(1), strict=True))
+    return vectors.unflatten(1, own.shape[1:]), flags.detach() > 0.5, all_keys[:, :captions], content

@@ -3,12 +3,25 @@
 Shapes: B local rows, G rows of all processes, D width.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 
+def keys_of(modalities: tuple[str, ...], caption_keys: Tensor, content_keys: Mapping[str, Tensor]) -> Tensor | None:
+    """(B, K) int64 keys of the content of the named modalities, for `positive_mask`; None: all rows differ.
+
+    For a pair of modalities, rows with the same content in either are positives of each other. caption_keys (B, K') and
+    content_keys {modality: (B,)} are those of Features: captions count where text is named.
+    """
+    columns = [caption_keys] if "text" in modalities else []
+    columns += [content_keys[m][:, None] for m in modalities if m in content_keys]
+    return torch.cat(columns, dim=1) if columns else None
+
+
 def positive_mask(keys: Tensor, all_keys: Tensor) -> Tensor:
-    """(B, K), (G, K) int64 caption keys -> (B, G) bool: True where two rows have the same key in any column."""
+    """(B, K), (G, K) int64 keys -> (B, G) bool: True where two rows have the same key in any column."""
     positives = keys[:, 0, None] == all_keys[None, :, 0]
     for column in range(1, keys.shape[1]):
         positives |= keys[:, column, None] == all_keys[None, :, column]

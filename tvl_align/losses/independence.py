@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tvl_align.losses import alignment
-from tvl_align.losses.contrastive import info_nce, positive_mask
+from tvl_align.losses.contrastive import info_nce, keys_of, positive_mask
 from tvl_align.system.distributed import gather, rank, world_size
 
 _recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -31,18 +31,20 @@ def independence(
     valid: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
     caption_keys: Tensor,
+    content_keys: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Critics' loss and encoders' penalty, averaged over pairs of modalities with rows -> (), ().
 
     codes {modality: (B, U)}: shared codes, without gradient. guesses {modality: (B, C, U)}: the critics' guess of the OTHER
     modalities' codes, with gradients for the critics only; answers: the same, with gradients for the encoders only. valid
-    {modality: (B,) bool}: rows whose complementary code was computed. present (B,) bool. caption_keys (B, K): rows with the
-    same text are positives of each other if text is guessed. Averaged over processes, the results are those of the joined
-    batch.
+    {modality: (B,) bool}: rows whose complementary code was computed. present (B,) bool. caption_keys (B, K) and
+    content_keys {modality: (B,)}: rows with the same content in the modality that is guessed are positives of each other.
+    Averaged over processes, the results are those of the joined batch.
     """
     gallery = {m: gather(F.normalize(code, dim=-1)) for m, code in codes.items()}
     gallery_present = {m: gather(flags.float()) > 0 for m, flags in present.items()}
-    all_keys = gather(caption_keys)
+    keys = {o: keys_of((o,), caption_keys, content_keys or {}) for o in codes}
+    all_keys = {o: None if own is None else gather(own) for o, own in keys.items()}
     critic_losses, penalties, weights = [], [], []
     for m, guess in guesses.items():
         for o in codes:
@@ -53,7 +55,7 @@ def independence(
             share = world_size() / count.clamp(min=1) / guess.shape[1]
             terms = []
             for at in torch.arange(len(rows), device=rows.device).split(alignment.PIECE):
-                positives = _positives(caption_keys, all_keys, at, o == "text")
+                positives = _positives(at, len(gallery[o]), keys[o], all_keys[o])
                 args = guess[at], answers[m][at], gallery[o], positives, rows[at], gallery_present[o]
                 terms.append(torch.stack(_recomputed(_both, *args) if len(rows) > alignment.PIECE else _both(*args)))
             critic_loss, penalty = (torch.stack(terms).sum(0) * share).unbind()
@@ -64,10 +66,10 @@ def independence(
     return (torch.stack(critic_losses) * weight).sum(), (torch.stack(penalties) * weight).sum()
 
 
-def _positives(keys: Tensor, all_keys: Tensor, at: Tensor, captions: bool) -> Tensor:
-    """(b, G) bool: the own row of local rows `at` (b,), and rows with the same caption if `captions`."""
-    same_row = torch.arange(len(all_keys), device=at.device) == (at + rank() * len(keys))[:, None]
-    return same_row | positive_mask(keys[at], all_keys) if captions else same_row
+def _positives(at: Tensor, count: int, keys: Tensor | None, all_keys: Tensor | None) -> Tensor:
+    """(b, G) bool: the own row of local rows `at` (b,) among `count` rows G, and rows with the same key in any column."""
+    same_row = torch.arange(count, device=at.device) == (at + rank() * count // world_size())[:, None]
+    return same_row if keys is None or all_keys is None else same_row | positive_mask(keys[at], all_keys)
 
 
 def _both(

@@ -1,6 +1,8 @@
 """RegisterLoss: the weighted sum of alignment, complementary regularisation and preservation."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,38 @@ from tvl_align.losses.alignment import active_pairs, alignment
 from tvl_align.losses.complementary import diversity, masked_mean, token_norm
 from tvl_align.registers.model import RegisterConfig
 from tvl_align.registers.pooling import pooled_overlapping
+from tvl_align.system.console import UserError
+from tvl_align.system.distributed import rank
+
+
+def complete_output(output: Output | Mapping[str, Any]) -> Output:
+    """An Output, or a mapping with its entries -> an Output in float32 with every entry that a loss needs.
+
+    Needed are overlapping_tokens and complementary_tokens; see Output for the defaults of the others. Entries of a mapping
+    that Output does not know become extras. Raises UserError for any other value.
+    """
+    if not isinstance(output, Output):
+        if not isinstance(output, Mapping):
+            raise UserError(f"the loss was given a {type(output).__name__}; give it a model's Output, or a dict like it.")
+        given = {name: value for name, value in output.items() if value is not None}
+        missing = [name for name in ("overlapping_tokens", "complementary_tokens") if name not in given]
+        if missing:
+            raise UserError(
+                f"the output has no {' and no '.join(missing)}, only {', '.join(given)}; give it to the loss too."
+            )
+        known = {f.name: given.pop(f.name) for f in fields(Output) if f.name in given}
+        extras = known.pop("extras", {}) | given
+        output = Output(**{"stage1_features": {}} | known, extras=extras)
+    tokens = output.overlapping_tokens
+    if not tokens:
+        raise UserError("the output has overlapping tokens of no modality; give at least two.")
+    first = next(iter(tokens.values()))
+    present = {m: torch.ones(len(z), dtype=torch.bool, device=z.device) for m, z in tokens.items()} | output.present
+    keys = output.caption_keys
+    if not len(keys):
+        keys = torch.arange(len(first), device=first.device)[:, None] + (rank() << 32)  # different on all processes
+    scale = torch.as_tensor(output.logit_scale, device=first.device)
+    return replace(output, present=present, caption_keys=keys, logit_scale=scale).float()
 
 
 def complementary_regularisation(output: Output) -> Tensor:
@@ -45,8 +79,9 @@ class RegisterLoss(nn.Module):
     """total = overlapping + complementary_reg_weight * complementary_reg + preservation_weight * preservation.
 
     overlapping: symmetric InfoNCE between the pooled overlapping tokens of each active pair, averaged over the pairs with
-    rows in the batch. `forward` takes a model's Output and returns named scalars, among them `total_loss`. The loss has no
-    parameters. Raises UserError if no pair of modalities is left to align.
+    rows in the batch. `forward` takes a model's Output, or a mapping with its entries, and returns named scalars, among them
+    `total_loss`. It computes in float32, also under autocast. The loss has no parameters. Raises UserError if no pair of
+    modalities is left to align.
     """
 
     def __init__(self, knobs: RegisterConfig, modalities: Sequence[str]) -> None:
@@ -54,7 +89,13 @@ class RegisterLoss(nn.Module):
         self.pairs = active_pairs(modalities, knobs.disable_vision_text_loss, knobs.disable_tactile_text_loss)
         self.weights = knobs.complementary_reg_weight, knobs.preservation_weight
 
-    def forward(self, output: Output) -> dict[str, Tensor]:
+    def forward(self, output: Output | Mapping[str, Any]) -> dict[str, Tensor]:
+        output = complete_output(output)
+        with torch.autocast(output.logit_scale.device.type, enabled=False):
+            return self.terms(output)
+
+    def terms(self, output: Output) -> dict[str, Tensor]:
+        """The named scalars of a complete Output in float32. Methods may add to them."""
         return total(self.align(output), output, *self.weights)
 
     def align(self, output: Output) -> dict[str, Tensor]:

@@ -409,8 +409,8 @@ class BaseLoss(RegisterLoss):
         weights = prefix_probabilities(registers, self.nested_rate, next(iter(tokens.values())).shape[1])
         return prefix_alignment(tokens, output, self.pairs, weights.tolist())
 
-    def forward(self, output: Output) -> dict[str, Tensor]:
-        numbers = super().forward(output)
+    def terms(self, output: Output) -> dict[str, Tensor]:
+        numbers = super().terms(output)
         if "guesses" not in output.extras:
             return numbers
         kept = output.nested_dropout_mask
@@ -419,13 +419,16 @@ class BaseLoss(RegisterLoss):
             for m, present in output.present.items()
         }
         codes, guesses, answers = (output.extras[name] for name in ("codes", "guesses", "answers"))
-        critic, penalty = independence(codes, guesses, answers, computed, output.present, output.caption_keys)
+        critic, penalty = independence(
+            codes, guesses, answers, computed, output.present, output.caption_keys, output.content_keys
+        )
         total = numbers["total_loss"] + critic + self.independence_weight * penalty
         return numbers | {"critic_loss": critic, "independence": penalty, "total_loss": total}
 
 
 class Stage2Loss(BaseLoss):
-    """The loss of the base: takes a model's Output and returns named scalars, among them `total_loss`. It has no parameters.
+    """The loss of the base: takes a model's Output, or a mapping with its entries, and returns named scalars, among them
+    `total_loss`. It has no parameters.
 
     `num_overlapping_tokens` is part of the documented signature and has no effect, because the Output holds its own number.
     Raises UserError if no pair of modalities is left to align.

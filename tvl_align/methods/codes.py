@@ -70,10 +70,14 @@ class Codes(nn.Module):
             self.register_buffer(name, (owner == torch.arange(len(counts))[:, None])[..., None] * part)
 
     def read(self, name: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """What is read of a modality (B, K + E), and the part of its features outside the components (B,)."""
+        """What is read of a modality (B, K + E), and the part of its features outside the components (B,).
+
+        In float32, also under autocast, as the components were fitted.
+        """
         if tokens.condensed:
             return tokens.tokens[:, 0, :-1], tokens.tokens[:, 0, -1]
-        read, rest = self.principal(name, tokens)
+        with torch.autocast(tokens.tokens.device.type, enabled=False):
+            read, rest = self.principal(name, tokens)
         return read, rest
 
     def condense(self, name: str, tokens: Tokens) -> Tensor:

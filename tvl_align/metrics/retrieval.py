@@ -73,7 +73,7 @@ def retrieval(
     """Retrieval over the full split: mean Acc@1 and Acc@5 of x -> y and y -> x.
 
     x, y (M, D), L2-normalised; valid (M,) bool: rows that have both modalities. keys (M, K) int64: rows with the same key in
-    any column are positives of each other (pairs with text); None: only the same row is a positive. scale > 0: the logit
+    any column are positives of each other (`keys_of` the pair); None: only the same row is a positive. scale > 0: the logit
     scale of the loss. chance1 is the Acc@1 of a random ranking, i.e. the mean fraction of candidates that are positives.
     Every score is computed once, in blocks of `chunk` x `chunk`, and used for both directions. No valid row gives NaN.
     """

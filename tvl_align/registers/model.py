@@ -4,9 +4,9 @@ Shapes as in tvl_align.contract.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,7 @@ class RegisterModel(nn.Module, Stage2Model):
 
     Args:
         stage1: the frozen encoders, or the shapes of their features. The encoders are not a submodule: their weights are
-            neither in `state_dict` nor in an optimizer.
+            neither in `state_dict` nor in an optimizer. They follow the model to another device.
         knobs: number, width and dropout of the registers.
         keys: what registers attend to: the token sequence, or one pooled vector per modality.
         share_weights: use the same blocks for every modality; "overlapping": those of overlapping registers only.
@@ -147,6 +147,13 @@ class RegisterModel(nn.Module, Stage2Model):
         )
         decoders = {m: TokenDecoder(spec, knobs.register_token_dim) for m, spec in specs.items()} if preservation else {}
         self.decoders = nn.ModuleDict(decoders)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `cuda`, `half` etc. call. The frozen encoders follow to another device, and keep their own dtype."""
+        super()._apply(fn, recurse)
+        if self.stage1_model is not None:
+            self.stage1_model.to(self.registers.device)
+        return self
 
     def _make_readers(self, width: int) -> nn.ModuleDict:
         """Modules that map the tokens of a modality to keys of the blocks' width."""
@@ -210,7 +217,10 @@ class RegisterModel(nn.Module, Stage2Model):
         elif self.stage1_model is not None:
             features = self.stage1_model.encode(batch)
         else:
-            raise UserError("this model was built for stored features; give it a Stage-1 model to encode raw inputs.")
+            raise UserError(
+                "this model was built for stored features; to encode raw inputs, build it with a Stage-1 model: "
+                f"{type(self).__name__}(stage1, ...)."
+            )
         unknown = [name for name in features.modalities if name not in self.readers]
         if unknown:
             known = ", ".join(self.readers)

@@ -15,9 +15,9 @@ def pool_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
 
 
 def pooled_overlapping(output: Output) -> dict[str, Tensor]:
-    """{modality: (B, D)}: the L2-normalised mean of the kept overlapping tokens."""
+    """{modality: (B, D)} float32: the L2-normalised mean of the kept overlapping tokens."""
     kept = output.nested_dropout_mask
-    tokens = output.overlapping_tokens
+    tokens = {m: z.float() for m, z in output.overlapping_tokens.items()}
     return {
         m: F.normalize(pool_kept(z, kept[:, : z.shape[1]] if kept is not None else None), dim=-1) for m, z in tokens.items()
     }

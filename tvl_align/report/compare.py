@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tvl_align.data.transforms import preview
-from tvl_align.data.tvl import Row
+from tvl_align.data.transforms import ImageOptions, preview
+from tvl_align.data.tvl import Row, file_of
 from tvl_align.evaluation.uncertainty import t_interval
-from tvl_align.report.page import as_url, fill_template, is_synthetic, read_metrics
+from tvl_align.report.page import as_url, fill_template, image_options, is_synthetic, read_metrics
 from tvl_align.report.tables import GROUPS, LEAKS, Cells, leak, mean_known, number, plain, score, score_text
 from tvl_align.system.console import UserError
 
@@ -267,10 +267,11 @@ def mean_factors(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
+def write_comparison(runs: Sequence[Path], out: Path, command: str, images: Path | None = None) -> Path:
     """Write report.html (self-contained) and report.md into `out`; returns the path of the page.
 
-    command: the command line shown on the page. Raises UserError if the runs are not comparable.
+    command: the command line shown on the page. images: data folder of the images that are shown; default: the recorded one.
+    Raises UserError if the runs are not comparable.
     """
     from tvl_align.report import plots
 
@@ -285,7 +286,9 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str) -> Path:
     )
     if any(factors.values()):
         figures["heat"] = as_url(plots.methods_heat_map(factors))
-    confusions = {m: _confusion(Path(rs[0]["root"]), rs[0]["confusions"]) for m, rs in groups.items()}
+    confusions = {
+        m: _confusion(images or Path(rs[0]["root"]), image_options(rs[0]), rs[0]["confusions"]) for m, rs in groups.items()
+    }
     facts = {
         "board": leaderboard(groups),
         "readers": readers(groups),
@@ -311,14 +314,14 @@ def _with_all(factors: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[s
     return {m: {f: table.get(f, empty) for f, empty in names.items()} for m, table in factors.items()}
 
 
-def _confusion(root: Path, confusions: Sequence[Mapping[str, Any]]) -> str | None:
+def _confusion(root: Path, options: ImageOptions | None, confusions: Sequence[Mapping[str, Any]]) -> str | None:
     """Figure of retrieval errors: touch image, its photo, the retrieved photo. None without image files."""
     strip = []
     for entry in confusions:
         query, wrong = Row(**entry["query"]), Row(**entry["found"])
-        if all((root / path).is_file() for row in (query, wrong) for path in (row.vision or "", row.tactile or "")):
-            photo, touch = preview(root, query)
-            strip.append((touch, photo, preview(root, wrong)[0]))
+        if all(file_of(root, path).is_file() for row in (query, wrong) for path in (row.vision or "", row.tactile or "")):
+            photo, touch = preview(root, query, options)
+            strip.append((touch, photo, preview(root, wrong, options)[0]))
     from tvl_align.report import plots
 
     return as_url(plots.confusion(strip)) if strip else None

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tvl_align.data.transforms import preview
-from tvl_align.data.tvl import Row
+from tvl_align.data.transforms import ImageOptions, preview
+from tvl_align.data.tvl import Row, file_of
 from tvl_align.report import tables
 
 
@@ -27,7 +27,7 @@ def write_page(run: Path) -> Path:
     }
     if results["factors"]:
         figures["heat"] = plots.heat_map(results["factors"])
-    strip = _strip(Path(results["root"]), [Row(**row) for row in results["examples"]])
+    strip = _strip(Path(results["root"]), image_options(results), [Row(**row) for row in results["examples"]])
     if strip:
         figures["strip"] = plots.samples(strip)
     urls = {name: as_url(image) for name, image in figures.items()}
@@ -60,12 +60,18 @@ def is_synthetic(results: Mapping[str, Any]) -> bool:
     return legend.is_file() and bool(json.loads(legend.read_text(encoding="utf-8")).get("synthetic"))
 
 
-def _strip(root: Path, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray, str]]:
+def image_options(results: Mapping[str, Any]) -> ImageOptions | None:
+    """The transforms of the run's images; None for imported features and for runs of earlier versions."""
+    images = results["run"].get("features", {}).get("images")
+    return ImageOptions(**images) if images else None
+
+
+def _strip(root: Path, options: ImageOptions | None, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray, str]]:
     """Photo, touch image and caption of every example row whose image files exist."""
     rows = []
     for row in examples:
-        if row.vision and row.tactile and (root / row.vision).is_file() and (root / row.tactile).is_file():
-            rows.append((*preview(root, row), row.caption or ""))
+        if row.vision and row.tactile and all(file_of(root, path).is_file() for path in (row.vision, row.tactile)):
+            rows.append((*preview(root, row, options), row.caption or ""))
     return rows
 
 

@@ -1,12 +1,17 @@
 """Checkpoint files: plain containers and tensors, written atomically and loaded without executing code from the file."""
 
+import argparse
 import os
+import re
+import shutil
 import zipfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tvl_align.system.console import UserError
@@ -27,14 +32,20 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def link_as(path: Path, name: str) -> None:
-    """Hard-link `path` under another name in the same folder.
+    """Give `path` another name in the same folder: a hard link, or a copy on a file system without links. Atomic.
 
-    The content is not copied. A later `save_checkpoint(path, ...)` replaces `path` and leaves the link unchanged.
+    A later `save_checkpoint(path, ...)` replaces `path` and leaves the other name unchanged.
     """
     temporary = path.with_name(name + ".tmp")
     temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
-    os.replace(temporary, path.with_name(name))
+    try:
+        os.link(path, temporary)
+    except OSError:  # no links here; what also prevents a copy, such as a full disk, is raised by the copy
+        with atomic_file(path.with_name(name)) as copy, path.open("rb") as file:
+            shutil.copyfileobj(file, copy)
+    else:
+        os.replace(temporary, path.with_name(name))
+        temporary.unlink(missing_ok=True)  # still there if both names were links to one file already
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -51,12 +62,49 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_safely(path: Path, classes: Sequence[type] = ()) -> Any:
-    """Read a file written by torch.save with `weights_only=True`, plus the given `classes`.
+class _NumpyType:
+    """Takes the place of numpy.dtype in a file: the code of a type, with its byte order."""
 
-    Raises UserError for every other file, and for an archive that unpacks to much more than its file size.
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.code = state[1] + self.code
+
+
+def _number(dtype: _NumpyType, data: bytes) -> Any:
+    return np.frombuffer(data, dtype.code, count=1)[0].item()
+
+
+def _posix_path(*parts: str) -> str:
+    return str(PurePosixPath(*parts))
+
+
+def _windows_path(*parts: str) -> str:
+    return str(PureWindowsPath(*parts))
+
+
+# Beside what torch allows (tensors, containers, torch.device, torch.dtype). The functions take the place of the classes, so
+# nothing of numpy or pathlib is called with arguments from the file.
+ALLOWED: list[Any] = [
+    argparse.Namespace,
+    (_NumpyType, "numpy.dtype"),
+    *((_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((_posix_path, f"{module}.{kind}PosixPath") for module in ("pathlib", "pathlib._local") for kind in ("", "Pure")),
+    *((_windows_path, f"{module}.{kind}WindowsPath") for module in ("pathlib", "pathlib._local") for kind in ("", "Pure")),
+]
+
+
+def load_safely(path: Path) -> Any:
+    """Read a file written by torch.save, or, if its name ends in .safetensors, by safetensors. No code in it is executed.
+
+    Tensors, plain containers, argparse.Namespace, torch.device and torch.dtype are returned as they are, numpy scalars as
+    numbers and paths as text. Raises UserError for every other file, with the name of a class that is not among these, and
+    for an archive that unpacks to much more than its file size.
     """
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(part.file_size for part in archive.infolist())
@@ -64,16 +112,19 @@ def load_safely(path: Path, classes: Sequence[type] = ()) -> Any:
                 raise UserError(
                     f"{path} would unpack to {unpacked} bytes; give a file written by torch.save, which is not compressed."
                 )
-        with torch.serialization.safe_globals(list(classes)):
+        with torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch raises many types for a damaged or foreign file
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({reason}).") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        named = re.search(r"GLOBAL (\S+)", reason)
+        if named:
+            reason = f"it holds {named[1]}; save it with tensors, numbers, text, lists and dicts only"
+        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({reason[:300]}).") from error
 
 
-def check_weights(weights: dict[str, Any], path: Path) -> None:
+def check_weights(weights: Mapping[str, Any], path: Path) -> None:
     """Raise UserError unless every entry is a tensor without NaN or inf."""
     for name, value in weights.items():
         if not isinstance(value, Tensor):

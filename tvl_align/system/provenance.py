@@ -14,8 +14,8 @@ import torch.distributed as dist
 from tvl_align import __version__
 from tvl_align.system.distributed import world_size
 
-FEATURE_PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "pillow", "tensordict")
-PACKAGES = (*FEATURE_PACKAGES, "accelerate")
+FEATURE_PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "pillow")  # those that compute features
+PACKAGES = (*FEATURE_PACKAGES, "numpy", "tensordict", "accelerate")
 
 
 def git_commit() -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tvl_align.contract import Features, FeatureSpec, Method, Output, Stage2Model
 from tvl_align.features.store import FeatureSource
 from tvl_align.losses.alignment import pair_name
+from tvl_align.losses.contrastive import keys_of
 from tvl_align.metrics.retrieval import retrieval
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
@@ -38,7 +39,7 @@ from tvl_align.system.runtime import generator, keep_freed_memory, pick_device, 
 from tvl_align.system.signals import StopSignals
 from tvl_align.training.accumulation import large_batch_gradient
 from tvl_align.training.optimisation import Schedule, backward_and_step, gradient_norm, make_adamw, optimizer_step
-from tvl_align.training.run import Progress, Run, find_checkpoint, restore
+from tvl_align.training.run import Progress, Run, find_checkpoint, recorded_identity, restore
 from tvl_align.training.sampling import balanced_weights, epoch_batches, epoch_views, shard_batches
 from tvl_align.training.settings import Settings
 
@@ -51,7 +52,7 @@ log = logging.getLogger(__name__)
 
 
 def make_accelerator(settings: Settings[Any]) -> "Accelerator":
-    """Set up device, process group and precision: bf16 autocast on a GPU, float32 on a CPU."""
+    """Set up device and process group. Precision is left to `training_precision`."""
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
@@ -64,14 +65,24 @@ def make_accelerator(settings: Settings[Any]) -> "Accelerator":
         keep_freed_memory()
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if device.type == "cuda" else "no",
+        mixed_precision="no",  # with another one accelerate replaces the forward of the model, also in validation
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                find_unused_parameters=settings.run.find_unused_parameters, gradient_as_bucket_view=True
+                find_unused_parameters=settings.run.find_unused_parameters,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # closed forms are fitted alike on all processes, and no step changes them
             ),
             InitProcessGroupKwargs(timeout=timeout),
         ],
     )
+
+
+def training_precision(device: torch.device) -> torch.autocast:
+    """The precision of the forward pass of a training step: bf16 autocast on a GPU, float32 on a CPU.
+
+    Everything else is float32: closed forms, losses, validation and measuring.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def fit(settings: Settings[Any], method: Method) -> Path:
@@ -94,7 +105,7 @@ def fit(settings: Settings[Any], method: Method) -> Path:
 def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") -> None:
     device, implementation, optim = accelerator.device, method.implementation, settings.optim
     checkpoint = find_checkpoint(settings, implementation)
-    inputs = settings.open_inputs(device)
+    inputs = settings.open_inputs(device, recorded_identity(settings) if checkpoint is not None else None)
     for name in ("train", "val"):
         if name not in inputs.splits or not len(inputs.splits[name]):
             folder = settings.data.store or settings.data.datasets_dir
@@ -109,9 +120,9 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
     optimizer = make_adamw(model.named_parameters(), optim.weight_decay)
     progress = Progress(epoch=settings.run.start_epoch)
     if checkpoint is not None:
-        progress = restore(checkpoint, model, optimizer, inputs.key, explicit=bool(settings.run.resume))
+        progress = restore(checkpoint, model, optimizer, inputs.identity.key, explicit=bool(settings.run.resume))
     rows = {name: len(split) for name, split in inputs.splits.items()}
-    run = Run(settings, implementation, inputs.key, rows) if is_main() else None
+    run = Run(settings, implementation, inputs.identity, rows, progress) if is_main() else None
     if run is not None and optim.warmup < optim.warmup_epochs:
         run.log(f"--warmup_epochs {optim.warmup_epochs:g} is more than half of the run; shortened to {optim.warmup:g}")
     if run is not None and checkpoint is not None:
@@ -236,7 +247,7 @@ def _gradients(
     """Compute the gradient of one batch, given as (features, kept) parts. Returns the named scalars of the loss."""
 
     def forward(features: Features, kept: Tensor) -> Output:
-        with accelerator.autocast():
+        with training_precision(accelerator.device):
             return wrapped(features, kept=kept, joint=False).float()
 
     def backward(scalar: Tensor, part: int = 0) -> None:
@@ -303,7 +314,8 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
 
     The batches are divided among the processes. All processes return the same values, equal to those of a single process.
     Keys: `<pair>_loss`, `<pair>_acc1`, `<pair>_acc5`, `<pair>_chance1` (accuracies and chance in %), `average_acc1`,
-    `average_acc5`, the other terms of the loss, `overlapping_loss` and `total_loss`.
+    `average_acc5`, the other terms of the loss, `overlapping_loss` and `total_loss`. A pair that no row has is left out.
+    Raises UserError if there is none.
     """
     model.eval()
     rows = list(shard_batches(torch.arange(len(source)), EVAL_BATCH))
@@ -325,19 +337,28 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     gathered = {name: gather(torch.cat(parts)) for name, parts in collected.items()}
     order = gathered["rows"].argsort()
     gathered = {name: part[order] for name, part in gathered.items()}
+    content = {m: keys.to(device) for m, keys in source.content_keys.items()}
     metrics = mean_over_processes(sums)
     modalities = [name.removeprefix("pooled/") for name in collected if name.startswith("pooled/")]
-    scored = [pair for pair in combinations(modalities, 2) if f"{pair_name(*pair)}_loss" in metrics]
-    pairs = [pair_name(*pair) for pair in scored]
-    for (first, second), pair in zip(scored, pairs, strict=True):
+    pairs: list[str] = []  # those in the loss for which there are rows
+    for first, second in combinations(modalities, 2):
+        pair, both = pair_name(first, second), gathered[f"present/{first}"] & gathered[f"present/{second}"]
+        if f"{pair}_loss" not in metrics:
+            continue
+        if not both.any():
+            metrics = {name: value for name, value in metrics.items() if not name.startswith(f"{pair}_")}
+            continue
+        pairs.append(pair)
         result = retrieval(
             gathered[f"pooled/{first}"],
             gathered[f"pooled/{second}"],
-            gathered[f"present/{first}"] & gathered[f"present/{second}"],
-            gathered["keys"] if "text" in (first, second) else None,
+            both,
+            keys_of((first, second), gathered["keys"], content),
             scale,
         )
         metrics |= {f"{pair}_{k}": getattr(result, k) for k in ("loss", "acc1", "acc5", "chance1")}
+    if not pairs:
+        raise UserError("no validation row has two modalities of a pair in the loss; give other data or another --seed.")
     # The other loss terms are means over batches. The alignment term is replaced by its value on the full gallery.
     alignment_loss = sum(metrics[f"{pair}_loss"] for pair in pairs) / len(pairs)
     metrics["total_loss"] += alignment_loss - metrics["overlapping_loss"]

@@ -1,12 +1,15 @@
 """The run folder: configuration, checkpoints and metrics, written atomically; and resuming from it.
 
 checkpoint.pth also stores the metrics of all epochs. After a crash between two writes, the other files are written again
-from it when the run resumes.
+from it when the run resumes. Logs that are appended to (times.jsonl, nonfinite.jsonl, TensorBoard events) are cut to the
+steps before the one the run begins at, so that no step is in them twice.
 """
 
 import json
+import math
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from torch import nn
 from tvl_align.config import from_plain, to_plain
 from tvl_align.contract import Implementation, Method
 from tvl_align.encoders.tvl import Stage1Config
+from tvl_align.features.identity import Identity
 from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.system.checkpoint import link_as, load_checkpoint, save_checkpoint
@@ -27,9 +31,17 @@ from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.settings import RunConfig, Settings, notes_on_ignored_flags
 
 MAY_DIFFER_ON_RESUME = {  # options that do not change the results of a run
-    "stage1": {"enable_flash_attention2"},
-    "data": {"num_workers", "pin_mem", "multi_epochs_dataloader", "feature_dir", "strict", "max_skipped"},
+    "stage1": {
+        "enable_flash_attention2",
+        "stage1_checkpoint",
+        "clip_pretrain_data",
+    },  # places; the store knows their content
+    "data": {
+        *("num_workers", "pin_mem", "multi_epochs_dataloader", "strict", "max_skipped"),
+        *("feature_dir", "datasets_dir", "store"),
+    },
     "run": {
+        *("output_dir", "log_name"),
         *("method", "slurm", "device", "resume", "start_epoch", "log_dir", "dist_eval", "find_unused_parameters", "compile"),
         *("world_size", "local_rank", "dist_url"),
     },
@@ -107,6 +119,21 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     return found
 
 
+def recorded_identity(settings: Settings[Any]) -> Identity | None:
+    """The identity of the features that the run in this folder was trained on.
+
+    None with `--resume`, which may change them, and for a folder without a config.json.
+    """
+    path = settings.folder / "config.json"
+    if settings.run.resume or not path.is_file():
+        return None
+    return _identity(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _identity(config: Mapping[str, Any]) -> Identity:
+    return Identity(config["store"], config.get("features", {}))
+
+
 def restore(
     checkpoint: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, key: str | None, explicit: bool
 ) -> Progress:
@@ -132,19 +159,28 @@ def restore(
 class Run:
     """Writer of a run folder, for the main process. Creating it writes config.json.
 
-    key: of the feature store; None without one. rows: number of rows of every split.
+    features: their identity, of which config.json keeps the key and the ingredients. rows: number of rows of every split.
+    progress: where the run begins; log entries of later steps, which are run again, are removed.
     """
 
     def __init__(
-        self, settings: Settings[Any], implementation: Implementation, key: str | None, rows: Mapping[str, int]
+        self,
+        settings: Settings[Any],
+        implementation: Implementation,
+        features: Identity,
+        rows: Mapping[str, int],
+        progress: Progress,
     ) -> None:
-        self.folder, self.settings, self.implementation, self.key = settings.folder, settings, implementation, key
+        self.folder, self.settings, self.implementation, self.key = settings.folder, settings, implementation, features.key
         self.metrics, self.epochs = self.folder / "metrics.jsonl", settings.optim.epochs
-        config = {"implementation": asdict(implementation), "settings": to_plain(settings), "store": key, "rows": dict(rows)}
+        config = {"implementation": asdict(implementation), "settings": to_plain(settings), "store": self.key}
+        config |= {"features": dict(features.ingredients), "rows": dict(rows)}
         write_atomically(self.folder / "config.json", json.dumps(config | provenance(), indent=1) + "\n")
+        for name in ("times.jsonl", "nonfinite.jsonl"):
+            remove_later_entries(self.folder / name, progress)
         from torch.utils.tensorboard import SummaryWriter
 
-        self.board = SummaryWriter(str(settings.run.log_dir or self.folder))
+        self.board = SummaryWriter(str(settings.run.log_dir or self.folder), purge_step=progress.epoch)
         self.log(f"{implementation.experiment_id} v{implementation.version} -> {self.folder}")
         for line in notes_on_ignored_flags(settings):
             self.log(line)
@@ -172,7 +208,7 @@ class Run:
         if progress.step == 0:
             for name in progress.better:
                 link_as(self.folder / "checkpoint.pth", f"checkpoint-{name}.pth")
-        write_atomically(self.metrics, "".join(json.dumps(metrics) + "\n" for metrics in progress.history))
+        write_atomically(self.metrics, "".join(json.dumps(strict(metrics)) + "\n" for metrics in progress.history))
 
     def record(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """Report a finished epoch: append to times.jsonl, write TensorBoard scalars, print two lines.
@@ -184,12 +220,35 @@ class Run:
         for name, value in metrics.items():
             if name != "epoch":
                 self.board.add_scalar(name.replace("_", "/", 1), value, metrics["epoch"])
+        self.board.flush()
         for line in epoch_lines(metrics, self.epochs, sum(seconds.values())):
             self.log(line)
 
     def close(self) -> None:
         """Close the TensorBoard file."""
         self.board.close()
+
+
+def remove_later_entries(path: Path, progress: Progress) -> None:
+    """Remove the entries of steps and epochs that are not done yet from a JSON Lines file, and lines cut off by a crash."""
+
+    def is_done(line: str) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            return False
+        return (entry["epoch"], entry.get("step", math.inf)) < (progress.epoch, progress.step)
+
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if is_done(line)]
+        if kept != lines:
+            write_atomically(path, "".join(f"{line}\n" for line in kept))
+
+
+def strict(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics with None, null in JSON, for numbers that are not finite: JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
 
 
 def epoch_lines(metrics: Mapping[str, Any], epochs: int, seconds: float) -> list[str]:
@@ -214,8 +273,27 @@ def epoch_lines(metrics: Mapping[str, Any], epochs: int, seconds: float) -> list
     ]
 
 
-def load_run(folder: Path, method_name: str | None = None) -> tuple[Settings[Any], Method, dict[str, Any]]:
+@dataclass(frozen=True)
+class Places:
+    """Where the inputs of a run are now."""
+
+    datasets_dir: Path | None = None
+    """New place of the data folder; default: where it was, relative to the run folder, or else as it was."""
+    stage1_checkpoint: Path | None = None
+    """New place of the Stage-1 checkpoint; default as for --datasets_dir."""
+    store: Path | None = None
+    """New place of a feature store that was given to train with --store; default as for --datasets_dir."""
+    feature_dir: Path | None = None
+    """New place of the folder of feature stores; default as for --datasets_dir."""
+
+
+def load_run(
+    folder: Path, method_name: str | None = None, places: Places | None = None
+) -> tuple[Settings[Any], Method, dict[str, Any]]:
     """Load a run folder -> its settings, its method, and the content of config.json.
+
+    A run that was moved finds its data, Stage 1 and stores where they are now: at `places`, else at the same place relative
+    to the run folder, else at the recorded place.
 
     method_name: a value of `--method`; default: that of the run. Raises UserError if the folder is not a run folder, if its
     settings or its method are of another version, or if the run was trained with another method.
@@ -235,11 +313,36 @@ def load_run(folder: Path, method_name: str | None = None) -> tuple[Settings[Any
     _check_version(folder, method.implementation, str(config["implementation"].get("version")))
     groups = {"stage1": Stage1Config, "knobs": method.knobs, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
     try:
-        return Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()}), method, config
+        settings: Settings[Any] = Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()})
+        return _relocated(settings, folder, places or Places()), method, config
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} has invalid settings ({type(error).__name__}: {error}); use the version of tvl-align that wrote it."
         ) from error
+
+
+def _relocated(settings: Settings[Any], folder: Path, places: Places) -> Settings[Any]:
+    """The settings with the places of today; see `load_run`."""
+    recorded, now = settings.folder, folder.resolve()
+
+    def place(path: Path | None, given: Path | None, make: bool = False) -> Path | None:
+        if given is not None or path is None:
+            return given
+        beside = Path(os.path.normpath(now / os.path.relpath(path, recorded)))
+        return beside if beside.exists() or (make and not path.exists()) else path
+
+    stage1, data = settings.stage1, settings.data
+    return replace(
+        settings,
+        stage1=replace(stage1, stage1_checkpoint=place(stage1.stage1_checkpoint, places.stage1_checkpoint)),
+        data=replace(
+            data,
+            datasets_dir=place(data.datasets_dir, places.datasets_dir) or data.datasets_dir,
+            store=place(data.store, places.store),
+            feature_dir=place(settings.feature_dir, places.feature_dir, make=True),
+        ),
+        run=replace(settings.run, output_dir=now.parent, log_name=now.name),
+    )
 
 
 def _method_of(folder: Path, name: Any, made_by: Any) -> Method:

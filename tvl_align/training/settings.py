@@ -9,6 +9,7 @@ import tyro
 
 from tvl_align.config import Ignored, ignored_flags
 from tvl_align.encoders.tvl import Stage1Config
+from tvl_align.features.identity import Identity
 from tvl_align.features.inputs import DataConfig, Inputs, load_inputs
 from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError
@@ -95,7 +96,7 @@ class Settings(Generic[K]):
         """Folder of the feature stores."""
         return self.data.feature_dir or self.run.output_dir / "features"
 
-    def open_inputs(self, device: torch.device, expected: str | None = None) -> Inputs:
+    def open_inputs(self, device: torch.device, expected: Identity | None = None) -> Inputs:
         """Open the features for training and validation; see tvl_align.features.inputs.load_inputs."""
         return load_inputs(self.stage1, self.data, self.run.seed, self.feature_dir, device, expected)
 
