@@ -115,7 +115,7 @@ def test_what_differs_is_named_before_anything_is_encoded(
     with pytest.raises(UserError, match=r"because of views|with other settings: --views 2 \(it has 1\)"):
         fit(replace(settings_in(moved), data=DataConfig(moved / "W", views=2, num_workers=0)), MLP)
     monkeypatch.setattr(Stage1, "fingerprint", lambda self: "0" * 64)
-    with pytest.raises(UserError, match="because of the weights of Stage 1; restore"):
+    with pytest.raises(UserError, match="because of the weights of the Stage-1 checkpoint; restore"):
         open_run(moved / "O/run")
     assert encoded == []
 

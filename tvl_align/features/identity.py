@@ -53,7 +53,7 @@ class Identity:
 
 WHAT = {
     "format": "the format of stores",
-    "encoders": "the weights of Stage 1",
+    "encoders": "the weights of the Stage-1 checkpoint",
     "features": "--features",
     "images": "the transforms of images",
     "text": "prompt, order or synonyms of sentences",
