@@ -7,7 +7,7 @@ is out of reach of the codes, or only of training without labels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.features.identity import Identity
 from tvl_align.losses.complementary import masked_mean
-from tvl_align.methods.base import CRITIC_WIDTH, BaseLoss, Stage2Config, TVLStage2
+from tvl_align.methods.base import CRITIC_WIDTH, BaseLoss, Stage2Config, TVLStage2, model_options
 from tvl_align.methods.codes import Codes
 from tvl_align.report.page import print_table, write_page
 from tvl_align.synthetic.demo import timed
@@ -74,8 +74,7 @@ class Supervised(TVLStage2):
     """
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: SupervisedConfig) -> None:
-        own = {f.name for f in fields(Stage2Config)}
-        super().__init__(specs, **{name: value for name, value in _model_options(knobs).items() if name in own})
+        super().__init__(specs, **model_options(knobs))
         self.factors = [_Factor.of(text) for text in knobs.factors]
         units = {True: sum(self.codes.counts), False: sum(self.codes.comp_counts)}
         self.heads = nn.ModuleList(_mlp(units[f.shared], f.levels) for f in self.factors)
@@ -95,13 +94,6 @@ class Supervised(TVLStage2):
                 answers = head(holds), adversary(lacks.detach()), functional_call(adversary, frozen, lacks)
                 labelled[m, factor.name] = answers
         return shared, unique, extras | {"labelled": labelled}
-
-
-def _model_options(knobs: Stage2Config) -> dict[str, Any]:
-    unused = ("complementary_reg_weight", "preservation_weight", "disable_vision_text_loss", "disable_tactile_text_loss")
-    return {name: v for name, v in vars(knobs).items() if name not in unused} | {
-        "preservation": knobs.preservation_weight > 0
-    }
 
 
 class SupervisedLoss(BaseLoss):

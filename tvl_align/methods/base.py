@@ -18,7 +18,7 @@ Training and evaluation compute the same codes; only noise and dropout are absen
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any, cast
 
@@ -96,6 +96,13 @@ class Stage2Config(CodeConfig):
 
 
 DEFAULTS = Stage2Config()
+
+
+def model_options(knobs: Stage2Config) -> dict[str, Any]:
+    """The arguments of TVLStage2 for the options of a run, without those of the loss and of subclasses."""
+    of_loss = ("complementary_reg_weight", "preservation_weight", "disable_vision_text_loss", "disable_tactile_text_loss")
+    options = {f.name: getattr(knobs, f.name) for f in fields(Stage2Config) if f.name not in of_loss}
+    return options | {"preservation": knobs.preservation_weight > 0}
 
 
 class Trunk(nn.Module):
@@ -263,9 +270,7 @@ class TVLStage2(RegisterModel):
     @classmethod
     def of(cls, knobs: Stage2Config, specs: Mapping[str, FeatureSpec]) -> "TVLStage2":
         """Build the model from the options of a run, with decoders if `preservation_weight` > 0."""
-        unused = ("complementary_reg_weight", "preservation_weight", "disable_vision_text_loss", "disable_tactile_text_loss")
-        options = {name: value for name, value in vars(knobs).items() if name not in unused}
-        return cls(specs, preservation=knobs.preservation_weight > 0, **options)
+        return cls(specs, **model_options(knobs))
 
     def _make_readers(self, width: int) -> nn.ModuleDict:
         components = self.knobs.components
