@@ -235,9 +235,9 @@ def remove_later_entries(path: Path, progress: Progress) -> None:
     def is_done(line: str) -> bool:
         try:
             entry = json.loads(line)
-        except ValueError:
+            return (entry["epoch"], entry.get("step", math.inf)) < (progress.epoch, progress.step)
+        except (ValueError, TypeError, KeyError, AttributeError):  # a line that a crash has cut off or a hand has changed
             return False
-        return (entry["epoch"], entry.get("step", math.inf)) < (progress.epoch, progress.step)
 
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
