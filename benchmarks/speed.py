@@ -134,7 +134,7 @@ def bench(config: BenchConfig) -> list[Figure]:
             bar.set_postfix_str(name)
             figures += functions[name](config)
             records = [asdict(f) for f in figures] + [{"made_by": provenance(), "threads": torch.get_num_threads()}]
-            write_atomically(config.out, json.dumps(records, indent=1))
+            write_atomically(config.out, json.dumps(records, indent=1, allow_nan=False))
             bar.update()
     table = Table(title="cost, ours / reference", title_justify="left")
     for column in ("what", "ours", "reference", "ratio", "unit"):
@@ -442,7 +442,7 @@ def _growth(config: BenchConfig) -> Iterator[Figure]:
             cost = jobs.epoch_on_processes(folder / "store", "base", processes, config.batch, config.width // 3)
             add("processes", processes, cost)
     out = config.out.with_name("growth.json")
-    write_atomically(out, json.dumps({"made_by": provenance(), "growth": curves}, indent=1))
+    write_atomically(out, json.dumps({"made_by": provenance(), "growth": curves}, indent=1, allow_nan=False))
     with atomic_file(out.with_suffix(".png")) as file:
         file.write(growth_curves(curves))
     yield from ()

@@ -327,18 +327,33 @@ int link(const char *from, const char *to) { errno = EPERM; return -1; }
 int linkat(int a, const char *from, int b, const char *to, int flags) { errno = EPERM; return -1; }""",
     "locks": """#include <errno.h>
 int flock(int file, int operation) { errno = ENOSYS; return -1; }""",
+    "maps": """#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <sys/mman.h>
+#include <sys/vfs.h>
+typedef void *(*map)(void *, size_t, int, int, int, off_t);
+void *mmap(void *at, size_t size, int access, int flags, int file, off_t start) {
+  struct statfs system;  /* of type 0x01021994 is shared memory, which is no file system of the user's */
+  int shared = file >= 0 && (flags & MAP_SHARED) && !fstatfs(file, &system) && system.f_type != 0x01021994;
+  if (shared) { errno = ENODEV; return MAP_FAILED; }
+  return ((map)dlsym(RTLD_NEXT, "mmap"))(at, size, access, flags, file, start);
+}
+void *mmap64(void *at, size_t size, int access, int flags, int file, off_t start) {
+  return mmap(at, size, access, flags, file, start);
+}""",
 }
 SKIPPED = "skipped: "  # an outcome that begins so says why a fault cannot be made on this machine
 
 
 def without(ground: Ground, ability: str) -> Outcome:
-    """A training on a file system without hard links (exFAT, SMB) or without locks (Lustre): it ends as on any other."""
+    """A training without hard links (exFAT, SMB), locks (Lustre) or memory maps (FUSE): it ends as on any other."""
     fault, name = f"file system without {ability}", f"without_{ability}"
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return Outcome(fault, 0, f"{SKIPPED}no C compiler")
     library = ground.root / f"{name}.so"
-    make = [compiler, "-shared", "-fPIC", "-x", "c", "-o", str(library), "-"]
+    make = [compiler, "-shared", "-fPIC", "-x", "c", "-o", str(library), "-", "-ldl"]
     subprocess.run(make, input=ABILITIES[ability], text=True, check=True)
     code, said = child.run(ground.train(name), env=ENVIRONMENT | {"LD_PRELOAD": str(library)})
     if code:
@@ -348,6 +363,9 @@ def without(ground: Ground, ability: str) -> Outcome:
     wrong = {
         "links": f"{linked} are links" if linked else "",
         "locks": "" if said.count("file system without locks") == 1 else f"no single warning: {said[-300:]}",
+        "maps": ""
+        if said.count("without memory maps: features are read into") == 1
+        else f"no single warning: {said[-300:]}",
     }
     left = [f.name for f in files if f.suffix == ".tmp"]
     lost = same_run(whole_run(ground), ground.run(name)) or wrong[ability] or (f"{left} left" if left else "")
@@ -678,6 +696,7 @@ def campaign(ground: Ground, kills: int, fuzz: float) -> Iterator[Callable[[], O
     yield lambda: races(ground, max(2, kills // 5))
     yield lambda: without(ground, "links")
     yield lambda: without(ground, "locks")
+    yield lambda: without(ground, "maps")
     yield lambda: small_shared_memory(ground)
     yield lambda: dead_loader(ground)
     yield lambda: bad_inputs.all_of_them(ground.root, ground.checkpoint)

@@ -133,3 +133,14 @@ def test_what_the_samples_refuse_is_said_as_they_say_it(workers: int, samples: S
     samples.__class__ = _Refusing
     with pytest.raises(UserError, match=r"^the row has no background image; add one\.$"):
         list(load_images(samples, BATCHES, workers, BOTH))
+
+
+def test_a_loader_that_pins_pins_the_images(samples: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = next(load_images(samples, BATCHES[:1], 0, BOTH))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)  # marks a tensor as pinned, without a GPU
+    pinned = batch.pin_memory()
+    assert pinned.faults == batch.faults
+    for modality, (positions, images) in batch.images.items():
+        assert pinned.images[modality][0] == positions
+        assert torch.equal(pinned.images[modality][1], images + 1)
+    assert torch.utils.data._utils.pin_memory.pin_memory(batch).images.keys() == batch.images.keys()

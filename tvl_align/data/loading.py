@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,10 @@ class ImageBatch:
 
     images: dict[str, tuple[list[int], Tensor]]
     faults: list[tuple[int, str, str]]
+
+    def pin_memory(self) -> "ImageBatch":
+        """The same images in pinned memory. A DataLoader with `pin_memory=True` calls this."""
+        return replace(self, images={m: (at, images.pin_memory()) for m, (at, images) in self.images.items()})
 
 
 def load_images(

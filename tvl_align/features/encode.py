@@ -27,7 +27,7 @@ from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.identity import Identity, identify, rows_digests
 from tvl_align.features.store import FeatureStore
-from tvl_align.features.tables import FORMAT, empty_table, write_rows
+from tvl_align.features.tables import FORMAT, empty_table, maps_needed, write_rows
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import barrier, is_main, rank, world_size
 from tvl_align.system.files import lock_folder
@@ -68,7 +68,8 @@ def open_or_encode(
         with lock_folder(feature_dir, wait=True, why="encodes into") if is_main() else nullcontext():
             barrier()
             if not (folder / "manifest.json").is_file():  # another run may have encoded it while this one waited
-                _encode(folder, identity, stage1, samples, views, num_workers, tolerance or Tolerance())
+                with maps_needed(feature_dir):
+                    _encode(folder, identity, stage1, samples, views, num_workers, tolerance or Tolerance())
     store = FeatureStore(folder)
     if store.key != identity.key:
         raise UserError(f"{folder} contains the store {store.key}, not {identity.key}; remove the folder and run again.")

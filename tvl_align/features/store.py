@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tvl_align.contract import Features, FeatureSpec, Tokens
 from tvl_align.features.arrays import Arrays, arrays_key, check_arrays, write_arrays
-from tvl_align.features.tables import FORMAT, RowNames, open_memmap, open_table, read_rows
+from tvl_align.features.tables import FORMAT, RowNames, maps_needed, open_memmap, open_table, read_rows, release_if_mapped
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import is_main
-from tvl_align.system.runtime import release_pages
 
 Condense = Callable[[str, Tokens], Tensor | None]
 """Stage2Model.condense: modality, tokens of B rows -> (B, C) float32, or None."""
@@ -90,7 +89,7 @@ class StoredSplit:
             rows = len(self.tables[m]["mask"]) if m in self.tables else 0
             if shape[0] and int(self.index[m].max()) >= rows:
                 raise UserError(f"{folder} refers to missing rows of {m}; the store is damaged, make it again.")
-            release_pages(self.index[m])
+            release_if_mapped(self.index[m])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -119,7 +118,7 @@ class StoredSplit:
         for row, view in zip(rows, views, strict=True):
             batch = self.read(row, view)
             for index in self.index.values():
-                release_pages(index)
+                release_if_mapped(index)
             if device.type == "cuda":
                 batch = batch.map(Tensor.pin_memory)
             yield batch.to(device)
@@ -216,5 +215,6 @@ class FeatureStore:
             if store.key != key:
                 raise UserError(f"{out} already contains another store ({store.key}); give another folder.")
             return store
-        write_arrays(checked, out, key)
+        with maps_needed(out):
+            write_arrays(checked, out, key)
         return cls(out)

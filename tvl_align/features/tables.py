@@ -1,8 +1,7 @@
 """The files of a feature store: memory-mapped tensors of a known dtype and shape.
 
-A store is a folder `<feature_dir>/<key>`. The key hashes everything that determines the features: encoder weights,
-transforms, text options, rows, sizes and modification times of the image files, package versions. Other settings get
-another folder.
+A store is a folder `<feature_dir>/<key>`. The key hashes the content of everything that determines the features
+(tvl_align.features.identity). Other content gets another folder.
 
     manifest.json         key, settings, shapes, skipped rows with their reasons; written last, so it marks a complete store
     <split>/rows/         dataset, group (N,) int64; names (bytes,) uint8, the concatenated names of the rows; name_ends (N,)
@@ -16,7 +15,8 @@ The text table has every distinct sentence once. Only training rows have augment
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from torch import Tensor
 
 from tvl_align.contract import FeatureSpec
 from tvl_align.system.console import UserError
+from tvl_align.system.files import warn_once
 from tvl_align.system.runtime import release_pages
 
 FORMAT = 3
 ROWS_PER_READ = 128
+NO_MAPS = "unable to mmap"  # PyTorch's text where a file system has no memory maps, as some FUSE ones
 
 
 class RowNames(Sequence[str]):
@@ -86,7 +88,7 @@ def read_rows(mapped: Tensor, rows: Tensor, length: int | None = None) -> Tensor
     result = torch.empty(len(rows), *mapped[0, :length].shape, dtype=mapped.dtype)
     for chunk, out in zip(rows.split(ROWS_PER_READ), result.split(ROWS_PER_READ), strict=True):
         torch.index_select(mapped[:, :length] if mapped.ndim > 2 else mapped, 0, chunk, out=out)
-        release_pages(mapped)
+        release_if_mapped(mapped)
     return result
 
 
@@ -104,7 +106,8 @@ def open_table(folder: Path, spec: FeatureSpec) -> dict[str, Tensor]:
 def open_memmap(file: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """Open a raw binary file as a memory-mapped tensor. Raises UserError unless its size matches dtype and shape.
 
-    Metadata files beside it are ignored, since tensordict could unpickle them.
+    Metadata files beside it are ignored, since tensordict could unpickle them. On a file system without memory maps the
+    content is read into memory, with a warning.
     """
     size, expected = file.stat().st_size if file.is_file() else -1, dtype.itemsize * math.prod(shape)
     if size != expected or not expected:
@@ -112,7 +115,33 @@ def open_memmap(file: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tenso
             return torch.empty(shape, dtype=dtype)
         found = "is missing" if size < 0 else f"has {size} bytes"
         raise UserError(f"{file} {found}, expected {expected} bytes; the store is damaged, make it again.")
-    return MemoryMappedTensor.from_filename(file, dtype, torch.Size(shape))
+    try:
+        return MemoryMappedTensor.from_filename(file, dtype, torch.Size(shape))
+    except RuntimeError as error:
+        if NO_MAPS not in str(error):
+            raise
+        warn_once(f"{file.parents[2]} is on a file system without memory maps: features are read into memory")
+        return torch.frombuffer(bytearray(file.read_bytes()), dtype=dtype).view(shape)
+
+
+@contextmanager
+def maps_needed(folder: Path) -> Iterator[None]:
+    """Raise UserError where a table cannot be written because its file system has no memory maps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if NO_MAPS not in str(error):
+            raise
+        raise UserError(
+            f"{folder} is on a file system without memory maps, which writing a feature store needs; give --feature_dir (or "
+            "--out) a folder on a local disk."
+        ) from error
+
+
+def release_if_mapped(table: Tensor) -> None:
+    """`release_pages` of a memory-mapped tensor; other tensors are left alone, their content would be lost."""
+    if isinstance(table, MemoryMappedTensor):
+        release_pages(table)
 
 
 def empty_table(rows: int, spec: FeatureSpec) -> TensorDict:
