@@ -145,6 +145,15 @@ def test_images_of_another_size_or_type_are_refused(stage1: Stage1) -> None:
     assert torch.equal(double.pooled, stage1.encode(batch).modalities["vision"].pooled)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_an_empty_batch_and_cast_weights_are_refused(name: str) -> None:
+    model, features = build(METHODS[name])[0], random_features(ROWS)
+    with pytest.raises(UserError, match=r"the batch has no rows; leave it out\."):
+        model(features.map(lambda t: t[:0]))
+    with pytest.raises(UserError, match=r"are bfloat16; keep them float32 and wrap .* torch\.autocast"):
+        model.bfloat16()(features)
+
+
 def test_sentences_are_tokenised(stage1: Stage1) -> None:
     """Equal sentences have equal caption keys, in other batches too."""
     batch = raw(stage1)

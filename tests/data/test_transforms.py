@@ -112,6 +112,22 @@ def test_16_bit_files_that_use_all_bits_are_read_as_before(tmp_path: Path, caplo
     assert torch.equal(_open(tmp_path / str(data.train[1].vision))[0].long(), torch.from_numpy(full >> 8))
 
 
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bit_colours_of_12_bits_are_refused_and_those_of_16_are_read(channels: int, tmp_path: Path) -> None:
+    """Pillow keeps the upper 8 bits of 16-bit colours, in which 12-bit values have 16 levels."""
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64, channels))
+    for name, shift in (("12", 0), ("16", 4)):
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values << shift)
+        header = struct.pack(">IIBBBBB", 64, 64, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+        chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+        packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+        (tmp_path / f"{name}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    colours = torch.from_numpy(values[..., :3] if channels > 2 else values[..., :1]).permute(2, 0, 1)
+    assert torch.equal(_open(tmp_path / "16.png").long(), (colours >> 4).expand(3, -1, -1))
+    with pytest.raises(BadImage, match="16-bit colours of which 8 bits hold values up to 15 only; save it as 8-bit colours"):
+        _open(tmp_path / "12.png")
+
+
 def with_significant_bits(path: Path, bits: int) -> None:
     content, chunk = path.read_bytes(), b"sBIT" + bytes([bits])
     start = 8 + 25  # signature and IHDR

@@ -157,6 +157,14 @@ def test_within_an_epoch_the_steps_to_come_are_cut(tmp_path: Path) -> None:
     assert path.stat().st_ino == before
 
 
+@pytest.mark.parametrize("line", ['{"epoch": 0, "st', "[0, 1]", "7", "null", '"text"', '{"step": 1}', '{"epoch": "0"}', ""])
+def test_a_line_that_is_no_entry_is_dropped(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "nonfinite.jsonl"
+    path.write_text(f'{{"epoch": 0, "step": 1}}\n{line}\n')
+    remove_later_entries(path, Progress(epoch=2, step=0))
+    assert path.read_text() == '{"epoch": 0, "step": 1}\n'
+
+
 def test_calibration_happens_once_and_not_on_resume(
     settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

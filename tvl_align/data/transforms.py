@@ -38,6 +38,7 @@ BITS_PER_SAMPLE = 258  # a TIFF tag
 TOUCH_SIZE = (240, 320)  # pixels of DIGIT's frames; in a resized copy they are others
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError, Image.DecompressionBombError)
 log = logging.getLogger(__name__)
+DARKEST = 64  # 16-bit colours below this, after reduction to 8 bits, are taken for 14 bits or fewer
 DATA3_TOP = 200  # pixels; in HCT's folder data3 the sensor is lower in the photo
 PHOTO_MEAN, PHOTO_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TOUCH_MEAN, TOUCH_STD = (0.29174602, 0.29713256, 0.29104046), (0.18764469, 0.19467652, 0.21871583)
@@ -183,8 +184,9 @@ def _open(path: Path, bits: int = 16) -> Tensor:
     """Decode an image file and apply its EXIF orientation -> (3, H, W) uint8.
 
     The format is detected from the content, not from the file name. The size is checked before decoding. bits: of the values
-    of a 16-bit grey file that does not say it itself. Raises BadImage for a file that is not a complete image of a supported
-    size, and for grey values beyond these bits.
+    of a 16-bit grey file that does not say it itself. Of 16-bit colours Pillow reads the upper 8 bits, where 10, 12 or 14
+    bits have few levels. Raises BadImage for such a file, for one that is not a complete image of a supported size, and for
+    grey values beyond these bits.
     """
     try:
         with warnings.catch_warnings():
@@ -197,11 +199,17 @@ def _open(path: Path, bits: int = 16) -> Tensor:
                 if file.mode == "F":
                     raise BadImage("floating-point grey values of unknown scale")
                 image: Image.Image = file
+                reduced = any(";16" in str(tile.args) for tile in file.tile) and not file.mode.startswith("I")
                 if file.mode.startswith("I"):  # 16-bit grey: Pillow's conversion would clip values at 255
                     grey = np.asarray(file, dtype=np.int64)
                     image = Image.fromarray(_to_8_bits(grey, _stated_bits(file, path, grey) or bits))
                 ImageOps.exif_transpose(image, in_place=True)
-                return F.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+                pixels = F.pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+                if reduced and (largest := int(pixels.max())) < DARKEST:
+                    raise BadImage(
+                        f"16-bit colours of which 8 bits hold values up to {largest} only; save it as 8-bit colours"
+                    )
+                return pixels
     except FileNotFoundError as error:
         raise BadImage("the file is missing") from error
     except PermissionError as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tvl_align.contract import Batch, Features, FeatureSpec, Output, Reconstruction, Stage2Model, Tokens
 from tvl_align.methods.codes import CodeConfig, Codes
-from tvl_align.registers.model import MAX_LOGIT_SCALE
+from tvl_align.registers.model import MAX_LOGIT_SCALE, checked
 from tvl_align.registers.nested import draw_kept
 from tvl_align.system.console import UserError
 
@@ -44,7 +44,7 @@ class DirectModel(nn.Module, Stage2Model):
         """Stored features -> Output (tvl_align.contract). Arguments as in RegisterModel.forward."""
         if not isinstance(batch, Features):
             raise UserError("this method is used on stored features only; encode raw inputs first.")
-        features, dropping = batch.float(), kept is not None or self.training
+        features, dropping = checked(batch, self.registers), kept is not None or self.training
         if kept is None:
             kept = self.draw_kept(len(features)) if self.training else torch.ones(len(features), len(self.registers)).bool()
         kept = kept.to(self.registers.device)

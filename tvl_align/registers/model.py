@@ -24,6 +24,21 @@ from tvl_align.system.console import UserError
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (Radford et al. 2021, arXiv:2103.00020) clamps the logit scale at 100
 
 
+def checked(features: Features, registers: Tensor) -> Features:
+    """The features of a model's input in float32. registers: weights of the model.
+
+    Raises UserError for a batch without rows and for a model whose weights were cast to another dtype.
+    """
+    if len(features) == 0:
+        raise UserError("the batch has no rows; leave it out.")
+    if registers.dtype != torch.float32:
+        name = str(registers.dtype).removeprefix("torch.")
+        raise UserError(
+            f"the weights of the model are {name}; keep them float32 and wrap the forward pass in torch.autocast."
+        )
+    return features.float()
+
+
 @dataclass(frozen=True)
 class RegisterConfig:
     """The registers and their loss: options that every method has."""
@@ -210,7 +225,7 @@ class RegisterModel(nn.Module, Stage2Model):
     def features(self, batch: Batch | Features) -> Features:
         """Return stored features, or encode raw inputs with the frozen encoders; floats become float32.
 
-        Raises UserError for raw inputs without encoders and for unknown modalities.
+        Raises UserError for raw inputs without encoders, for unknown modalities and as `checked` does.
         """
         if isinstance(batch, Features):
             features = batch
@@ -225,7 +240,7 @@ class RegisterModel(nn.Module, Stage2Model):
         if unknown:
             known = ", ".join(self.readers)
             raise UserError(f"this model has no modality {unknown[0]!r}; give it features of {known} only.")
-        return features.float()
+        return checked(features, self.registers)
 
     def inputs(self, name: str, modality: Tokens) -> tuple[Tensor, Tensor]:
         """What registers attend to in a modality, before it is projected to keys: (B, T, W) and its mask (B, T)."""
