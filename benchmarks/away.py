@@ -143,15 +143,31 @@ def _representations(settings: Settings[Any]) -> Representations:
 
 
 def _of_repercent(x: Representations) -> dict[str, float]:
-    """RePercENT's metric, of one model for all modalities."""
-    names = list(x.overlapping)
-    unique = {(i, j): x.complementary[names[i - 1]] for i, j in permutations(range(1, len(names) + 1), 2)}
-    shared = {
-        (i, j): np.concatenate([x.overlapping[names[i - 1]], x.overlapping[names[j - 1]]], axis=1)
-        for i, j in combinations(range(1, len(names) + 1), 2)
+    """RePercENT's metric, of one model for all modalities.
+
+    With three modalities a modality has some of its overlapping code in common with only one of the others: to the pair with
+    the other it is unique. What is shared by a pair is the overlapping code of each, projected onto the dimensions in which
+    that of the other varies; unique are the complementary code and the rest of the projection.
+    """
+    names = dict(enumerate(x.overlapping, start=1))
+    varying = {i: _varying(x.overlapping[name][x.train]) for i, name in names.items()}
+
+    def shared_with(i: int, j: int) -> np.ndarray:
+        return x.overlapping[names[i]] @ varying[j] @ varying[j].T
+
+    unique = {
+        (i, j): np.concatenate([x.complementary[names[i]], x.overlapping[names[i]] - shared_with(i, j)], axis=1)
+        for i, j in permutations(names, 2)
     }
+    shared = {(i, j): np.concatenate([shared_with(i, j), shared_with(j, i)], axis=1) for i, j in combinations(names, 2)}
     found = repercent.distance(unique, shared, x.labels, x.train, ~x.train)
     return {"distance": found.distance, **vars(found)}
+
+
+def _varying(x: np.ndarray) -> np.ndarray:
+    """(n, F) -> (F, r): an orthonormal basis of the dimensions in which the rows vary."""
+    variances, directions = np.linalg.eigh(np.cov(x, rowvar=False))
+    return directions[:, variances > 1e-6 * variances[-1]]
 
 
 def _of_disentangled_ssl(x: Representations) -> dict[str, dict[str, float]]:
