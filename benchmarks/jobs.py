@@ -23,6 +23,7 @@ from tvl_align.contract import MODALITIES, Features, FeatureSpec, Tokens
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.inputs import DataConfig
 from tvl_align.features.store import FeatureStore
+from tvl_align.inference.search import Index
 from tvl_align.methods.registry import METHODS
 from tvl_align.metrics.retrieval import retrieval
 from tvl_align.system.console import UserError
@@ -133,6 +134,24 @@ def unit_rows(rows: int, width: int) -> tuple[Tensor, Tensor]:
     return F.normalize(torch.randn(rows, width, generator=g), dim=-1), F.normalize(
         torch.randn(rows, width, generator=g), dim=-1
     )
+
+
+def clustered_rows(rows: int, queries: int, width: int = 256) -> tuple[Tensor, Tensor]:
+    """(rows, width) and (queries, width): random vectors around rows / 100 random centres, at a cosine near 0.7 to them."""
+    g = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(max(1, rows // 100), width, generator=g), dim=-1)
+
+    def draw(count: int) -> Tensor:
+        noise = torch.randn(count, width, generator=g).mul_(width**-0.5)
+        return noise.add_(centres[torch.randint(len(centres), (count,), generator=g)])
+
+    return draw(rows), draw(queries)
+
+
+def saved_search(folder: Path, queries: Tensor, k: int) -> Callable[[], Any]:
+    """An exact search in a saved index."""
+    index = Index.load(folder)
+    return lambda: index.search(queries, k)
 
 
 def batch_gradient(rows: int, parts: int, width: int = 256) -> Callable[[], Any]:

@@ -4,6 +4,7 @@ Both sides of a ratio are timed alternately on the same cores, and the best of s
 depend little on the machine. All weights and features are random.
 """
 
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -36,6 +37,7 @@ from tvl_align.encoders.tvl import Stage1, create_touch_encoder
 from tvl_align.evaluation.probes import ProbeKind, Target, fit_probes
 from tvl_align.features.encode import ENCODE_BATCH, open_or_encode
 from tvl_align.features.store import FeatureStore
+from tvl_align.inference.search import ROWS, Found, Index
 from tvl_align.methods.registry import METHODS
 from tvl_align.metrics.retrieval import retrieval
 from tvl_align.registers.blocks import Attention
@@ -68,6 +70,8 @@ class BenchConfig:
     """Gallery size of timed retrieval."""
     large_gallery: int = 44_000
     """Gallery size of retrieval whose memory is measured."""
+    search_rows: int = 1_000_000
+    """Rows of the gallery of the part search, of width 256; 100 queries ask for 5 each."""
     rows: int = 40_000
     """Training rows of the smaller store of the memory measurement; the larger store has 10 times as many."""
     pictures: int = 64
@@ -82,6 +86,7 @@ class BenchConfig:
             "engine",
             "accumulation",
             "retrieval",
+            "search",
             "probes",
             "store",
             "processes",
@@ -92,7 +97,7 @@ class BenchConfig:
     """Parts to measure."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "batch", "width", "gallery", "large_gallery", "rows", "pictures", "turns")
+        at_least(1, self, "batch", "width", "gallery", "large_gallery", "search_rows", "rows", "pictures", "turns")
 
 
 @dataclass(frozen=True)
@@ -117,6 +122,7 @@ def bench(config: BenchConfig) -> list[Figure]:
         "engine": _engine,
         "accumulation": _accumulation,
         "retrieval": _retrieval,
+        "search": _search,
         "probes": _probes,
         "store": _store_and_encoders,
         "encode": _encode,
@@ -307,6 +313,44 @@ def _retrieval(config: BenchConfig) -> Iterator[Figure]:
     features_mb = 2 * config.large_gallery * 768 * 4 / 2**20
     name = f"retrieval, gallery {config.large_gallery}: memory above the features / the features"
     yield Figure(name, measured.megabytes, features_mb, measured.megabytes / features_mb, "MB")
+
+
+def _search(config: BenchConfig) -> Iterator[Figure]:
+    """Exact search relative to the matrix product that it needs, its memory, and what faiss gains and misses."""
+    vectors, queries = jobs.clustered_rows(config.search_rows, queries=100)
+    index = Index.build(vectors, [str(row) for row in range(len(vectors))], made_by="bench", modality="vision")
+    del vectors
+
+    def exact() -> Found:
+        return index.search(queries, 5)
+
+    def bare() -> None:
+        for block in index.vectors.split(ROWS):
+            queries @ block.T
+
+    size = f"{len(index)} rows"
+    yield compare(f"search, {size}, 100 queries / its matrix product", exact, bare, config.turns)
+    with jobs.temporary_folder() as folder:
+        index.save(folder)
+        measured = jobs.cost(jobs.saved_search, folder, queries, 5)
+    vectors_mb = index.vectors.nbytes / 2**20
+    name = f"search, {size}, saved: memory / the vectors"
+    yield Figure(name, measured.megabytes, vectors_mb, measured.megabytes / vectors_mb, "MB")
+    if importlib.util.find_spec("faiss") is None:
+        return
+
+    def approximate() -> Found:
+        return index.search(queries, 5, approximate=True)
+
+    start = time.perf_counter()
+    found = approximate()  # clusters the gallery
+    seconds = time.perf_counter() - start
+    figure = compare(f"search, {size}, approximate / exact", approximate, exact, config.turns)
+    name = f"search, {size}, clustering the gallery once / an exact search"
+    yield Figure(name, seconds, figure.reference, seconds / figure.reference, "s")
+    yield figure
+    recall = 100 * (found.rows[:, :, None] == exact().rows[:, None]).any(2).float().mean().item()
+    yield Figure(f"search, {size}, approximate: recall@5 / exact", recall, 100.0, recall / 100, "%")
 
 
 def _probes(config: BenchConfig) -> Iterator[Figure]:

@@ -322,9 +322,6 @@ def races(ground: Ground, times: int) -> Outcome:
 
 
 ABILITIES = {  # C code that takes an ability of the file system away from a process, as some file systems do
-    "links": """#include <errno.h>
-int link(const char *from, const char *to) { errno = EPERM; return -1; }
-int linkat(int a, const char *from, int b, const char *to, int flags) { errno = EPERM; return -1; }""",
     "locks": """#include <errno.h>
 int flock(int file, int operation) { errno = ENOSYS; return -1; }""",
     "maps": """#define _GNU_SOURCE
@@ -347,7 +344,7 @@ SKIPPED = "skipped: "  # an outcome that begins so says why a fault cannot be ma
 
 
 def without(ground: Ground, ability: str) -> Outcome:
-    """A training without hard links (exFAT, SMB), locks (Lustre) or memory maps (FUSE): it ends as on any other."""
+    """A training without locks (Lustre) or memory maps (FUSE): it ends as on any other."""
     fault, name = f"file system without {ability}", f"without_{ability}"
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -358,16 +355,13 @@ def without(ground: Ground, ability: str) -> Outcome:
     code, said = child.run(ground.train(name), env=ENVIRONMENT | {"LD_PRELOAD": str(library)})
     if code:
         return Outcome(fault, 1, f"exit code {code}", said[-300:])
-    files = list(ground.run(name).iterdir())
-    linked = [f.name for f in files if f.suffix == ".pth" and f.stat().st_nlink > 1]
     wrong = {
-        "links": f"{linked} are links" if linked else "",
         "locks": "" if said.count("file system without locks") == 1 else f"no single warning: {said[-300:]}",
         "maps": ""
         if said.count("without memory maps: features are read into") == 1
         else f"no single warning: {said[-300:]}",
     }
-    left = [f.name for f in files if f.suffix == ".tmp"]
+    left = [f.name for f in ground.run(name).iterdir() if f.suffix == ".tmp"]
     lost = same_run(whole_run(ground), ground.run(name)) or wrong[ability] or (f"{left} left" if left else "")
     return Outcome(fault, 1, "bit-identical to the uninterrupted run", lost)
 
@@ -694,7 +688,6 @@ def campaign(ground: Ground, kills: int, fuzz: float) -> Iterator[Callable[[], O
     yield lambda: dead_rank(ground, 4, 0, within=30)
     yield lambda: dead_rank(ground, 2, 1)
     yield lambda: races(ground, max(2, kills // 5))
-    yield lambda: without(ground, "links")
     yield lambda: without(ground, "locks")
     yield lambda: without(ground, "maps")
     yield lambda: small_shared_memory(ground)

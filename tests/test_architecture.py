@@ -22,7 +22,7 @@ FLOORS = (
     ("tvl_align.metrics", "tvl_align.methods"),
     ("tvl_align.training",),
     ("tvl_align.evaluation",),
-    ("tvl_align.report",),
+    ("tvl_align.report", "tvl_align.inference"),
     ("tvl_align.synthetic",),
     ("tvl_align.cli",),
     ("tvl_align.__main__", "experiments", "benchmarks"),

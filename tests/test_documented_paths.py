@@ -217,6 +217,24 @@ def test_the_documented_import(tmp_path: Path) -> None:
     assert said.strip().endswith("report.html")
 
 
+@pytest.mark.slow
+def test_the_page_on_own_data(tmp_path: Path) -> None:
+    """Every block of docs/own_data.md, in its order, in an empty folder."""
+    blocks = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs/own_data.md").read_text(), re.S)
+    assert len(blocks) >= 7
+    for i, (language, text) in enumerate(blocks):
+        if language == "python":
+            (tmp_path / f"{i}.py").write_text(text)
+            run(f"{sys.executable} {i}.py", tmp_path)
+        else:
+            for line in text.replace("\\\n", " ").strip().splitlines():
+                run(line, tmp_path)
+    results = json.loads((tmp_path / "output_dir/mine/results.json").read_text())
+    assert results["factors"]["vision"]["material"]["chance"] < 60
+    for name in ("tokens.npz", "test.npz"):
+        assert (tmp_path / name).is_file()
+
+
 def called(line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """Run `tvl-align` in this process, for commands that end before training. Returns exit code and output."""
     monkeypatch.setattr(sys, "argv", ["tvl-align", *shlex.split(line)])

@@ -62,7 +62,7 @@ def no_loss(outcome: faults.Outcome) -> None:
     assert not outcome.lost, outcome
 
 
-@pytest.mark.parametrize("ability", ["links", "locks", "maps"])
+@pytest.mark.parametrize("ability", ["locks", "maps"])
 def test_a_file_system_that_lacks_an_ability_costs_nothing(ground: Ground, ability: str) -> None:
     no_loss(faults.without(ground, ability))
 

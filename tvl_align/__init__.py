@@ -6,18 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tvl_align.features.store import FeatureStore
+    from tvl_align.inference.registers import Embeddings, Registers, load
     from tvl_align.methods.base import Stage2Loss, TVLStage2
     from tvl_align.methods.registry import METHODS
     from tvl_align.system.console import UserError
 
-__all__ = ["METHODS", "FeatureStore", "Stage2Loss", "TVLStage2", "UserError", "__version__"]
+__all__ = [
+    "METHODS",
+    "Embeddings",
+    "FeatureStore",
+    "Registers",
+    "Stage2Loss",
+    "TVLStage2",
+    "UserError",
+    "__version__",
+    "load",
+]
 
 _MODULES = {
+    "Embeddings": "tvl_align.inference.registers",
     "FeatureStore": "tvl_align.features.store",
     "METHODS": "tvl_align.methods.registry",
+    "Registers": "tvl_align.inference.registers",
     "Stage2Loss": "tvl_align.methods.base",
     "TVLStage2": "tvl_align.methods.base",
     "UserError": "tvl_align.system.console",
+    "load": "tvl_align.inference.registers",
 }
 
 try:

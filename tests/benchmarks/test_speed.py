@@ -34,6 +34,16 @@ def test_encoding_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert ["small Stage 1" in f.name and f.ours > 0 for f in figures] == [True] * 3
 
 
+def test_search_is_measured(tmp_path: Path) -> None:
+    """Clustering needs faiss, which `dev` includes."""
+    exact, memory, clustering, approximate, recall = bench(
+        BenchConfig(tmp_path / "bench.json", parts=("search",), search_rows=20_000, turns=1)
+    )
+    assert min(exact.ours, exact.reference, clustering.ours, approximate.ours) > 0
+    assert memory.reference == 20_000 * 256 * 4 / 2**20 and memory.ours > 0
+    assert recall.unit == "%" and 90 < recall.ours <= 100
+
+
 def test_processes_that_multiply_start_together() -> None:
     assert all(products_at_once(processes, 8, 4, turns=2) > 0 for processes in (1, 2))
 

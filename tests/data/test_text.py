@@ -1,6 +1,8 @@
 """Captions -> sentences."""
 
+import copy
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvl_align.data.text import (
+    Sentence,
     adjectives,
     caption_key,
     decoded,
@@ -119,3 +122,15 @@ def test_a_synonym_file_that_replaces_nothing_is_named_once(tmp_path: Path, capl
     assert read_synonyms(path) == {"soft": []}
     expected = [f"--replace_synonyms replaces no word: {path} {why}" for why in ("is missing", "has no synonyms")]
     assert [record.getMessage() for record in caplog.records] == expected
+
+
+def test_a_sentence_is_used_as_it_is_everywhere() -> None:
+    """No prompt, no subset, no order, no synonym; pickled and copied it stays one."""
+    text = "Soft, warm, and A Bit woolly"
+    for free in (Sentence(text), pickle.loads(pickle.dumps(Sentence(text))), copy.deepcopy(Sentence(text))):
+        assert evaluation_text(free, "prompt ") == text
+        for seed in range(5):
+            assert training_text(free, "prompt ", random.Random(seed), True, {"soft": ["hard"]}) == text
+        assert caption_key(free) == caption_key(Sentence("soft, warm,  and a bit Woolly")) != caption_key(text)
+        assert repr(free) == f"Sentence({text!r})"  # the identity of a store tells it from adjectives
+    assert evaluation_text(text, "") != text

@@ -18,10 +18,12 @@ from tvl_align.data.transforms import (
     Geometry,
     ImageLoader,
     ImageOptions,
+    _framed_photo,
+    _framed_touch,
     _open,
     crop_photo,
     inspect_images,
-    pad_and_rotate,
+    picture_tensor,
 )
 from tvl_align.data.tvl import Row, TVLData, read_tvl
 from tvl_align.system.console import UserError
@@ -166,7 +168,7 @@ def test_a_resized_data3_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 
 
 def test_touch_images_are_padded_to_a_square_and_rotated() -> None:
-    rotated = pad_and_rotate(coordinates(320, 240) + 1)
+    rotated = _framed_touch(coordinates(320, 240) + 1, ImageOptions())
     assert rotated.shape == (3, 320, 320)
     assert not rotated[:, :40].any()
     assert not rotated[:, -40:].any()
@@ -226,3 +228,135 @@ def test_a_modality_that_the_row_lacks_is_not_loaded(world: Path) -> None:
     sample = read_tvl(world).train[0]
     photo_only = Row("hct", sample.vision, None, None, "soft", "g")
     assert set(ImageLoader(world, ImageOptions(64, 64))(photo_only)[0]) == {"vision"}
+
+
+def test_crops_and_turns_that_are_asked_for() -> None:
+    image = coordinates(1000, 600)
+    sample = row()
+
+    def corners(photo_crop: str = "tvl", **options: object) -> tuple[tuple[int, ...], list[int], list[int]]:
+        made = ImageOptions(photo_crop=photo_crop, **options)
+        photo, touch = _framed_photo(image, made, sample), _framed_touch(image, made)
+        return tuple(photo.shape[1:]), photo[:2, 0, 0].tolist(), touch[:2, 0, 0].tolist()
+
+    assert corners("centre", touch_crop="centre", touch_turn=0) == ((600, 600), [200, 0], [200, 0])
+    assert corners("none", touch_crop="none", touch_turn=0) == ((1000, 600), [0, 0], [0, 0])
+    assert corners(touch_crop="none") == ((255, 255), [0, 172], [0, 599])  # counterclockwise: the right side is on top
+    assert corners(touch_crop="none", touch_turn=180)[2] == [999, 599]
+    assert corners(touch_crop="none", touch_turn=270)[2] == [999, 0]
+
+
+def test_pictures_are_normalised_by_the_given_numbers() -> None:
+    grey = np.full((16, 24, 3), 51, np.uint8)  # 0.2
+    numbers = {"photo_mean": [0.1, 0.2, 0.3], "touch_mean": (0, 0, 0), "touch_std": (0.1, 0.2, 0.4)}
+    options = ImageOptions(8, 8, photo_crop="none", touch_crop="none", photo_std=(0.5, 0.5, 0.5), **numbers)
+    assert options.photo_mean == (0.1, 0.2, 0.3)
+    photo, touch = (picture_tensor(grey, m, options) for m in ("vision", "tactile"))
+    assert photo.shape == touch.shape == (3, 8, 8)
+    assert torch.allclose(photo, torch.tensor([0.2, 0.0, -0.2])[:, None, None].expand(3, 8, 8), atol=1e-6)
+    assert torch.allclose(touch, torch.tensor([2.0, 1.0, 0.5])[:, None, None].expand(3, 8, 8), atol=1e-6)
+    difference = ImageOptions(8, 8, subtract_background=True, **numbers)
+    assert not picture_tensor(grey, "tactile", difference, background=grey).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"photo_crop": "center"}, "photo_crop is 'center'; give one of tvl, centre, none"),
+        ({"touch_turn": 45}, "touch_turn is 45; give one of 0, 90, 180, 270"),
+        ({"touch_std": (1, 0, 1)}, r"touch_std is \(1, 0, 1\); give three numbers above 0"),
+        ({"photo_mean": (0.5,)}, r"photo_mean is \(0.5,\); give three numbers"),
+        ({"photo_crop": "none", "randomize_crop": True}, '--photo_crop is "none"; leave out one of them'),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ImageOptions(**options)
+
+
+def test_one_picture_from_anywhere_is_what_the_loader_gives(world: Path, tmp_path: Path) -> None:
+    """Bit for bit: from a path, a PIL image, arrays and tensors, with uint8 or floats."""
+    for options in (
+        ImageOptions(64, 32),
+        ImageOptions(64, 32, photo_crop="centre", touch_crop="none", touch_turn=0, photo_mean=(0.5, 0.4, 0.3)),
+    ):
+        for sample in read_tvl(world).train[:6]:
+            expected, _ = ImageLoader(world, options)(sample)
+            for modality, name in (("vision", sample.vision), ("tactile", sample.tactile)):
+                pixels = _open(world / name)
+                channels_last = pixels.permute(1, 2, 0)
+                with Image.open(world / name) as opened:
+                    sources = [world / name, str(world / name), opened, pixels, pixels.numpy(), pixels.float() / 255]
+                    sources += [channels_last.numpy(), channels_last.double().numpy() / 255]
+                    for source in sources:
+                        assert torch.equal(picture_tensor(source, modality, options, sample), expected[modality])
+                assert torch.equal(picture_tensor(pixels, modality, options, dataset=sample.dataset), expected[modality])
+    path = tmp_path / "hct/data3/cup/vision/0.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 400, 3), np.uint8)).save(path)
+    sample = Row("hct", "hct/data3/cup/vision/0.png", None, None, None, "g")
+    expected = ImageLoader(tmp_path, ImageOptions(32))(sample)[0]["vision"]
+    assert torch.equal(picture_tensor(path, "vision", ImageOptions(32), dataset="hct/data3"), expected)
+    assert not torch.equal(picture_tensor(path, "vision", ImageOptions(32)), expected)
+
+
+def test_a_turned_photo_is_upright_and_the_image_of_the_caller_stays(tmp_path: Path) -> None:
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    stored.save(tmp_path / "turned.png", exif=exif)
+    options = ImageOptions(16, photo_crop="none")
+    with Image.open(tmp_path / "turned.png") as image:
+        for _ in range(2):
+            turned = picture_tensor(image, "vision", options)
+            assert torch.equal(turned, picture_tensor(tmp_path / "turned.png", "vision", options))
+        assert image.size == (24, 16)
+    assert torch.equal(turned, picture_tensor(np.rot90(np.asarray(stored), -1), "vision", options))
+
+
+def test_a_grey_array_has_three_equal_channels() -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    options = ImageOptions(16, photo_crop="none")
+    assert torch.equal(
+        picture_tensor(grey, "vision", options), picture_tensor(np.stack([grey] * 3, axis=-1), "vision", options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("nowhere.png", "the file is missing"),
+        (np.zeros((16, 16, 4), np.uint8), r"an array of shape \(16, 16, 4\), not \(H, W\), \(H, W, 3\) or \(3, H, W\)"),
+        (np.zeros((4, 16, 3), np.uint8), "a side of fewer than 8 pixels"),
+        (np.full((16, 16, 3), 255.0), r"floating-point values outside of \[0, 1\]"),
+        (np.full((16, 16), np.nan), r"floating-point values outside of \[0, 1\]"),
+        (np.zeros((16, 16, 3), np.int64), "values of type int64, not uint8 or floating point"),
+        (np.full((16, 16), "x"), "an array of type <U1, not uint8"),
+        (Image.new("F", (16, 16)), "floating-point grey values of unknown scale"),
+        (Image.new("RGB", (16, 4)), "a side of fewer than 8 pixels"),
+    ],
+)
+def test_one_picture_that_cannot_be_used_is_named_with_its_reason(source: object, reason: str) -> None:
+    with pytest.raises(BadImage, match=reason):
+        picture_tensor(source, "tactile", ImageOptions())
+
+
+def test_a_picture_of_no_modality_and_one_without_background_are_refused() -> None:
+    image = Image.new("RGB", (16, 16))
+    with pytest.raises(UserError, match="'text' has no pictures; give the modality vision or tactile"):
+        picture_tensor(image, "text", ImageOptions())
+    with pytest.raises(UserError, match="unknown data set 'data3': give one of ssvtp, hct, hct/data3"):
+        picture_tensor(image, "vision", ImageOptions(), dataset="data3")
+    with pytest.raises(UserError, match="give background"):
+        picture_tensor(image, "tactile", ImageOptions(subtract_background=True))
+
+
+def test_pairs_of_ones_own_have_no_data3(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With TVL's crop the square in the centre is kept, whatever the folders are called."""
+    name = "shots/data3/0.png"
+    sample = Row("pairs", name, name, None, None, "g")
+    assert crop_photo(coordinates(1000, 600), sample)[:2, 0, 0].tolist() == [(1000 - 255) // 2, (600 - 255) // 2]
+    (tmp_path / "shots/data3").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / name)
+    assert inspect_images(ImageOptions(), TVLData(tmp_path, [sample], [], [])) == ImageOptions()
+    assert not caplog.records

@@ -1,14 +1,13 @@
-"""Stage-2 checkpoints: atomic writes, and no code is executed on loading."""
+"""Checkpoints and weights: atomic writes, and no code is executed on loading."""
 
-import errno
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from tvl_align.system.checkpoint import link_as, load_checkpoint, save_checkpoint
+from tvl_align.system.checkpoint import load_checkpoint, load_weights, save_checkpoint, save_weights
 from tvl_align.system.console import UserError
 
 
@@ -30,55 +29,36 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert load_checkpoint(path)["epoch"] == 1
 
 
-def test_the_best_is_kept_when_the_next_one_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint.pth"
-    for epoch in range(3):
-        save_checkpoint(path, {"model": {}, "epoch": epoch})
-        if epoch < 2:
-            link_as(path, "checkpoint-acc1.pth")
-    assert load_checkpoint(tmp_path / "checkpoint-acc1.pth")["epoch"] == 1
-    assert load_checkpoint(path)["epoch"] == 2
+def test_weights_are_written_once_and_read_under_all_names(tmp_path: Path) -> None:
+    """Also views that share memory, transposed ones, and whole numbers."""
+    w = torch.arange(6.0).view(2, 3)
+    weights = {"a": w, "tied": w, "turned": w.T, "row": w[1], "fitted": torch.tensor(True), "none": torch.empty(0), "z": w}
+    save_weights(tmp_path / "w.safetensors", weights)
+    inside = load_file(tmp_path / "w.safetensors")
+    assert inside.keys() == {"a", "turned", "row", "fitted", "none"}
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) and loaded[name].dtype == weights[name].dtype for name in weights)
+    assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
 
 
-def no_links(*_: object) -> None:
-    raise OSError(errno.EPERM, "Operation not permitted")
-
-
-def test_without_links_the_best_is_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "link", no_links)
-    path, best = tmp_path / "checkpoint.pth", tmp_path / "checkpoint-acc1.pth"
-    for epoch in range(2):
-        save_checkpoint(path, {"model": {}, "epoch": epoch})
-        link_as(path, best.name)
-        link_as(path, best.name)
-        assert best.read_bytes() == path.read_bytes() and not best.samefile(path)
-    save_checkpoint(path, {"model": {}, "epoch": 2})
-    assert load_checkpoint(best)["epoch"] == 1
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, best.name}
-
-
-def test_a_copy_that_does_not_fit_leaves_the_old_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, best = tmp_path / "checkpoint.pth", tmp_path / "checkpoint-acc1.pth"
-    save_checkpoint(path, {"model": {}, "epoch": 0})
-    link_as(path, best.name)
-    save_checkpoint(path, {"model": {}, "epoch": 1})
-    monkeypatch.setattr(os, "link", no_links)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(shutil, "copyfileobj", full)
-    with pytest.raises(OSError, match="No space left"):
-        link_as(path, best.name)
-    assert load_checkpoint(best)["epoch"] == 0
-    assert {p.name for p in tmp_path.iterdir()} == {path.name, best.name}
-
-
-def test_a_link_made_twice_leaves_no_other_file(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "checkpoint.pth", {"model": {}})
-    for _ in range(2):
-        link_as(tmp_path / "checkpoint.pth", "checkpoint-acc1.pth")
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pth", "checkpoint-acc1.pth"}
+def test_damaged_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(UserError, match=r"no such file of weights: .*w\.safetensors"):
+        load_weights(path)
+    save_weights(path, {"a": torch.ones(100)})
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:40], b"", b"\xff" * 100, b"PK\x03\x04" + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="is not a checkpoint that can be loaded safely"):
+            load_weights(path)
+    for number in (torch.tensor([1, torch.nan]), torch.tensor([1, torch.inf]).to(torch.complex64)):
+        save_weights(path, {"a": number})
+        with pytest.raises(UserError, match="has NaN or inf in 'a'"):
+            load_weights(path)
+    save_weights(path, {"a": torch.tensor([1, torch.nan]).to(torch.float8_e4m3fn)})
+    with pytest.raises(UserError, match="has NaN or inf in 'a'"):
+        load_weights(path)
 
 
 class Bomb:

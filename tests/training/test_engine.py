@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tvl_align.contract import Features, Stage2Model
+from tvl_align.contract import Features, FeatureSpec, Stage2Model
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.base import Stage2Config, Stage2Loss, TVLStage2
@@ -57,6 +57,9 @@ def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: 
     config = json.loads((folder / "config.json").read_text())
     assert config["implementation"]["experiment_id"] == "stage2_base"
     assert {"settings", "store", "rows", "command", "commit", "packages", "processes"} <= config.keys()
+    specs = settings.open_inputs(torch.device("cpu")).specs
+    assert {name: FeatureSpec(**spec) for name, spec in config["specs"].items()} == specs
+    assert list(config["specs"]) == list(specs) == ["vision", "tactile", "text"]
     rows = metrics(folder)
     assert [row["epoch"] for row in rows] == [0, 1, 2]
     named = ["total_loss", "overlapping_loss", "complementary_reg", "average_acc1", "average_acc5"]
@@ -69,7 +72,8 @@ def test_a_run_folder_explains_itself(settings: Settings[Stage2Config], capsys: 
     assert all(row.keys() == {"train", "validate"} and min(row.values()) >= 0 for row in times)
     for name in ("checkpoint.pth", "checkpoint-acc1.pth", "checkpoint-acc5.pth"):
         content = load_checkpoint(folder / name)
-        assert {"model", "optimizer", "progress"} <= content.keys()
+        assert {"model", "progress", "implementation", "settings", "store"} <= content.keys()
+        assert ("optimizer" in content) == (name == "checkpoint.pth")
     assert list(folder.glob("events.out.tfevents*"))
     said = capsys.readouterr().out
     assert f"[STAGE2] stage2_base v{BASE.implementation.version}" in said
@@ -230,6 +234,52 @@ def test_the_best_so_far_survives_resume(settings: Settings[Stage2Config]) -> No
     assert load_checkpoint(folder / "checkpoint-acc1.pth")["progress"]["epoch"] == 1
     last = load_checkpoint(folder / "checkpoint.pth")["progress"]
     assert (last["epoch"], last["best"]) == (3, {"acc1": 99.0, "acc5": 99.0})
+
+
+def test_the_best_checkpoints_hold_the_weights_of_their_epoch_only(
+    settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the run dies between checkpoint.pth and the best checkpoint: the same command writes it."""
+    scores = iter([{"acc1": 1.0, "acc5": 3.0}, {"acc1": 2.0, "acc5": 2.0}, {"acc1": 1.0, "acc5": 1.0}])
+    monkeypatch.setattr(engine, "selection_scores", lambda validated: next(scores))
+    write, saved = Run.write_derived, {}
+
+    def dies_after_the_second(self: Run, model: nn.Module, progress: Progress) -> None:
+        saved[progress.epoch] = {name: value.clone() for name, value in model.state_dict().items()}
+        if progress.epoch == 2:
+            raise KeyboardInterrupt
+        write(self, model, progress)
+
+    monkeypatch.setattr(Run, "write_derived", dies_after_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        fit(settings, BASE)
+    monkeypatch.setattr(Run, "write_derived", write)
+    folder = fit(settings, BASE)
+    for name, epoch in (("acc1", 2), ("acc5", 1)):
+        best = load_checkpoint(folder / f"checkpoint-{name}.pth")
+        assert best.keys() == {"model", "progress", "implementation", "settings", "store"}
+        assert best["progress"] == {"epoch": epoch, "step": 0}
+        assert best["model"].keys() == saved[epoch].keys()
+        assert all(torch.equal(best["model"][k], saved[epoch][k]) for k in saved[epoch])
+    sizes = [(folder / f"checkpoint{name}.pth").stat().st_size for name in ("-acc1", "")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_a_run_does_not_resume_from_weights_alone(settings: Settings[Stage2Config]) -> None:
+    folder = fit(changed(settings, "optim", epochs=1), BASE)
+    best = folder / "checkpoint-acc1.pth"
+    with pytest.raises(
+        UserError, match=r"checkpoint-acc1\.pth has no optimizer state, .*; resume from the checkpoint\.pth of"
+    ):
+        fit(changed(settings, "run", resume=str(best)), BASE)
+    best.unlink()
+    (folder / best.name).hardlink_to(folder / "checkpoint.pth")  # as in run folders of earlier versions
+    before = (folder / "checkpoint.pth").read_bytes()
+    fit(changed(settings, "optim", epochs=1), BASE)
+    assert (folder / "checkpoint.pth").read_bytes() == before
+    fit(changed(settings, "run", resume=str(folder / "checkpoint.pth")), BASE)
+    assert [row["epoch"] for row in metrics(folder)] == [0, 1, 2]
 
 
 def test_resume_refuses_what_does_not_fit(settings: Settings[Stage2Config], tmp_path: Path) -> None:

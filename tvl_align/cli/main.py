@@ -16,6 +16,9 @@ COMMANDS = {
     "train": "train a Stage-2 method",
     "evaluate": "evaluate a run on the test split and write its report",
     "compare": "rank evaluated runs in one report",
+    "embed": "tokens of new pictures and sentences, with a trained run",
+    "search": "find the pictures or sentences that are nearest to a query",
+    "export": "write a trained run as a folder to share: weights, config, model card",
     "contest": "train, evaluate and compare every method with several seeds",
     "bench": "run the benchmarks of speed and memory (needs the repository)",
 }

@@ -1,7 +1,7 @@
 """Captions -> sentences for the text encoder, as in TVL (Fu et al. 2024, arXiv:2402.13232).
 
 A caption is a comma-separated list of adjectives. Validation and test use all of them in their order. Training uses a random
-non-empty subset, optionally in random order and with words replaced by synonyms.
+non-empty subset, optionally in random order and with words replaced by synonyms. A `Sentence` is used as it is, everywhere.
 """
 
 import json
@@ -19,6 +19,15 @@ ABSENT = ("", "-", "nan", "none", "null", "n/a", "na", "<na>", "#n/a")  # as spr
 SEPARATORS = re.compile("[,;\uff0c\u3001\uff1b]")  # also the full-width comma, enumeration comma and semicolon
 QUOTED = re.compile(r"""'([^']*)'|"([^"]*)\"""")
 log = logging.getLogger(__name__)
+
+
+class Sentence(str):
+    """A caption that is a free sentence: it is not split, shuffled or changed, and has no prompt before it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Sentence({super().__repr__()})"
 
 
 def is_absent(text: str) -> bool:
@@ -50,7 +59,12 @@ def decoded(value: object, where: str) -> str:
 
 
 def caption_key(caption: str) -> str:
-    """The sorted distinct adjectives. Rows with equal keys are positives of each other in the contrastive loss."""
+    """The sorted distinct adjectives; of a sentence its words in lower case.
+
+    Rows with equal keys are positives of each other in the contrastive loss.
+    """
+    if isinstance(caption, Sentence):
+        return " ".join(caption.lower().split())
     return ", ".join(sorted(set(adjectives(caption))))
 
 
@@ -73,6 +87,8 @@ def sentence(words: Sequence[str], prompt: str) -> str:
 
 def evaluation_text(caption: str, prompt: str) -> str:
     """The sentence of validation and test: all adjectives of the caption, in their order."""
+    if isinstance(caption, Sentence):
+        return str(caption)
     return sentence(adjectives(caption), prompt)
 
 
@@ -87,6 +103,8 @@ def training_text(
 
     shuffle: random order. synonyms: {word: replacements}; a word is replaced by a uniform choice among itself and these.
     """
+    if isinstance(caption, Sentence):
+        return str(caption)
     words = adjectives(caption)
     subset = rng.randrange(1, 2 ** len(words))  # one bit per word
     words = [word for bit, word in enumerate(words) if subset >> bit & 1]

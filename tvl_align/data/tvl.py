@@ -12,16 +12,18 @@ import os
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from tvl_align.data.split import file_keys, grouped_split, join_groups, row_keys
 from tvl_align.data.text import adjectives, is_absent
 from tvl_align.system.console import UserError
 
 DATASETS = ("ssvtp", "hct")
+PAIRS = "pairs"  # the data set of rows of one's own table
 CROP_FRACTION = math.sqrt(2) * 0.18  # side of the crop / longer side of the photo
 VAL_FRACTION = 0.1
 NOT_CONTACT_CAPTION = "background"
@@ -38,7 +40,8 @@ class Row:
     """One sample.
 
     vision, tactile, background: POSIX paths relative to the data folder, None if the row has no such image. background: the
-    touch image without contact. group: rows of a group are never split apart. contact: whether the sensor touches something.
+    touch image without contact. caption: adjectives, separated by commas, or a `Sentence`. group: rows of a group are never
+    split apart. contact: whether the sensor touches something.
     """
 
     dataset: str
@@ -170,15 +173,15 @@ def read_tvl(
             raise UserError(f"{root} has no {dataset}/; add the folder or leave {dataset} out of --datasets.")
         folder = locate(root, dataset)
         if dataset == "ssvtp":
-            train_val += _usable(_read_ssvtp(root, folder, "train"), data)
-            data.test += _usable(_read_ssvtp(root, folder, "test"), data)
+            train_val += usable(_read_ssvtp(root, folder, "train"), data)
+            data.test += usable(_read_ssvtp(root, folder, "test"), data)
             continue
         if not any(_data_folders(folder)):
             raise UserError(f"{folder} has no sub-folder with a contact.json or train.csv; check that it is HCT's folder.")
         for sub in _data_folders(folder):
-            train_val += _usable(_read_hct(root, sub, "train"), data)
-            data.test += _usable(_read_hct(root, sub, "test"), data)
-            not_contact += _usable(_read_not_contact(root, sub), data) if use_not_contact else []
+            train_val += usable(_read_hct(root, sub, "train"), data)
+            data.test += usable(_read_hct(root, sub, "test"), data)
+            not_contact += usable(_read_not_contact(root, sub), data) if use_not_contact else []
     for rows in (train_val, data.test, not_contact):
         rows.sort(key=lambda row: (row.dataset, row.name, row.tactile or "", row.caption or ""))
     paths = {path for row in (*train_val, *data.test, *not_contact) for path in (row.vision, row.tactile) if path}
@@ -186,10 +189,19 @@ def read_tvl(
     test_names = {row.name for row in data.test}
     kept = [row for row in train_val if row.name not in test_names]
     data.dropped[IN_TEST] += len(train_val) - len(kept)
-    data.train, data.val = grouped_split(_joined_groups(kept, data.pictures), VAL_FRACTION, seed)
+    data.train, data.val = grouped_split(joined_groups(kept, data.pictures), VAL_FRACTION, seed)
     not_contact = [row for row in not_contact if row.name not in test_names]
     count = min(len(not_contact), int(len(data.train) * percent_not_contact))
     data.train += sorted(random.Random(seed).sample(not_contact, count), key=lambda row: row.name)
+    check_dropped(data, root, tolerance or Tolerance())
+    return data
+
+
+def check_dropped(data: TVLData, source: Path, tolerance: Tolerance) -> None:
+    """Log the dropped rows by reason. Raises UserError if they are too many or if no training row is left.
+
+    source: the data folder or the table, for messages.
+    """
     data.dropped = Counter({reason: n for reason, n in sorted(data.dropped.items()) if n})
     for reason, n in data.dropped.items():
         log.warning("dropped %d rows: %s", n, reason)
@@ -197,20 +209,19 @@ def read_tvl(
     if bad:
         total = len(data.train) + len(data.val) + len(data.test) + bad.total()
         reason, _ = bad.most_common(1)[0]
-        (tolerance or Tolerance()).check(bad.total(), total, f"{root} has {bad.total()} bad rows, most often: {reason}")
+        tolerance.check(bad.total(), total, f"{source} has {bad.total()} bad rows, most often: {reason}")
     if not data.train:
-        raise UserError(f"{root} has no usable training row; fix the reasons that are logged above.")
-    return data
+        raise UserError(f"{source} has no usable training row; fix the reasons that are logged above.")
 
 
-def _joined_groups(rows: Sequence[Row], pictures: Mapping[str, int]) -> list[Row]:
+def joined_groups(rows: Sequence[Row], pictures: Mapping[str, int]) -> list[Row]:
     """The rows, with the groups joined that have a picture in common."""
     paths = [row.vision for row in rows], [row.tactile for row in rows]
     groups = join_groups([row.group for row in rows], [row_keys(pictures.get(p or "") for p in column) for column in paths])
     return [replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
 
 
-def _usable(rows: Iterator[Row | str], data: TVLData) -> list[Row]:
+def usable(rows: Iterable[Row | str], data: TVLData) -> list[Row]:
     """The rows that can be used. The others are counted in `data.dropped`; a string in `rows` is the reason of a bad row."""
     kept: list[Row] = []
     seen: set[Row] = set()
@@ -248,38 +259,54 @@ def _reject_reason(row: Row, root: Path) -> str | None:
     return None
 
 
-def _read_csv(path: Path, required: Sequence[str]) -> list[dict[str, str] | str]:
+def read_table(
+    path: Path, required: Sequence[str], single: Sequence[str] = COLUMNS, paths: Sequence[str] = COLUMNS[:3]
+) -> list[dict[str, str] | str]:
     """The rows of a CSV file as {column: cell}, or the reason why a row cannot be used.
 
-    Cells are separated by commas, semicolons or tabs, whichever gives the required columns; their names may be in capitals.
-    Raises UserError if a required column is missing or twice, or if the file is not UTF-8 CSV.
+    Cells are separated by commas, semicolons or tabs, whichever gives the required columns; their names may be in capitals
+    and are returned in lower case. single: columns that may be there once only. paths: columns of paths, which may have
+    backslashes. Raises UserError if a required column is missing or a single one is twice, or if the file is not UTF-8 CSV.
     """
+    with _opened_table(path) as file:
+        delimiter, header = _header(file, required)
+        for column in required:
+            if column not in header:
+                found = ", ".join(header) or "empty"
+                raise UserError(f"{path} has no column {column!r} (its header: {found}); add the column.")
+        for column in single:
+            if header.count(column) > 1:
+                raise UserError(f"{path} has {header.count(column)} columns named {column!r}; keep one of them.")
+        reader = csv.DictReader(file, header, delimiter=delimiter)
+        next(reader)
+        return [_cells(row, paths) for row in reader]
+
+
+def read_header(path: Path, known: Sequence[str]) -> list[str]:
+    """The columns of a CSV file in lower case, separated as gives most of the `known` ones; see `read_table`."""
+    with _opened_table(path) as file:
+        return _header(file, known)[1]
+
+
+@contextmanager
+def _opened_table(path: Path) -> Iterator[TextIO]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            headers = {delimiter: _header(first, delimiter) for delimiter in DELIMITERS}
-            delimiter = next((d for d in DELIMITERS if set(required) <= set(headers[d])), DELIMITERS[0])
-            header = headers[delimiter]
-            for column in required:
-                if column not in header:
-                    found = ", ".join(header) or "empty"
-                    raise UserError(f"{path} has no column {column!r} (its header: {found}); add the column.")
-            for column in COLUMNS:
-                if header.count(column) > 1:
-                    raise UserError(f"{path} has {header.count(column)} columns named {column!r}; keep one of them.")
-            reader = csv.DictReader(file, header, delimiter=delimiter)
-            next(reader)
-            return [_cells(row) for row in reader]
+            yield file
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} is not a UTF-8 CSV file ({error}); save it as UTF-8.") from error
 
 
-def _header(line: str, delimiter: str) -> list[str]:
-    return [name.strip().lower() for name in next(csv.reader([line], delimiter=delimiter), [])]
+def _header(file: TextIO, known: Sequence[str]) -> tuple[str, list[str]]:
+    """The delimiter that gives most of the known columns, and the columns. The file is left at its beginning."""
+    line = file.readline()
+    file.seek(0)
+    headers = {d: [c.strip().lower() for c in next(csv.reader([line], delimiter=d), [])] for d in DELIMITERS}
+    delimiter = max(DELIMITERS, key=lambda d: len(set(known) & set(headers[d])))
+    return delimiter, headers[delimiter]
 
 
-def _cells(row: dict[str | None, Any]) -> dict[str, str] | str:
+def _cells(row: dict[str | None, Any], paths: Sequence[str]) -> dict[str, str] | str:
     """A CSV row as {column: cell}, "" for a cell that says "no value"; or the reason why it cannot be used.
 
     Empty cells after the last column do not count.
@@ -289,10 +316,11 @@ def _cells(row: dict[str | None, Any]) -> dict[str, str] | str:
     if None in row.values():
         return "fewer cells than columns"
     cells = {str(k): "" if is_absent(v) else v.strip() for k, v in row.items()}
-    return cells | {k: cells[k].replace("\\", "/") for k in COLUMNS[:3] if k in cells}  # paths as Windows writes them
+    return cells | {k: cells[k].replace("\\", "/") for k in paths if k in cells}  # paths as Windows writes them
 
 
-def _caption(text: str | None) -> str | None:
+def caption_of(text: str | None) -> str | None:
+    """The caption in a cell, None if it has no adjective."""
     return text if text and adjectives(text) else None
 
 
@@ -303,7 +331,7 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
             raise UserError(f"{path} is missing; add SSVTP's train.csv with the columns url, tactile, caption.")
         return
     prefix = name_of(folder.relative_to(root))
-    for cells in _read_csv(path, ["url"]):
+    for cells in read_table(path, ["url"]):
         if isinstance(cells, str):
             yield cells
             continue
@@ -317,7 +345,7 @@ def _read_ssvtp(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
         tactile = cells.get("tactile", derived)
         caption = cells.get("caption") or _first_line(folder / "text" / f"labels_{number[1]}.txt")
         group = f"ssvtp/{int(number[1])}"
-        yield Row("ssvtp", _join(prefix, url), _join(prefix, tactile), None, _caption(caption), group)
+        yield Row("ssvtp", _join(prefix, url), _join(prefix, tactile), None, caption_of(caption), group)
 
 
 def _first_line(path: Path) -> str | None:
@@ -343,7 +371,7 @@ def _join(prefix: str, relative: str) -> str | None:
 def _read_hct(root: Path, folder: Path, split: str) -> Iterator[Row | str]:
     path = folder / f"{split}.csv"
     if path.is_file():
-        for cells in _read_csv(path, ["url", "tactile"]):
+        for cells in read_table(path, ["url", "tactile"]):
             if isinstance(cells, str):
                 yield cells
                 continue
@@ -375,7 +403,7 @@ def _hct_row(
     trajectory = PurePosixPath(vision or tactile).parts[:1]
     group = "/".join(["hct", name_of(Path(folder.name)), *trajectory])
     paths = _join(prefix, vision), _join(prefix, tactile), _join(prefix, background or "")
-    return Row("hct", *paths, _caption(caption), group, contact)
+    return Row("hct", *paths, caption_of(caption), group, contact)
 
 
 def _read_pairs(path: Path) -> list[tuple[str, str, str]]:

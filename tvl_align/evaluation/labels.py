@@ -51,15 +51,16 @@ class Labels:
         return levels
 
 
-def read_labels(path: Path) -> Labels:
+def read_labels(path: Path, table: tuple[list[str], list[dict[str, str]]] | None = None) -> Labels:
     """Read a CSV with a row-name column (`vision` or `row`) and one column per factor.
 
     A .json file with the same stem may hold {"factors": {name: {"ownership": [modality, ...], "kind": "number", "levels":
     [level, ...]}}, "text_factors": [name, ...]}; the kind marks real-valued factors. A column `named` lists the factors that
     the caption names. A cell that is empty or says "no value", such as "nan" or "None", is no label, unless `levels` lists
-    the word. Raises UserError for missing or malformed files, and for a row that has two different labels.
+    the word. table: the header and the rows, where they are not those of the file, such as the labels of a table of pairs.
+    Raises UserError for missing or malformed files, and for a row that has two different labels.
     """
-    header, rows = _read_csv(path)
+    header, rows = table or _read_csv(path)
     twice = next((c for c in header if header.count(c) > 1), None)
     if twice is not None:
         raise UserError(f"{path} has {header.count(twice)} columns named {twice!r}; keep one of them.")

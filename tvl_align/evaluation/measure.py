@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from tvl_align.data.pairs import pair_labels
 from tvl_align.data.samples import Samples
 from tvl_align.data.split import repeats
 from tvl_align.evaluation.cross_reading import cross_readings
@@ -82,8 +83,9 @@ def measure(options: EvaluateConfig) -> Path:
         where = settings.data.store or settings.data.datasets_dir
         raise UserError(f"{where} has no {options.split} rows; give --split another one of its splits.")
     model = build_model(method, settings.knobs, inputs.specs).to(device)
+    checkpoint = load_checkpoint(options.run / options.checkpoint)
     try:
-        model.load_state_dict(load_checkpoint(options.run / options.checkpoint)["model"])
+        model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         version = config["implementation"]["version"]
         raise UserError(
@@ -113,6 +115,7 @@ def measure(options: EvaluateConfig) -> Path:
         "groups": len(test.groups.unique()),
         "probe_rows": {"split": probe_split, "rows": len(rows)},
         "checkpoint": options.checkpoint,
+        "progress": {name: (checkpoint.get("progress") or {}).get(name) for name in ("epoch", "step")},
         "root": str((samples.root if samples else settings.data.store or Path()).resolve()),
         "examples": [asdict(row) for row in samples.rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]] if samples else [],
     }
@@ -175,7 +178,9 @@ def _ceiling_rows(train: FeatureSource, probe: Rows, device: torch.device) -> Ro
 
 
 def _labels(options: EvaluateConfig, data: DataConfig) -> Labels | None:
-    """The labels of `--labels`, else those beside the data; None if there are none."""
+    """The labels of `--labels`, else those of the table of pairs or beside the data; None if there are none."""
+    if options.labels is None and data.pairs and data.label_columns:
+        return read_labels(data.pairs, pair_labels(data.pairs, data.columns))
     default = data.store / "labels.csv" if data.store else data.datasets_dir / "factors.csv"
     path = options.labels or default
     return read_labels(path) if options.labels is not None or path.is_file() else None

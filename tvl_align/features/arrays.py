@@ -1,6 +1,7 @@
 """Write a feature store from arrays: features of any encoders, sensors and modalities.
 
-An .npz file has these arrays for N rows and two or more modalities of any name:
+An .npz file, an HDF5 file (.h5, .hdf5) or a zarr folder (.zarr) has these arrays for N rows and two or more modalities of
+any name:
 
     <modality>            (N, T, W) or (N, W) float: token sequences, or one vector per row
     <modality>.pooled     (N, E) float, optional: pooled features of Stage-1 retrieval; default: the mean of the tokens
@@ -29,13 +30,15 @@ import csv
 import hashlib
 import json
 import logging
+import os
 import random
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -45,19 +48,36 @@ from torch import Tensor, nn
 from tvl_align.contract import FeatureSpec
 from tvl_align.data.split import copies_across, join_groups, repeats, row_keys
 from tvl_align.data.text import decoded, is_absent
-from tvl_align.features.tables import FORMAT, empty_table, write_rows
+from tvl_align.features.tables import FORMAT, empty_table, release_if_mapped, unfinished, write_rows
 from tvl_align.system.console import UserError
 from tvl_align.system.provenance import provenance
 
 SPLITS = ("train", "val", "test")
 SPLIT_FRACTIONS = (0.8, 0.1, 0.1)
+KINDS = {  # what is read, and what writes it, by suffix; any other suffix is read as .npz
+    ".npz": ("an .npz file", "numpy.savez"),
+    **dict.fromkeys((".h5", ".hdf5"), ("an HDF5 file", "h5py")),
+    ".zarr": ("a zarr folder", "zarr.open_group"),
+}
 MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 2**26, 200  # a file above both is refused as a zip bomb
+NUMBERS = ("pooled", "mask", "present", "views")  # what a modality may have besides its tokens
 RESERVED_NAMES = ("index", "caption_keys")  # names inside a store
 MAX_CLASSES = 20  # float labels of more distinct values are numbers
 MAX_TOKEN = 60_000  # the largest value of half precision is 65,504
 MAX_LOSS = 0.1  # of half precision: error / standard deviation over the rows
-ROWS_AT_ONCE = 256  # rows whose views are in memory in single precision at a time
+ROWS_AT_ONCE = 256  # rows in memory at a time, where a whole modality need not be
+CHUNK_BYTES = 2**24  # of a file that is imported in chunks of rows
+SAMPLE_ROWS, SAMPLE_BYTES = 256, 2**26  # at most, of the rows in which differences are looked for
 log = logging.getLogger(__name__)
+
+
+class Rows(Protocol):
+    """(N, ...) numbers that are read by row: an array, or rows on disk (`tvl_align.features.writer`)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -67,24 +87,28 @@ class ModalityArrays:
     views: (N, V, T, W) of any float dtype, as given, which may be a memory map; None: no augmented views.
     """
 
-    tokens: np.ndarray
-    mask: np.ndarray
-    pooled: np.ndarray
+    tokens: Rows
+    mask: Rows
+    pooled: Rows
     present: np.ndarray
-    views: np.ndarray | None = None
+    views: Rows | None = None
 
     def contents(self) -> Iterator[bytes | None]:
         """A hash of the numbers that are stored of each row, None for a row that lacks the modality."""
-        for row, has in enumerate(self.present):
-            numbers = self.tokens[row].astype(np.float16), self.mask[row], self.pooled[row]
-            yield hashlib.sha256(b"".join(x.tobytes() for x in numbers)).digest() if has else None
+        for rows in in_chunks(np.arange(len(self.present))):
+            columns = self.tokens[rows].astype(np.float16), self.mask[rows], self.pooled[rows]
+            for has, *numbers in zip(self.present[rows], *columns, strict=True):
+                yield hashlib.sha256(b"".join(x.tobytes() for x in numbers)).digest() if has else None
 
-    def view_chunks(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield chunks of `rows`, (B,) int64, and the tokens of their views, (B, V, T, W) float32, padding zeroed."""
-        for start in range(0, len(rows) if self.views is not None else 0, ROWS_AT_ONCE):
-            chunk = rows[start : start + ROWS_AT_ONCE]
-            assert self.views is not None
-            yield chunk, np.where(self.mask[chunk][:, None, :, None], self.views[chunk], 0).astype(np.float32)
+    def view_tokens(self, rows: np.ndarray) -> np.ndarray:
+        """The tokens of the views of `rows`, (B,) int64: (B, V, T, W) float32, padding zeroed."""
+        assert self.views is not None
+        return np.where(self.mask[rows][:, None, :, None], self.views[rows], 0).astype(np.float32)
+
+
+def in_chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """(N,) rows in chunks of ROWS_AT_ONCE."""
+    return (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE))
 
 
 @dataclass(frozen=True)
@@ -112,8 +136,9 @@ class Arrays:
         return max(0 if m.views is None else m.views.shape[1] for m in self.modalities.values())
 
     def rows_with_views(self, modality: str) -> np.ndarray:
-        """(R,) int64: the rows whose views of the modality are used, the training rows that have it."""
-        return np.flatnonzero((self.split == "train") & self.modalities[modality].present)
+        """(R,) int64: the rows whose views of the modality are used, the training rows that have it; none without views."""
+        arrays = self.modalities[modality]
+        return np.flatnonzero((self.split == "train") & arrays.present & (arrays.views is not None))
 
 
 def read_npz(path: Path, seed: int = 0) -> Arrays:
@@ -121,44 +146,134 @@ def read_npz(path: Path, seed: int = 0) -> Arrays:
 
     Raises UserError for a file that is not an .npz file of plain arrays, and for invalid arrays.
     """
-    try:
+    return check_arrays(**arguments(_npz_arrays(path), path), seed=seed)
+
+
+@contextmanager
+def open_arrays(path: Path) -> Iterator[dict[str, Any]]:
+    """The arguments of `check_arrays` but the seed, of an .npz file, an HDF5 file (.h5, .hdf5) or a zarr folder (.zarr).
+
+    Features of the latter two are not in memory: they are read when they are indexed. Raises UserError for a file of another
+    kind and for one that contains more than plain arrays.
+    """
+    if path.suffix in (".h5", ".hdf5"):
+        import h5py
+
+        with readable(path):
+            file = h5py.File(path, "r")
+        with file:
+            with readable(path):
+                content = _plain_arrays(dict(file), h5py.Dataset, path.stat().st_size)
+                given = arguments(content, path)
+            yield given
+    elif path.suffix == ".zarr":
+        import zarr
+
+        with readable(path):
+            group = zarr.open_group(path, mode="r")
+            content = {name: group[name] for name in sorted(part.name for part in path.iterdir() if part.is_dir())}
+            content = _plain_arrays(content, zarr.Array, sum(f.stat().st_size for f in path.rglob("*") if f.is_file()))
+            codecs = [codec for x in content.values() for codec in (*x.filters, *x.compressors)]
+            if any(getattr(codec, "codec_id", None) == "pickle" for codec in codecs):
+                raise ValueError("it has pickled objects")
+            given = arguments(content, path)
+        yield given
+    else:
+        yield arguments(_npz_arrays(path), path)
+
+
+def _npz_arrays(path: Path) -> dict[str, np.ndarray]:
+    with readable(path):
         with zipfile.ZipFile(path) as archive:
             unpacked, packed = (sum(getattr(part, k) for part in archive.infolist()) for k in ("file_size", "compress_size"))
-        if unpacked > MAX_UNPACKED_BYTES and unpacked > MAX_COMPRESSION_RATIO * packed:
-            raise ValueError(f"it unpacks to {unpacked} bytes, more than {MAX_COMPRESSION_RATIO} times its size")
+        _refuse_bomb(unpacked, packed)
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, EOFError, KeyError) as error:
+            return {name: file[name] for name in file.files}
+
+
+def _plain_arrays(content: dict[str, Any], kind: type, size: int) -> dict[str, Any]:
+    """The content of a file of `size` bytes. Raises ValueError unless it is arrays that are not far larger than the file."""
+    groups = [name for name, x in content.items() if not isinstance(x, kind)]
+    if groups:
+        raise ValueError(f"{groups[0]} is a group, not an array")
+    _refuse_bomb(sum(x.size * x.dtype.itemsize for x in content.values()), size)
+    return content
+
+
+def _refuse_bomb(unpacked: int, packed: int) -> None:
+    if unpacked > MAX_UNPACKED_BYTES and unpacked > MAX_COMPRESSION_RATIO * packed:
+        raise ValueError(f"it unpacks to {unpacked} bytes, more than {MAX_COMPRESSION_RATIO} times its size")
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise UserError in place of the errors of reading a file that is not what its suffix says, or is damaged."""
+    try:
+        yield
+    except (OSError, ValueError, AttributeError, TypeError, zipfile.BadZipFile, EOFError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{path} cannot be read as an .npz file of plain arrays ({reason}); write it with numpy.savez."
-        ) from error
+        kind, remedy = KINDS.get(path.suffix, KINDS[".npz"])
+        raise UserError(f"{path} cannot be read as {kind} of plain arrays ({reason}); write it with {remedy}.") from error
+
+
+def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Sort the arrays of a file by their names into the arguments of `check_arrays`. Columns are read, features are not."""
     dotted: dict[str, dict[str, Any]] = {}  # {"mask": {modality: array}, "label": {factor: array}, ...}
     for key, value in content.items():
         if "." in key:
             first, _, second = key.partition(".")
             kind, name = (first, second) if first in ("label", "owners") else (second, first)
             dotted.setdefault(kind, {})[name] = value
-    unknown = sorted(dotted.keys() - {"label", "owners", "pooled", "mask", "present", "views", "captions"})
+    unknown = sorted(dotted.keys() - {"label", "owners", "captions", *NUMBERS})
     if unknown:
         raise UserError(
             f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask, .present, .captions or .views."
         )
     plain = {k: v for k, v in content.items() if "." not in k}
-    options = {k: plain.pop(k) for k in ("split", "groups", "names") if k in plain}
-    owners = {k: [decoded(m, f"owners.{k}") for m in np.atleast_1d(v).tolist()] for k, v in dotted.get("owners", {}).items()}
-    return check_arrays(
-        plain,
-        labels=dotted.get("label"),
-        owners=owners,
-        pooled=dotted.get("pooled"),
-        mask=dotted.get("mask"),
-        present=dotted.get("present"),
-        views=dotted.get("views"),
-        captions=dotted.get("captions"),
-        seed=seed,
-        **options,
-    )
+    columns: dict[str, Any] = {k: _in_memory(plain.pop(k)) for k in ("split", "groups", "names") if k in plain}
+    owners = {k: np.atleast_1d(_in_memory(v)).tolist() for k, v in dotted.get("owners", {}).items()}
+    return {
+        "arrays": plain,
+        "labels": {k: _in_memory(v) for k, v in dotted.get("label", {}).items()},
+        "owners": {k: [decoded(m, f"owners.{k}") for m in v] for k, v in owners.items()},
+        "captions": {k: _in_memory(v) for k, v in dotted.get("captions", {}).items()},
+        **{k: dotted.get(k, {}) for k in NUMBERS},
+        **columns,
+    }
+
+
+def title(what: str, name: str = "") -> str:
+    """The name in a file of an argument of `check_arrays`, such as ("labels", "depth"): label.depth."""
+    if what == "labels":
+        return f"label.{name}"
+    return name if what == "arrays" else f"{name}.{what}" if name else what
+
+
+def chunks_of(given: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+    """The arguments of `check_arrays` in chunks of about CHUNK_BYTES. Raises UserError for unequal numbers of rows."""
+    features = [x for what in ("arrays", *NUMBERS) for x in given[what].values()]
+    check_names(list(given["arrays"]))
+    with readable(path):
+        shapes = {title(k, m): x.shape for k, by in given.items() if isinstance(by, dict) for m, x in by.items()}
+        shapes |= {k: x.shape for k, x in given.items() if not isinstance(x, dict)}
+        first, rows = next(iter(given["arrays"])), (*features[0].shape, 0)[0]
+        for name, shape in shapes.items():
+            if shape[:1] != (rows,):
+                raise UserError(f"{name} has the shape {shape}, and {first} {rows} rows; all arrays need the same rows.")
+        row_bytes = sum(x.dtype.itemsize * x.size for x in features) // max(1, rows)
+        stored = [(getattr(x, "chunks", None) or (1,))[0] for x in features]  # a part of a chunk costs as much as the chunk
+        at_once = max(1, CHUNK_BYTES // max(1, row_bytes), *stored)
+    for start in range(0, rows, at_once):
+        part = slice(start, start + at_once)
+        with readable(path):
+            chunk = {k: {m: x[part] for m, x in by.items()} if isinstance(by, dict) else by[part] for k, by in given.items()}
+        yield chunk
+
+
+def _in_memory(x: Any) -> np.ndarray:
+    """An array of a file; strings of any length, as of zarr, as objects."""
+    column = np.asarray(x[()])
+    return column.astype(object) if column.dtype.kind == "T" else column
 
 
 def check_arrays(
@@ -182,60 +297,79 @@ def check_arrays(
     of rows and kept as given, so that they may be memory maps or in half precision. Raises UserError for fewer than two
     modalities, different numbers of rows or views, wrong shapes, and NaN or inf in a present row.
     """
-    if len(arrays) < 2:
-        raise UserError(
-            f"registers align two or more modalities, got {', '.join(arrays) or 'none'}; give arrays of at least two."
-        )
-    _check_names(list(arrays))
+    check_names(list(arrays))
     given = {"pooled": pooled, "mask": mask, "present": present, "views": views, "captions": captions}
-    for what, by_modality in given.items():
-        for name in by_modality or {}:
-            if name not in arrays:
-                raise UserError(f"{name}.{what} belongs to no modality; the modalities are {', '.join(arrays)}.")
+    check_belonging(given, list(arrays))
     count = len(np.asarray(next(iter(arrays.values()))))
-    modalities = {
-        name: _check_modality(name, x, (mask or {}).get(name), (pooled or {}).get(name), (present or {}).get(name), count)
-        for name, x in arrays.items()
-    }
-    factors = {name: _column(f"label.{name}", x, count) for name, x in (labels or {}).items()}
+    modalities = {}
+    for name, x in arrays.items():
+        options: dict[str, Any] = {what: (given[what] or {}).get(name) for what in NUMBERS}
+        modalities[name] = check_modality(name, x, count, **options)
+        differences = RowDifferences(name)
+        differences.add(x, modalities[name])
+        differences.check()
+    return complete(modalities, labels, owners, captions, split, groups, names, seed)
+
+
+def complete(
+    modalities: Mapping[str, ModalityArrays],
+    labels: Mapping[str, Any] | None = None,
+    owners: Mapping[str, Sequence[str]] | None = None,
+    captions: Mapping[str, Any] | None = None,
+    split: Any = None,
+    groups: Any = None,
+    names: Any = None,
+    seed: int = 0,
+) -> Arrays:
+    """Add the columns of all rows, and what follows from them: split, groups and content keys. See `check_arrays`."""
+    count = len(next(iter(modalities.values())).present)
+    factors = {name: column_of(f"label.{name}", x, count) for name, x in (labels or {}).items()}
     numbers = tuple(name for name, x in factors.items() if x.dtype.kind == "f" and len(np.unique(x)) > MAX_CLASSES)
     factors = {name: _numbers(name, x) if name in numbers else _classes(name, x) for name, x in factors.items()}
     for name, carriers in (owners or {}).items():
-        unknown = [m for m in carriers if m not in arrays]
+        unknown = [m for m in carriers if m not in modalities]
         if unknown:
-            raise UserError(f"owners.{name} has {unknown[0]}, which is not a modality; choose from {', '.join(arrays)}.")
+            known = ", ".join(modalities)
+            raise UserError(f"owners.{name} has {unknown[0]}, which is not a modality; choose from {known}.")
         if name not in factors:
             raise UserError(f"owners.{name} belongs to no label; add label.{name} or remove it.")
-    ids = [f"row{i}" for i in range(count)] if names is None else _strings("names", names, count).tolist()
+    ids = [f"row{i}" for i in range(count)] if names is None else strings_of("names", names, count).tolist()
     if len(set(ids)) < count:
         raise UserError("names must be unique, since labels are matched by name.")
     keys, copies = _content_keys(modalities, captions or {})
-    group = None if groups is None else _strings("groups", groups, count)
+    group = None if groups is None else strings_of("groups", groups, count)
     if split is not None and group is not None:
-        _warn_of_split_groups(group, _strings("split", split, count))
+        _warn_of_split_groups(group, strings_of("split", split, count))
     if copies:
         own = [str(i) for i in range(count)] if group is None else group.tolist()
         group = np.array(join_groups(own, copies.values()))
-    splits = _split(split, group, count, seed)
+    splits = _draw_split(group, count, seed) if split is None else split_of("split", split, count)
     _log_repeats(keys, copies, group, splits, split is not None)
     carriers_of = {k: tuple(v) for k, v in (owners or {}).items()}
-    checked = Arrays(modalities, splits, ids, factors, carriers_of, numbers, group, keys)
-    for name, x in (views or {}).items():
-        if name in (pooled or {}):
-            raise UserError(
-                f"{name}.pooled cannot be given with {name}.views, which are pooled as the mean of their tokens; remove one."
-            )
-        modalities[name] = replace(modalities[name], views=_view_tokens(name, x, modalities[name].tokens.shape))
-        _check_views(name, checked)
+    arrays = Arrays(dict(modalities), splits, ids, factors, carriers_of, numbers, group, keys)
+    for name in modalities:
+        _check_views(name, arrays)
     counts = {name: m.views.shape[1] for name, m in modalities.items() if m.views is not None}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name} has {n}" for name, n in counts.items())
         raise UserError(f"views must be as many in all modalities that have views, but {found}; give the same number.")
-    return checked
+    return arrays
 
 
-def _check_names(names: Sequence[str]) -> None:
+def check_belonging(given: Mapping[str, Mapping[str, Any] | None], modalities: Sequence[str]) -> None:
+    """Raise UserError for an entry of {"mask": {modality: ...}, ...} whose modality does not exist."""
+    for what, by_modality in given.items():
+        for name in by_modality or {}:
+            if name not in modalities:
+                raise UserError(f"{name}.{what} belongs to no modality; the modalities are {', '.join(modalities)}.")
+
+
+def check_names(names: Sequence[str]) -> None:
     """Names of modalities become names of modules and of tables, and pairs are named by joining two with an underscore."""
+    if len(names) < 2:
+        raise UserError(
+            f"registers align two or more modalities, got {', '.join(names) or 'none'}; give arrays of at least two."
+        )
     for name in names:
         if not name.isidentifier():
             raise UserError(f"modality {name!r} is not a valid name; use letters, digits and underscores.")
@@ -248,7 +382,17 @@ def _check_names(names: Sequence[str]) -> None:
             raise UserError(f"the pairs {other} and {pair} would both be named {'_'.join(pair)}; rename a modality.")
 
 
-def _check_modality(name: str, x: Any, mask: Any, pooled: Any, present: Any, count: int) -> ModalityArrays:
+def check_modality(
+    name: str,
+    x: Any,
+    count: int,
+    pooled: Any = None,
+    mask: Any = None,
+    present: Any = None,
+    views: Any = None,
+    first_row: int = 0,
+) -> ModalityArrays:
+    """Check the numbers of `count` rows of a modality, numbered from `first_row` in messages, and fill in defaults."""
     tokens = np.asarray(x)
     tokens = tokens[:, None] if tokens.ndim == 2 else tokens
     if tokens.ndim != 3 or not np.issubdtype(tokens.dtype, np.number) or np.iscomplexobj(tokens) or 0 in tokens.shape:
@@ -257,7 +401,7 @@ def _check_modality(name: str, x: Any, mask: Any, pooled: Any, present: Any, cou
         )
     if len(tokens) != count:
         raise UserError(f"{name} has {len(tokens)} rows and the first modality {count}; all arrays need the same rows.")
-    has = np.ones(count, bool) if present is None else _column(f"{name}.present", present, count).astype(bool)
+    has = np.ones(count, bool) if present is None else column_of(f"{name}.present", present, count).astype(bool)
     real = np.ones(tokens.shape[:2], bool) if mask is None else np.asarray(mask).astype(bool)
     if real.shape != tokens.shape[:2]:
         raise UserError(f"{name}.mask has shape {real.shape}; it must be {tokens.shape[:2]}, as the tokens.")
@@ -267,45 +411,74 @@ def _check_modality(name: str, x: Any, mask: Any, pooled: Any, present: Any, cou
     bad = np.flatnonzero(~np.isfinite(tokens).all((1, 2)))
     if len(bad):
         raise UserError(
-            f"{name} has NaN or inf in row {bad[0]} ({len(bad)} rows in total); fix them or mark them in {name}.present."
+            f"{name} has NaN or inf in row {first_row + bad[0]} ({len(bad)} of {count} rows); fix them or mark them in "
+            f"{name}.present."
         )
     if np.abs(tokens).max(initial=0) > MAX_TOKEN:
         raise UserError(
             f"{name} has values up to {np.abs(tokens).max():.3g}, beyond the range of half precision; scale it down."
         )
-    _check_differences(name, np.asarray(x).reshape(tokens.shape), tokens, real)
+    if views is not None and pooled is not None:
+        raise UserError(
+            f"{name}.pooled cannot be given with {name}.views, which are pooled as the mean of their tokens; remove one."
+        )
     if pooled is None:
         vectors = _mean(tokens, real)
     else:
         vectors = np.where(has[:, None], np.asarray(pooled, np.float32), 0) if np.ndim(pooled) == 2 else np.zeros(0)
         if len(vectors) != count or not np.isfinite(vectors).all():
             raise UserError(f"{name}.pooled must be finite numbers of shape ({count}, width), not {np.shape(pooled)}.")
-    return ModalityArrays(tokens, real, _normalise(vectors), has)
+    seen = None if views is None else _view_tokens(name, views, tokens.shape)
+    return ModalityArrays(tokens, real, _normalise(vectors), has, seen)
 
 
-def _check_differences(name: str, given: np.ndarray, tokens: np.ndarray, real: np.ndarray) -> None:
-    """Warn of a modality in which all rows are equal. Raise UserError if half precision loses the differences between rows.
+class RowDifferences:
+    """Whether the rows of a modality differ, and half precision keeps the differences, by evenly spaced rows as given."""
 
-    given: (N, T, W), as given. tokens: the same in float32, padding zeroed. real: (N, T). Evenly spaced rows are compared.
-    """
-    rows = np.flatnonzero(real.any(1))
-    sample = rows[:: max(1, len(rows) // ROWS_AT_ONCE)]
-    numbers = np.where(real[sample][..., None], given[sample], 0).astype(np.float64)
-    if len(rows) < 2:
-        return
-    if not np.ptp(numbers, axis=0).any():
-        if (tokens[rows] == tokens[rows[0]]).all():
-            log.warning("%s is the same in all of its %d rows: nothing can be learned from it", name, len(rows))
-        return
-    spread = float(np.sqrt(numbers.var(0).mean()))
-    factor = 10.0 ** -round(np.log10(spread))
-    if _half_error(numbers) > MAX_LOSS * spread:
-        scaled = np.abs(numbers).max() * factor < MAX_TOKEN and _half_error(numbers * factor) <= MAX_LOSS * spread * factor
-        remedy = f"multiply it by {factor:.0e}" if scaled else "subtract its mean over the rows, or standardise it"
-        raise UserError(
-            f"{name} has values up to {np.abs(numbers).max():.3g} that differ between rows by {spread:.1g}, "
-            f"too little for half precision; {remedy}."
+    def __init__(self, name: str) -> None:
+        self.name, self.rows, self.step = name, 0, 1
+        self.sample: list[np.ndarray] = []  # every `step`-th of the present rows
+        self.first, self.constant = np.zeros(0), True
+
+    def add(self, given: Any, checked: ModalityArrays) -> None:
+        """Look at more rows. given: (B, T, W) or (B, W), as given; checked: the same in single precision, padding zeroed."""
+        present = np.flatnonzero(checked.present)
+        if not len(present):
+            return
+        numbers, mask, tokens = (
+            np.asarray(given).reshape(checked.tokens.shape),
+            np.asarray(checked.mask),
+            np.asarray(checked.tokens),
         )
+        if not self.rows:
+            self.first = tokens[present[0]].copy()
+        self.constant = self.constant and all(np.array_equal(tokens[row], self.first) for row in present)
+        limit = min(SAMPLE_ROWS, max(2, SAMPLE_BYTES // numbers[0].nbytes))
+        while (self.rows + len(present)) > limit * self.step:
+            self.sample, self.step = self.sample[::2], 2 * self.step
+        for row in present[-self.rows % self.step :: self.step]:
+            self.sample.append(np.where(mask[row][:, None], numbers[row], 0))
+        self.rows += len(present)
+
+    def check(self) -> None:
+        """Warn of equal rows. Raise UserError if half precision loses the differences."""
+        if self.rows < 2:
+            return
+        numbers = np.stack(self.sample).astype(np.float64)
+        if not np.ptp(numbers, axis=0).any():
+            if self.constant:
+                log.warning("%s is the same in all of its %d rows: nothing can be learned from it", self.name, self.rows)
+            return
+        spread = float(np.sqrt(numbers.var(0).mean()))
+        factor = 10.0 ** -round(np.log10(spread))
+        if _half_error(numbers) > MAX_LOSS * spread:
+            largest = np.abs(numbers).max()
+            scaled = largest * factor < MAX_TOKEN and _half_error(numbers * factor) <= MAX_LOSS * spread * factor
+            remedy = f"multiply it by {factor:.0e}" if scaled else "subtract its mean over the rows, or standardise it"
+            raise UserError(
+                f"{self.name} has values up to {largest:.3g} that differ between rows by {spread:.1g}, "
+                f"too little for half precision; {remedy}."
+            )
 
 
 def _half_error(numbers: np.ndarray) -> float:
@@ -339,8 +512,8 @@ def _view_tokens(name: str, x: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 def _check_views(name: str, arrays: Arrays) -> None:
     """Raise UserError for a training row whose views are not finite or beyond half precision."""
-    for rows, tokens in arrays.modalities[name].view_chunks(arrays.rows_with_views(name)):
-        largest = np.abs(tokens).max((1, 2, 3))
+    for rows in in_chunks(arrays.rows_with_views(name)):
+        largest = np.abs(arrays.modalities[name].view_tokens(rows)).max((1, 2, 3))
         bad = np.flatnonzero(~np.isfinite(largest))  # the maximum of NaN and anything is NaN
         if len(bad):
             raise UserError(f"{name}.views has NaN or inf in row {rows[bad[0]]}; fix it or mark it in {name}.present.")
@@ -359,16 +532,16 @@ def _numbers(name: str, column: np.ndarray) -> np.ndarray:
 
 def _classes(name: str, column: np.ndarray) -> np.ndarray:
     """(N,) str of a label, "" where it says "no value"."""
-    labels = _strings(f"label.{name}", column, len(column), every_row=False)
+    labels = strings_of(f"label.{name}", column, len(column), every_row=False)
     absent = np.array([is_absent(label) for label in labels.tolist()], bool)
     for word in sorted(set(labels[absent].tolist()) - {""}) if column.dtype.kind in "USO" else ():
         log.warning("label.%s: %d rows are %r, which is no label", name, (labels == word).sum(), word)
     return np.where(absent, "", labels)
 
 
-def _strings(name: str, x: Any, count: int, every_row: bool = True) -> np.ndarray:
+def strings_of(name: str, x: Any, count: int, every_row: bool = True) -> np.ndarray:
     """(N,) str of strings, UTF-8 bytes or numbers. Raises UserError for other bytes, and with `every_row` for no value."""
-    column = _column(name, x, count)
+    column = column_of(name, x, count)
     column = np.array([decoded(v, name) for v in column.tolist()]) if column.dtype.kind in "SO" else column.astype(str)
     missing = [row for row, value in enumerate(column.tolist()) if is_absent(value)] if every_row else []
     if missing:
@@ -387,7 +560,7 @@ def _warn_of_split_groups(groups: np.ndarray, split: np.ndarray) -> None:
         log.warning(text, across, len(sides))
 
 
-def _column(name: str, x: Any, count: int) -> np.ndarray:
+def column_of(name: str, x: Any, count: int) -> np.ndarray:
     column = np.asarray(x)
     if column.shape != (count,):
         raise UserError(f"{name} must have one entry per row, shape ({count},), not {column.shape}.")
@@ -401,7 +574,7 @@ def _content_keys(
     keys = {name: row_keys(modality.contents()) for name, modality in modalities.items()}
     copies = {name: k for name, k in keys.items() if repeats(k) and name not in captions and name != "text"}
     for name, x in captions.items():
-        sentences = _strings(f"{name}.captions", x, len(keys[name]), every_row=False).tolist()
+        sentences = strings_of(f"{name}.captions", x, len(keys[name]), every_row=False).tolist()
         rows = enumerate(zip(sentences, modalities[name].present.tolist(), strict=True))
         named = [s if has and s != "-1" and not is_absent(s) else f"\0{i}" for i, (s, has) in rows]
         keys[name] = row_keys(join_groups(named, [keys[name]]))
@@ -427,19 +600,22 @@ def _log_repeats(
         log.warning("rows with equal %s are kept in one split, %d groups%s", " or ".join(copies), len(set(groups)), remedy)
 
 
-def _split(split: Any, groups: Any, count: int, seed: int) -> np.ndarray:
-    if split is not None:
-        column = _strings("split", split, count)
-        unknown = sorted(set(column.tolist()) - set(SPLITS))
-        if unknown:
-            raise UserError(f"split has {unknown[0]!r}; use train, val and test.")
-        return column
+def split_of(name: str, x: Any, count: int) -> np.ndarray:
+    """(N,) str of the names of splits. Raises UserError for any other."""
+    column = strings_of(name, x, count)
+    unknown = sorted(set(column.tolist()) - set(SPLITS))
+    if unknown:
+        raise UserError(f"{name} has {unknown[0]!r}; use train, val and test.")
+    return column
+
+
+def _draw_split(groups: np.ndarray | None, count: int, seed: int) -> np.ndarray:
     group = np.arange(count).astype(str) if groups is None else groups
     distinct = sorted(set(group.tolist()))
     random.Random(seed).shuffle(distinct)
     edges = np.cumsum(SPLIT_FRACTIONS[:2]) * len(distinct)
-    split_of = {name: SPLITS[int(np.searchsorted(edges, i, side="right"))] for i, name in enumerate(distinct)}
-    return np.array([split_of[name] for name in group.tolist()])
+    split_of_group = {name: SPLITS[int(np.searchsorted(edges, i, side="right"))] for i, name in enumerate(distinct)}
+    return np.array([split_of_group[name] for name in group.tolist()])
 
 
 def arrays_key(arrays: Arrays) -> str:
@@ -448,8 +624,11 @@ def arrays_key(arrays: Arrays) -> str:
     for name, modality in arrays.modalities.items():
         digest.update(name.encode())
         for x in (modality.tokens, modality.mask, modality.pooled, modality.present):
-            digest.update(repr(x.shape).encode() + np.ascontiguousarray(x).tobytes())
-        for _, views in modality.view_chunks(arrays.rows_with_views(name)):
+            digest.update(repr(x.shape).encode())
+            for rows in in_chunks(np.arange(len(modality.present))):
+                digest.update(x[rows].tobytes())
+        for rows in in_chunks(arrays.rows_with_views(name)):
+            views = modality.view_tokens(rows)
             digest.update(repr(("views", views.shape)).encode() + views.tobytes())
     for name, column in arrays.labels.items():
         digest.update(repr((name, column.tolist(), *(["number"] if name in arrays.numbers else []))).encode())
@@ -462,29 +641,32 @@ def arrays_key(arrays: Arrays) -> str:
 
 def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
     """Write checked arrays as a feature store to `out`, a new or empty folder. Raises UserError for any other folder."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty; give a new folder for the store.")
-    out.mkdir(parents=True, exist_ok=True)
     specs = {
         name: FeatureSpec(modality.tokens.shape[2], modality.tokens.shape[1], modality.pooled.shape[1])
         for name, modality in arrays.modalities.items()
     }
-    splits: dict[str, Any] = {}
-    for split in SPLITS:
-        rows = np.flatnonzero(arrays.split == split)
-        if len(rows):
-            names, groups = [arrays.names[i] for i in rows], None if arrays.groups is None else arrays.groups[rows].tolist()
-            views, keys = arrays.views if split == "train" else 0, arrays.content_keys
-            content = {name: torch.from_numpy(column[rows]) for name, column in keys.items()}
-            captions = content.pop("text", torch.arange(len(rows)))  # without captions all rows differ
-            info = write_rows(out / split, names, ["arrays"] * len(rows), groups, content)
-            splits[split] = {"views": views, **info}
-            _write_split(out / split, arrays.modalities, rows, specs, views, captions)
-    if arrays.labels:
-        _write_labels(out, arrays)
-    manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits, "ingredients": {}}
-    manifest |= {"modalities": {m: asdict(spec) for m, spec in specs.items()}, "made_by": provenance()}
-    (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with unfinished(out, "store") as folder:
+        splits: dict[str, Any] = {}
+        for split in SPLITS:
+            rows = np.flatnonzero(arrays.split == split)
+            if len(rows):
+                names, groups = (
+                    [arrays.names[i] for i in rows],
+                    None if arrays.groups is None else arrays.groups[rows].tolist(),
+                )
+                views, keys = arrays.views if split == "train" else 0, arrays.content_keys
+                content = {name: torch.from_numpy(column[rows]) for name, column in keys.items()}
+                captions = content.pop("text", torch.arange(len(rows)))  # without captions all rows differ
+                info = write_rows(folder / split, names, ["arrays"] * len(rows), groups, content)
+                splits[split] = {"views": views, **info}
+                _write_split(folder / split, arrays.modalities, rows, specs, views, captions)
+        if arrays.labels:
+            _write_labels(folder, arrays)
+        manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits, "ingredients": {}}
+        manifest |= {"modalities": {m: asdict(spec) for m, spec in specs.items()}, "made_by": provenance()}
+        (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        for part in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):  # last: it completes the store
+            os.replace(part, out / part.name)
 
 
 def _write_split(
@@ -508,17 +690,18 @@ def _write_split(
         if len(present_rows):
             table = empty_table(len(present_rows) * stored, specs[name]).memmap_like(folder / name)
             by_row = {k: table[k].view(-1, stored, *table[k].shape[1:]) for k in ("tokens", "mask", "pooled")}
-            by_row["tokens"][:, 0].copy_(torch.from_numpy(modality.tokens[present_rows]))
-            by_row["mask"].copy_(torch.from_numpy(modality.mask[present_rows])[:, None])
-            by_row["pooled"][:, 0].copy_(torch.from_numpy(modality.pooled[present_rows]))
-            start = 0
-            for chunk, tokens in modality.view_chunks(present_rows) if stored > 1 else ():
-                end = start + len(chunk)
-                by_row["tokens"][start:end, 1:].copy_(torch.from_numpy(tokens))
-                by_row["pooled"][start:end, 1:].copy_(
-                    torch.from_numpy(_normalise(_mean(tokens, modality.mask[chunk][:, None])))
-                )
-                start = end
+            for at in in_chunks(np.arange(len(present_rows))):
+                chunk, to = present_rows[at], slice(at[0], at[-1] + 1)
+                by_row["tokens"][to, 0].copy_(torch.from_numpy(modality.tokens[chunk]))
+                by_row["mask"][to].copy_(torch.from_numpy(modality.mask[chunk])[:, None])
+                by_row["pooled"][to, 0].copy_(torch.from_numpy(modality.pooled[chunk]))
+                if stored > 1:
+                    tokens = modality.view_tokens(chunk)
+                    pooled = _normalise(_mean(tokens, modality.mask[chunk][:, None]))
+                    by_row["tokens"][to, 1:].copy_(torch.from_numpy(tokens))
+                    by_row["pooled"][to, 1:].copy_(torch.from_numpy(pooled))
+                for column in ("tokens", "mask", "pooled"):
+                    release_if_mapped(table[column])
     keys = captions[:, None, None].expand(-1, views + 1, 2).contiguous()
     TensorDict({**index, "caption_keys": keys}, batch_size=[len(rows)]).memmap(folder / "index")
 

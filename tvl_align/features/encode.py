@@ -22,7 +22,7 @@ from tvl_align.data.constant import constant_modalities
 from tvl_align.data.loading import ImageBatch, RowViews, load_images
 from tvl_align.data.samples import Samples
 from tvl_align.data.swapped import swapped_groups
-from tvl_align.data.transforms import PHOTO_MEAN, PHOTO_STD, TOUCH_MEAN, TOUCH_STD
+from tvl_align.data.transforms import Colours
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.identity import Identity, identify, rows_digests
@@ -263,7 +263,9 @@ def _encode_split(
             plain = [i for i, position in enumerate(positions) if row_views[position][1] == 0]
             if plain:
                 rows = [row_views[positions[i]][0] for i in plain]
-                done[COLOUR_STATISTICS[modality]][rows] = _colour_statistics(modality, images[plain])
+                done[COLOUR_STATISTICS[modality]][rows] = _colour_statistics(
+                    images[plain], samples.images.options.colours(modality)
+                )
         done["images"].numpy()[batch.numpy()] = True
         return len(batch)
 
@@ -311,9 +313,9 @@ def _read_faults(folder: Path) -> list[tuple[int, str, str]]:
     return sorted({(int(row), str(modality), str(reason)) for row, modality, reason in map(json.loads, lines)})
 
 
-def _colour_statistics(modality: str, images: Tensor) -> Tensor:
-    """Normalised images (n, 3, S, S) -> (n, 6): mean and standard deviation of each colour channel before normalisation."""
-    mean, std = (PHOTO_MEAN, PHOTO_STD) if modality == "vision" else (TOUCH_MEAN, TOUCH_STD)
+def _colour_statistics(images: Tensor, colours: Colours) -> Tensor:
+    """Images (n, 3, S, S) normalised by `colours` -> (n, 6): mean and standard deviation of each channel before that."""
+    mean, std = colours
     scale, average = torch.tensor(std), images.mean((2, 3))
     deviation = (images.square().mean((2, 3)) - average.square()).clamp(min=0).sqrt()
     return torch.cat([average * scale + torch.tensor(mean), deviation * scale], dim=1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tvl_align.data.samples import Samples
+from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import background_file, file_of, name_of
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.tables import FORMAT
@@ -24,6 +25,10 @@ from tvl_align.system.files import write_atomically
 from tvl_align.system.provenance import FEATURE_PACKAGES, package_versions
 
 HASHES = "hashes.json"  # in the folder of the stores
+LATER_OPTIONS = {  # of images: {name: default}
+    name: getattr(ImageOptions(), name)
+    for name in ("photo_crop", "touch_crop", "touch_turn", "photo_mean", "photo_std", "touch_mean", "touch_std")
+}
 GONE = "gone"  # stands for the hash of a file that cannot be read
 
 
@@ -41,6 +46,8 @@ class Identity:
             now, was = (side.ingredients.get(name) for side in (self, other))
             if now == was or now is None or was is None:
                 continue
+            if name == "images":
+                now, was = LATER_OPTIONS | now, LATER_OPTIONS | was
             if name == "rows":
                 texts = [f"the rows or images of {split}" for split in sorted(now) if now[split] != was.get(split)]
             elif name in ("packages", "images"):
@@ -77,7 +84,7 @@ def identify(stage1: Stage1, samples: Mapping[str, Samples], views: int, feature
         "format": FORMAT,
         "encoders": stage1.fingerprint(),
         "features": stage1.features,
-        "images": asdict(first.images.options),
+        "images": image_ingredients(first.images.options),
         "text": {"prompt": first.text.prompt, "shuffle": first.text.shuffle, "synonyms": dict(first.text.synonyms)},
         "views": views,
         "seed": first.seed,
@@ -86,6 +93,14 @@ def identify(stage1: Stage1, samples: Mapping[str, Samples], views: int, feature
     }
     text = json.dumps(ingredients, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest()[:16], json.loads(text))
+
+
+def image_ingredients(options: ImageOptions) -> dict[str, Any]:
+    """The options as {name: value}; `ImageOptions(**ingredients)` is the inverse.
+
+    Options that earlier versions did not have are left out where they have their default, so that stores keep their key.
+    """
+    return {k: v for k, v in asdict(options).items() if k not in LATER_OPTIONS or v != LATER_OPTIONS[k]}
 
 
 def rows_digests(samples: Mapping[str, Samples], feature_dir: Path) -> dict[str, str]:

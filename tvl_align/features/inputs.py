@@ -1,19 +1,34 @@
 """Options of the data -> the inputs of a training run: a feature source for every split."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
-from tvl_align.config import Ignored
+from tvl_align.config import Ignored, from_plain
 from tvl_align.contract import MODALITIES, FeatureSpec
+from tvl_align.data.pairs import Columns, read_pairs
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
-from tvl_align.data.text import PROMPT
-from tvl_align.data.transforms import ImageOptions, inspect_images
-from tvl_align.data.tvl import Tolerance, read_tvl
+from tvl_align.data.text import PROMPT, read_synonyms
+from tvl_align.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PHOTO_MEAN,
+    PHOTO_STD,
+    TOUCH_MEAN,
+    TOUCH_STD,
+    Colours,
+    Crop,
+    ImageOptions,
+    Turn,
+    inspect_images,
+    measure_colours,
+)
+from tvl_align.data.tvl import Tolerance, TVLData, read_tvl
 from tvl_align.encoders.tvl import Stage1, Stage1Config, load_stage1
 from tvl_align.features.encode import changed_features, open_or_encode
 from tvl_align.features.identity import Identity, identify
@@ -24,6 +39,17 @@ from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 
 log = logging.getLogger(__name__)
+COLUMNS = (
+    *("photo_column", "touch_column", "caption_column", "sentence_column", "group_column", "split_column"),
+    "label_columns",
+)  # of --pairs
+MEASURED = "measured"
+NORMS: dict[str, Colours] = {
+    "tvl": (TOUCH_MEAN, TOUCH_STD),
+    "clip": (PHOTO_MEAN, PHOTO_STD),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +60,33 @@ class DataConfig:
     """Folder that contains ssvtp/ and hct/."""
     datasets: tuple[str, ...] = ("ssvtp", "hct")
     """Data sets to use."""
+    pairs: Path | None = None
+    """Your own data instead: a CSV file with one row per sample. --datasets_dir, default the folder of this file, has its
+    pictures. At least two of photo, touch and text; columns are found by their names, or named by the next flags."""
+    photo_column: str | None = None
+    """Column of photos, paths below --datasets_dir; default: photo, vision, image ..."""
+    touch_column: str | None = None
+    """Column of touch images; default: touch or tactile."""
+    caption_column: str | None = None
+    """Column of adjectives, separated by commas; default: caption or adjectives."""
+    sentence_column: str | None = None
+    """Column of sentences that are used as they are, without prompt or shuffling; default: sentence, text or description."""
+    group_column: str | None = None
+    """Column of groups (object, trajectory) that are never split apart; default: group, else every row is its own."""
+    split_column: str | None = None
+    """Column with train, val or test; default: split, else 10% of the rows are drawn for test, and then 10% for val."""
+    label_columns: tuple[str, ...] | None = None
+    """Columns of labels that evaluate probes; default: none."""
+    photo_crop: Crop | None = None
+    """Part of a photo: tvl (under the sensor), centre (largest square) or none (all); default: tvl, with --pairs none."""
+    touch_crop: Crop | None = None
+    """Part of a touch image: tvl (padded to a square), centre or none; default: tvl, with --pairs none."""
+    touch_turn: Turn | None = None
+    """Degrees by which touch images are turned counterclockwise; default: 90, with --pairs 0."""
+    photo_norm: Literal["clip", "imagenet", "half", "measured"] | None = None
+    """Colours for the normalisation of photos: clip, imagenet, half (0.5), or measured on training rows; default: clip."""
+    touch_norm: Literal["tvl", "clip", "imagenet", "half", "measured"] | None = None
+    """Colours for the normalisation of touch images; default: tvl, with --pairs measured."""
     active_modality_names: tuple[str, ...] = MODALITIES
     """Modalities to use: two or three of vision, tactile, text; with --store: two or more of the store's, default: all."""
     views: int = 4
@@ -81,6 +134,8 @@ class DataConfig:
     multi_epochs_dataloader: tyro.conf.Suppress[Annotated[bool, Ignored("stored features need no workers")]] = False
 
     def __post_init__(self) -> None:
+        self._check_pairs()
+        self.image_options(ImageOptions.photo_size, ImageOptions.touch_size)  # refuses what does not go together
         at_least(0, self, "views", "keep_k_synonyms", "probe_rows", "num_workers")
         between(0, 1, self, "percent_not_contact", "max_skipped")
         for name in self.active_modality_names:
@@ -90,6 +145,49 @@ class DataConfig:
                 )
         if len(set(self.active_modality_names)) < 2:
             raise UserError("registers align modalities: give --active_modality_names at least two of them.")
+
+    def _check_pairs(self) -> None:
+        if self.pairs is None:
+            given = next((n for n in COLUMNS if getattr(self, n) is not None), None)
+            if given is not None:
+                raise UserError(f"--{given} is of a table of your own; give it with --pairs FILE, or leave out --{given}.")
+            return
+        for name in ("store", "use_not_contact", "datasets"):
+            if getattr(self, name) != getattr(DataConfig, name):
+                raise UserError(f"--{name} has no meaning with --pairs; leave out one of them.")
+        if self.datasets_dir == DataConfig.datasets_dir:
+            object.__setattr__(self, "datasets_dir", self.pairs.parent)
+
+    @property
+    def columns(self) -> Columns:
+        """Columns of the table of pairs."""
+        given = {name.removesuffix("_column"): getattr(self, name) for name in COLUMNS if name != "label_columns"}
+        return Columns(**given, labels=self.label_columns or ())
+
+    @property
+    def norms(self) -> dict[str, str]:
+        """{modality: what its pictures are normalised by, a key of NORMS or "measured"}."""
+        touch = "tvl" if self.pairs is None else MEASURED
+        return {"vision": self.photo_norm or "clip", "tactile": self.touch_norm or touch}
+
+    def image_options(self, photo_size: int, touch_size: int) -> ImageOptions:
+        """The options of the image transforms. Colours that are to be measured have their default."""
+        own = self.pairs is not None
+        options = ImageOptions(
+            photo_size,
+            touch_size,
+            self.randomize_crop,
+            self.color_jitter,
+            self.subtract_background is not None,
+            self.shared_geometry,
+            self.augment_pictures,
+            photo_crop=self.photo_crop or ("none" if own else "tvl"),
+            touch_crop=self.touch_crop or ("none" if own else "tvl"),
+            touch_turn=self.touch_turn if self.touch_turn is not None else (0 if own else 90),
+        )
+        for modality, norm in self.norms.items():
+            options = options.normalised_by(modality, NORMS.get(norm, options.colours(modality)))
+        return options
 
 
 @dataclass(frozen=True)
@@ -136,11 +234,12 @@ def _open(
 ) -> Inputs:
     if data.store is not None:
         return _open_given_store(data, data.store, expected)
-    missing = [str(p) for p in (frozen.stage1_checkpoint, data.datasets_dir) if p is not None and not p.exists()]
+    places = frozen.stage1_checkpoint, data.datasets_dir, data.pairs
+    missing = [str(p) for p in places if p is not None and not p.exists()]
     if expected is not None and missing and (feature_dir / str(expected.key) / "manifest.json").is_file():
         log.warning("there is no %s; using the stored features of this run alone", " and no ".join(missing))
         return _of_store(FeatureStore(feature_dir / str(expected.key)), {})
-    stage1, samples = load_samples(frozen, data, seed, device)
+    stage1, samples = load_samples(frozen, data, seed, device, expected)
     tolerance = Tolerance(data.strict, data.max_skipped)
     if data.views == 0:
         splits = {n: LiveSplit(stage1, s, data.num_workers, n == "train", tolerance) for n, s in samples.items() if len(s)}
@@ -168,14 +267,21 @@ def _of_store(store: FeatureStore, samples: dict[str, Samples]) -> Inputs:
 
 
 def load_samples(
-    frozen: Stage1Config, data: DataConfig, seed: int, device: torch.device
+    frozen: Stage1Config, data: DataConfig, seed: int, device: torch.device, expected: Identity | None = None
 ) -> tuple[Stage1, dict[str, Samples]]:
-    """The frozen encoders on `device`, and the samples of every split at the input sizes of these encoders."""
+    """The frozen encoders on `device`, and the samples of every split at the input sizes of these encoders.
+
+    expected: the identity of the features of a run; colours that it measured are not measured again.
+    """
     if frozen.stage1_checkpoint is None:
         raise UserError("encoding needs the Stage-1 encoders; give --stage1_checkpoint FILE.")
     tolerance = Tolerance(data.strict, data.max_skipped)
-    not_contact = data.use_not_contact, data.percent_not_contact
-    rows = read_tvl(data.datasets_dir, data.datasets, seed, *not_contact, tolerance)
+    if data.pairs is not None:
+        rows = read_pairs(data.pairs, data.datasets_dir, data.columns, seed, tolerance)
+        _check_modalities(rows, data)
+    else:
+        not_contact = data.use_not_contact, data.percent_not_contact
+        rows = read_tvl(data.datasets_dir, data.datasets, seed, *not_contact, tolerance)
     stage1 = load_stage1(
         frozen.stage1_checkpoint,
         frozen.tactile_model,
@@ -185,16 +291,32 @@ def load_samples(
         frozen.features,
         data.active_modality_names,
     ).to(device)
-    images = ImageOptions(
-        stage1.photo_size,
-        stage1.touch_size,
-        data.randomize_crop,
-        data.color_jitter,
-        data.subtract_background is not None,
-        data.shared_geometry,
-        data.augment_pictures,
-    )
-    images = inspect_images(images, rows)
-    synonyms = find_synonyms(rows.root, data.keep_k_synonyms) if data.replace_synonyms else {}
+    images = inspect_images(data.image_options(stage1.photo_size, stage1.touch_size), rows)
+    images = _measured(images, rows, data, expected.ingredients.get("images", {}) if expected is not None else {})
+    synonyms = {}
+    if data.replace_synonyms and data.pairs is not None:
+        synonyms = read_synonyms(rows.root / "synonyms.json", data.keep_k_synonyms)
+    elif data.replace_synonyms:
+        synonyms = find_synonyms(rows.root, data.keep_k_synonyms)
     text = TextOptions("" if data.no_text_prompt else PROMPT, data.shuffle_text, synonyms)
     return stage1, make_samples(rows, images, text, seed)
+
+
+def _check_modalities(rows: TVLData, data: DataConfig) -> None:
+    columns = {"vision": "vision", "tactile": "tactile", "text": "caption"}
+    there = [m for m in data.active_modality_names if any(getattr(row, columns[m]) is not None for row in rows.train)]
+    absent = [m for m in data.active_modality_names if m not in there]
+    if absent:
+        remedy = f"give --active_modality_names {' '.join(there)}" if len(there) > 1 else "name their columns"
+        raise UserError(f"no training row of {data.pairs} has {' or '.join(absent)}; {remedy}.")
+
+
+def _measured(options: ImageOptions, rows: TVLData, data: DataConfig, recorded: Mapping[str, Any]) -> ImageOptions:
+    """The options with the colours that are to be measured: those that a run recorded, else those of the training rows."""
+    for modality, norm in data.norms.items():
+        if norm == MEASURED:
+            colours = from_plain(ImageOptions, recorded).colours(modality)
+            if colours in NORMS.values():  # not measured by that run
+                colours = measure_colours(rows, modality, options)
+            options = options.normalised_by(modality, colours)
+    return options

@@ -6,6 +6,7 @@ The encoders are frozen, so their features are computed once (`encode.py`, or `a
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +14,18 @@ import torch
 from torch import Tensor
 
 from tvl_align.contract import Features, FeatureSpec, Tokens
-from tvl_align.features.arrays import Arrays, arrays_key, check_arrays, write_arrays
-from tvl_align.features.tables import FORMAT, RowNames, maps_needed, open_memmap, open_table, read_rows, release_if_mapped
+from tvl_align.features.arrays import Arrays, arrays_key, check_arrays, chunks_of, open_arrays, write_arrays
+from tvl_align.features.tables import (
+    FORMAT,
+    RowNames,
+    maps_needed,
+    open_memmap,
+    open_table,
+    read_rows,
+    release_if_mapped,
+    unfinished,
+)
+from tvl_align.features.writer import FeatureWriter
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import is_main
 
@@ -217,4 +228,43 @@ class FeatureStore:
             return store
         with maps_needed(out):
             write_arrays(checked, out, key)
+        return cls(out)
+
+    @classmethod
+    @contextmanager
+    def writer(
+        cls,
+        out: Path,
+        specs: Mapping[str, FeatureSpec] | None = None,
+        *,
+        owners: Mapping[str, Sequence[str]] | None = None,
+        seed: int = 0,
+    ) -> Iterator[FeatureWriter]:
+        """Write a store to the folder `out` in chunks of rows, with one chunk in memory:
+
+            with FeatureStore.writer(Path("store")) as writer:
+                writer.add({"vision": tokens, "audio": vectors}, split="train", names=names)  # for every chunk
+
+        The store is that of `from_arrays` for all rows together. It exists once the block has ended without an error; after
+        an error `out` is empty. The chunks are in `out` until then, in single precision: twice the space of the store, in
+        addition to it. specs: see FeatureWriter. owners, seed: see `check_arrays`. Raises UserError for invalid chunks (see
+        `FeatureWriter.add`), and if `out` has other content.
+        """
+        with unfinished(out, "chunks") as folder:
+            writer = FeatureWriter(folder, specs)
+            yield writer
+            cls.from_arrays(writer.arrays(owners, seed), out)
+
+    @classmethod
+    def from_file(cls, file: Path, out: Path, seed: int = 0) -> "FeatureStore":
+        """Write the arrays of a file to the folder `out`, in chunks, and open it as a store.
+
+        file: .npz, .h5 or .hdf5 (package h5py), or a .zarr folder (package zarr), with the names of arrays that
+        `tvl_align.features.arrays` lists. An .npz file is read into memory, the others are read in chunks. seed: of the
+        default split. Raises UserError for invalid files and arrays, and if `out` has other content.
+        """
+        with open_arrays(file) as given:
+            with cls.writer(out, owners=given.pop("owners"), seed=seed) as writer:
+                for chunk in chunks_of(given, file):
+                    writer.add(**chunk)
         return cls(out)

@@ -15,6 +15,7 @@ The text table has every distinct sentence once. Only training rows have augment
 """
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,11 +28,12 @@ from torch import Tensor
 
 from tvl_align.contract import FeatureSpec
 from tvl_align.system.console import UserError
-from tvl_align.system.files import warn_once
+from tvl_align.system.files import lock_folder, warn_once
 from tvl_align.system.runtime import release_pages
 
 FORMAT = 3
 ROWS_PER_READ = 128
+UNFINISHED = ".unfinished-"  # begins the names of folders in a store that is being written
 NO_MAPS = "unable to mmap"  # PyTorch's text where a file system has no memory maps, as some FUSE ones
 
 
@@ -136,6 +138,28 @@ def maps_needed(folder: Path) -> Iterator[None]:
             f"{folder} is on a file system without memory maps, which writing a feature store needs; give --feature_dir (or "
             "--out) a folder on a local disk."
         ) from error
+
+
+@contextmanager
+def unfinished(out: Path, part: str) -> Iterator[Path]:
+    """An empty folder inside `out` for `part` of a store that is not complete; removed when the block ends.
+
+    Raises UserError if `out` has content that is not a store, or another process writes to it.
+    """
+    if (
+        out.exists()
+        and not (out / "manifest.json").exists()
+        and any(not p.name.startswith(UNFINISHED) for p in out.iterdir())
+    ):
+        raise UserError(f"{out} is not empty; give a new folder for the store.")
+    scratch = out / f"{UNFINISHED}{part}"
+    with lock_folder(scratch, wait=False, why="writes to"):
+        try:
+            shutil.rmtree(scratch / "files", ignore_errors=True)  # of a process that was killed
+            (scratch / "files").mkdir()
+            yield scratch / "files"
+        finally:
+            shutil.rmtree(scratch)
 
 
 def release_if_mapped(table: Tensor) -> None:

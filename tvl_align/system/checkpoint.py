@@ -1,9 +1,11 @@
-"""Checkpoint files: plain containers and tensors, written atomically and loaded without executing code from the file."""
+"""Checkpoint files: plain containers and tensors, written atomically and loaded without executing code from the file.
+
+Two kinds: what torch.save writes, with all that a training resumes from; and safetensors, with weights alone.
+"""
 
 import argparse
-import os
+import json
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -11,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from tvl_align.system.console import UserError
@@ -29,23 +31,6 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             if isinstance(error.__context__, OSError):  # torch hides the cause, e.g. a full disk
                 raise error.__context__ from error
             raise
-
-
-def link_as(path: Path, name: str) -> None:
-    """Give `path` another name in the same folder: a hard link, or a copy on a file system without links. Atomic.
-
-    A later `save_checkpoint(path, ...)` replaces `path` and leaves the other name unchanged.
-    """
-    temporary = path.with_name(name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # no links here; what also prevents a copy, such as a full disk, is raised by the copy
-        with atomic_file(path.with_name(name)) as copy, path.open("rb") as file:
-            shutil.copyfileobj(file, copy)
-    else:
-        os.replace(temporary, path.with_name(name))
-        temporary.unlink(missing_ok=True)  # still there if both names were links to one file already
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -104,7 +89,7 @@ def load_safely(path: Path) -> Any:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return load(path.read_bytes())  # a mapped file must not change while its tensors are used
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(part.file_size for part in archive.infolist())
@@ -124,10 +109,45 @@ def load_safely(path: Path) -> Any:
         raise UserError(f"{path} is not a checkpoint that can be loaded safely ({reason[:300]}).") from error
 
 
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a state_dict with safetensors, atomically. A tensor of several names is in the file once.
+
+    As in safetensors.torch.save_model, the metadata map each further name to the one in the file.
+    """
+    first: dict[Any, str] = {}
+    tensors: dict[str, Tensor] = {}
+    metadata = {"format": "pt"}
+    for name, value in weights.items():
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else name
+        if (kept := first.setdefault(place, name)) != name:
+            metadata[name] = kept
+        else:
+            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+    with atomic_file(path) as file:
+        file.write(save(tensors, metadata))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read a file written by `save_weights`, from anyone: safetensors hold numbers and no code.
+
+    Raises UserError for a missing or damaged file and for numbers that are not finite.
+    """
+    if not path.is_file():
+        raise UserError(f"no such file of weights: {path}; give a folder that has it.")
+    weights = dict(load_safely(path))
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    names = header.get("__metadata__") or {}
+    weights |= {name: weights[kept] for name, kept in names.items() if kept in weights and name not in weights}
+    check_weights(weights, path)
+    return weights
+
+
 def check_weights(weights: Mapping[str, Any], path: Path) -> None:
     """Raise UserError unless every entry is a tensor without NaN or inf."""
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise UserError(f"{path} has a {type(value).__name__} as {name!r}; it must be a tensor.")
-        if value.is_floating_point() and not value.isfinite().all():
+        numbers = value.float() if value.element_size() == 1 else value  # torch has no isfinite for numbers of 8 bits
+        if not numbers.isfinite().all():
             raise UserError(f"{path} has NaN or inf in {name!r}; use a checkpoint with finite weights.")

@@ -27,6 +27,8 @@ OS_ERROR_HINTS = {
 EXTRAS = {  # package -> the extra of tvl-align that installs it
     **dict.fromkeys(("accelerate", "jinja2", "matplotlib", "rich", "sklearn", "tensorboard", "threadpoolctl"), "train"),
     **dict.fromkeys(("scipy", "taxim"), "demo"),
+    **dict.fromkeys(("h5py", "zarr"), "arrays"),
+    **dict.fromkeys(("sentence_transformers", "transformers"), "encoders"),
     "submitit": "slurm",
 }
 

@@ -122,12 +122,12 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
     if checkpoint is not None:
         progress = restore(checkpoint, model, optimizer, inputs.identity.key, explicit=bool(settings.run.resume))
     rows = {name: len(split) for name, split in inputs.splits.items()}
-    run = Run(settings, implementation, inputs.identity, rows, progress) if is_main() else None
+    run = Run(settings, implementation, inputs.identity, rows, inputs.specs, progress) if is_main() else None
     if run is not None and optim.warmup < optim.warmup_epochs:
         run.log(f"--warmup_epochs {optim.warmup_epochs:g} is more than half of the run; shortened to {optim.warmup:g}")
     if run is not None and checkpoint is not None:
         if settings.run.resume in ("", "auto"):
-            run.write_derived(progress)
+            run.write_derived(model, progress)
         else:
             run.save(model, optimizer, progress)
         done = f"epoch {progress.epoch}" + (f", step {progress.step}" if progress.step else "")

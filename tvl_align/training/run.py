@@ -1,8 +1,9 @@
 """The run folder: configuration, checkpoints and metrics, written atomically; and resuming from it.
 
 checkpoint.pth also stores the metrics of all epochs. After a crash between two writes, the other files are written again
-from it when the run resumes. Logs that are appended to (times.jsonl, nonfinite.jsonl, TensorBoard events) are cut to the
-steps before the one the run begins at, so that no step is in them twice.
+from it when the run resumes. The best checkpoints hold weights only; a run resumes from checkpoint.pth. Logs that are
+appended to (times.jsonl, nonfinite.jsonl, TensorBoard events) are cut to the steps before the one the run begins at, so that
+no step is in them twice.
 """
 
 import json
@@ -17,12 +18,13 @@ import torch
 from torch import nn
 
 from tvl_align.config import from_plain, to_plain
-from tvl_align.contract import Implementation, Method
+from tvl_align.contract import MODALITIES, FeatureSpec, Implementation, Method
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.identity import Identity
 from tvl_align.features.inputs import DataConfig
+from tvl_align.features.store import FeatureStore
 from tvl_align.methods.registry import METHODS, load_method
-from tvl_align.system.checkpoint import link_as, load_checkpoint, save_checkpoint
+from tvl_align.system.checkpoint import load_checkpoint, save_checkpoint
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import world_size
 from tvl_align.system.files import write_atomically
@@ -30,6 +32,7 @@ from tvl_align.system.provenance import provenance
 from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.settings import RunConfig, Settings, notes_on_ignored_flags
 
+MAX_SIZE = 2**20  # of features: their width and number of tokens
 MAY_DIFFER_ON_RESUME = {  # options that do not change the results of a run
     "stage1": {
         "enable_flash_attention2",
@@ -38,7 +41,7 @@ MAY_DIFFER_ON_RESUME = {  # options that do not change the results of a run
     },  # places; the store knows their content
     "data": {
         *("num_workers", "pin_mem", "multi_epochs_dataloader", "strict", "max_skipped"),
-        *("feature_dir", "datasets_dir", "store"),
+        *("feature_dir", "datasets_dir", "store", "pairs", "label_columns"),
     },
     "run": {
         *("output_dir", "log_name"),
@@ -85,11 +88,13 @@ def find_checkpoint(settings: Settings[Any], implementation: Implementation) -> 
     path = Path(requested) if requested not in ("", "auto") else own
     checkpoint = load_checkpoint(path)
     parts = ("implementation", "progress", "settings")
-    if (
-        not all(isinstance(checkpoint.get(part), dict) for part in parts)
-        or not {"optimizer", "processes", "store"} <= checkpoint.keys()
-    ):
+    if not all(isinstance(checkpoint.get(part), dict) for part in parts) or "store" not in checkpoint:
         raise UserError(f"{path} was not written by this version of tvl-align; start a new run with another --log_name.")
+    if not {"optimizer", "processes"} <= checkpoint.keys():
+        raise UserError(
+            f"{path} has no optimizer state, as the best checkpoints of a run hold weights only; resume from the "
+            "checkpoint.pth of that run."
+        )
     made_by = checkpoint["implementation"].get("experiment_id")
     if made_by != implementation.experiment_id:
         raise UserError(
@@ -160,7 +165,8 @@ class Run:
     """Writer of a run folder, for the main process. Creating it writes config.json.
 
     features: their identity, of which config.json keeps the key and the ingredients. rows: number of rows of every split.
-    progress: where the run begins; log entries of later steps, which are run again, are removed.
+    specs: {modality: shapes of the features}, from which the model is built. progress: where the run begins; log entries of
+    later steps, which are run again, are removed.
     """
 
     def __init__(
@@ -169,12 +175,14 @@ class Run:
         implementation: Implementation,
         features: Identity,
         rows: Mapping[str, int],
+        specs: Mapping[str, FeatureSpec],
         progress: Progress,
     ) -> None:
         self.folder, self.settings, self.implementation, self.key = settings.folder, settings, implementation, features.key
         self.metrics, self.epochs = self.folder / "metrics.jsonl", settings.optim.epochs
         config = {"implementation": asdict(implementation), "settings": to_plain(settings), "store": self.key}
         config |= {"features": dict(features.ingredients), "rows": dict(rows)}
+        config |= {"specs": {name: asdict(spec) for name, spec in specs.items()}}
         write_atomically(self.folder / "config.json", json.dumps(config | provenance(), indent=1) + "\n")
         for name in ("times.jsonl", "nonfinite.jsonl"):
             remove_later_entries(self.folder / name, progress)
@@ -191,23 +199,24 @@ class Run:
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Write checkpoint.pth and the files derived from it."""
-        content = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "progress": asdict(progress),
-            "implementation": asdict(self.implementation),
-            "settings": to_plain(self.settings),
-            "processes": world_size(),
-            "store": self.key,
-        }
-        save_checkpoint(self.folder / "checkpoint.pth", content)
-        self.write_derived(progress)
+        state = {"progress": asdict(progress), "optimizer": optimizer.state_dict(), "processes": world_size()}
+        save_checkpoint(self.folder / "checkpoint.pth", self._weights(model) | state)
+        self.write_derived(model, progress)
 
-    def write_derived(self, progress: Progress) -> None:
-        """Write metrics.jsonl, and link the best checkpoints if the last epoch improved a score. Safe to repeat."""
+    def _weights(self, model: nn.Module) -> dict[str, Any]:
+        """The weights, and what says which run they are of."""
+        made_by = {"implementation": asdict(self.implementation), "settings": to_plain(self.settings), "store": self.key}
+        return {"model": model.state_dict(), **made_by}
+
+    def write_derived(self, model: nn.Module, progress: Progress) -> None:
+        """Write metrics.jsonl, and the best checkpoints if the last epoch improved a score. Safe to repeat.
+
+        model, progress: as in checkpoint.pth. The best checkpoints have weights and epoch, and no optimizer state.
+        """
         if progress.step == 0:
             for name in progress.better:
-                link_as(self.folder / "checkpoint.pth", f"checkpoint-{name}.pth")
+                best = self._weights(model) | {"progress": {"epoch": progress.epoch, "step": 0}}
+                save_checkpoint(self.folder / f"checkpoint-{name}.pth", best)
         write_atomically(self.metrics, "".join(json.dumps(strict(metrics)) + "\n" for metrics in progress.history))
 
     def record(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
@@ -285,6 +294,8 @@ class Places:
     """New place of a feature store that was given to train with --store; default as for --datasets_dir."""
     feature_dir: Path | None = None
     """New place of the folder of feature stores; default as for --datasets_dir."""
+    pairs: Path | None = None
+    """New place of the table that was given to train with --pairs; default as for --datasets_dir."""
 
 
 def load_run(
@@ -303,22 +314,61 @@ def load_run(
         raise UserError(f"{folder} is not a run folder (no config.json); give <output_dir>/<log_name>.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        made_by, plain, _ = config["implementation"]["experiment_id"], config["settings"], config["store"]
-        recorded = plain["run"].get("method")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not the config.json of a run ({type(error).__name__}: {error}); give <output_dir>/<log_name>."
         ) from error
-    method = _method_of(folder, method_name or recorded, made_by)
-    _check_version(folder, method.implementation, str(config["implementation"].get("version")))
+    settings, method = read_config(config, path, method_name)
+    return _relocated(settings, folder, places or Places()), method, config
+
+
+def read_config(config: Any, path: Path, method_name: str | None = None) -> tuple[Settings[Any], Method]:
+    """The settings and the method of the content of a config.json, with the places that are recorded in it.
+
+    path: of the file, for messages; nothing in its folder is imported. method_name and errors as for `load_run`.
+    """
+    try:
+        made_by, plain, _ = config["implementation"]["experiment_id"], config["settings"], config["store"]
+        recorded = plain["run"].get("method")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not the config.json of a run ({type(error).__name__}: {error}); give <output_dir>/<log_name>."
+        ) from error
+    method = _method_of(path.parent, method_name or recorded, made_by)
+    _check_version(path.parent, method.implementation, str(config["implementation"].get("version")))
     groups = {"stage1": Stage1Config, "knobs": method.knobs, "data": DataConfig, "optim": OptimConfig, "run": RunConfig}
     try:
-        settings: Settings[Any] = Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()})
-        return _relocated(settings, folder, places or Places()), method, config
+        return Settings(**{name: from_plain(cls, plain[name]) for name, cls in groups.items()}), method
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} has invalid settings ({type(error).__name__}: {error}); use the version of tvl-align that wrote it."
         ) from error
+
+
+def specs_of(settings: Settings[Any], config: Mapping[str, Any]) -> dict[str, FeatureSpec]:
+    """{modality: shapes of the frozen features} of a run: those in its config.json, or, for one of an earlier version, those
+    of its feature store. Raises UserError if they are malformed or the store is gone.
+    """
+    if "specs" in config:
+        try:
+            specs = {str(name): FeatureSpec(**spec) for name, spec in config["specs"].items()}
+            sizes = [size for spec in specs.values() for size in asdict(spec).values()]
+        except (TypeError, AttributeError):
+            sizes = []
+        if not sizes or not all(type(size) is int and 0 < size <= MAX_SIZE for size in sizes):
+            raise UserError(
+                f"the config.json of {settings.folder} has the shapes {str(config['specs'])[:100]!r}; give a folder whose "
+                f"features have whole numbers from 1 to {MAX_SIZE}."
+            )
+        return specs
+    folder, names = settings.data.store or settings.feature_dir / str(config["store"]), settings.data.active_modality_names
+    if not (folder / "manifest.json").is_file():
+        raise UserError(
+            f"{settings.folder} was written by an earlier version and its feature store {folder} is gone; run its train "
+            "command again, which records the shapes of the features."
+        )
+    store = FeatureStore(folder)
+    return (store if settings.data.store is None or names == MODALITIES else store.only(names)).specs
 
 
 def _relocated(settings: Settings[Any], folder: Path, places: Places) -> Settings[Any]:
@@ -339,6 +389,7 @@ def _relocated(settings: Settings[Any], folder: Path, places: Places) -> Setting
             data,
             datasets_dir=place(data.datasets_dir, places.datasets_dir) or data.datasets_dir,
             store=place(data.store, places.store),
+            pairs=place(data.pairs, places.pairs),
             feature_dir=place(settings.feature_dir, places.feature_dir, make=True),
         ),
         run=replace(settings.run, output_dir=now.parent, log_name=now.name),

@@ -1,0 +1,118 @@
+"""`tvl-align embed`: the tokens of new pictures and sentences, or of a split, as an .npz file."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from tvl_align.config import parse
+from tvl_align.evaluation.labels import read_labels
+from tvl_align.inference.files import picture_rows, write_npz
+from tvl_align.inference.registers import BATCH, Embeddings, Precision, Registers, load
+from tvl_align.system.bounds import at_least
+from tvl_align.system.console import UserError
+
+EXAMPLES = (
+    "tvl-align embed output_dir/mine --vision photos --tactile touches --out tokens.npz",
+    "tvl-align embed output_dir/mine --tactile a.png b.png --text 'soft, woven' 'hard' --out tokens.npz",
+    "tvl-align embed output_dir/mine --split test --out test.npz",
+)
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Embed pictures and sentences, or a split of the run's feature store, with a trained run."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder, folder written by `tvl-align export`, or model id of a hub."""
+    out: Path
+    """The .npz file to write."""
+    vision: tuple[Path, ...] = ()
+    """Photos: one folder, or files. In folders, photos and touch images of the same name are a row."""
+    tactile: tuple[Path, ...] = ()
+    """Touch images: one folder, or files."""
+    text: tuple[str, ...] = ()
+    """Captions of adjectives, 'soft, woven', one per row."""
+    sentences: bool = False
+    """Texts are sentences, used as they are, without the prompt of the run."""
+    split: str | None = None
+    """Embed the plain views of this split (train, val, test) instead, with its names and labels."""
+    keep: int | None = None
+    """Keep only the first registers; default: all."""
+    attention: bool = False
+    """Also write how much each frozen token moves each register."""
+    dataset: str | None = None
+    """Data set of TVL in whose way photos are cropped: ssvtp, hct or hct/data3; default: by their place, else ssvtp."""
+    stage1_checkpoint: Path | None = None
+    """The Stage-1 checkpoint of the run; default: where the run found it."""
+    checkpoint: str = "checkpoint.pth"
+    """Checkpoint in a run folder: checkpoint.pth, checkpoint-acc1.pth or checkpoint-acc5.pth."""
+    method: str | None = None
+    """A method of your own, as for train; default: that of the run."""
+    batch_size: int = BATCH
+    """Rows that are encoded at a time."""
+    precision: Precision = "float32"
+    """Precision of the encoders; bf16 is faster on a GPU."""
+    device: str | None = None
+    """cuda or cpu; default: cuda if available, else cpu."""
+    json: bool = False
+    """Print what was written as JSON."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch_size", "keep")
+        if bool(self.split) == bool(self.vision or self.tactile or self.text):
+            raise UserError("nothing to embed, or two kinds; give --vision, --tactile and --text, or --split alone.")
+
+
+def run(argv: Sequence[str]) -> None:
+    config = parse(EmbedConfig, argv, "tvl-align embed", examples=EXAMPLES)
+    registers = load(
+        config.run,
+        checkpoint=config.checkpoint,
+        stage1_checkpoint=config.stage1_checkpoint,
+        method=config.method,
+        device=config.device,
+    )
+    names, out, labels = _of_split(config, registers) if config.split else _of_files(config, registers)
+    write_npz(config.out, names, out, registers.key, labels)
+    shapes = {m: [list(out.overlapping[m].shape[1:]), list(out.complementary[m].shape[1:])] for m in out.pooled}
+    if config.json:
+        print(json.dumps({"out": str(config.out.resolve()), "rows": len(out), "tokens": shapes, "labels": list(labels)}))
+    else:
+        print(f"{len(out)} rows of {', '.join(out.pooled)} -> {config.out}")
+
+
+def _of_files(config: EmbedConfig, registers: Registers) -> tuple[list[str], Embeddings, dict[str, Any]]:
+    given = {m: paths for m, paths in (("vision", config.vision), ("tactile", config.tactile)) if paths}
+    names, pictures = picture_rows(given) if given else (list(config.text), {})
+    out = registers.embed(
+        **pictures,
+        text=list(config.text) or None,
+        keep=config.keep,
+        attention=config.attention,
+        sentences=config.sentences,
+        dataset=config.dataset,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        quiet=False,
+    )
+    return names, out, {}
+
+
+def _of_split(config: EmbedConfig, registers: Registers) -> tuple[list[str], Embeddings, dict[str, Any]]:
+    store, name = registers.open_store(), str(config.split)
+    if name not in store.splits:
+        raise UserError(f"{store.folder} has no split {name!r}; give --split one of {', '.join(store.splits)}.")
+    source = store.splits[name]
+    out = registers.embed_split(source, keep=config.keep, attention=config.attention, quiet=False)
+    data = registers.settings.data
+    path = data.store / "labels.csv" if data.store else data.datasets_dir / "factors.csv"
+    labels: dict[str, Any] = {}
+    if path.is_file():
+        known = read_labels(path)
+        for factor, levels in known.levels.items():
+            labels[factor] = ["" if i < 0 else levels[i] for i in known.of(factor, source.names).tolist()]
+    return list(source.names), out, labels
