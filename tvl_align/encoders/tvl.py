@@ -1,5 +1,7 @@
 """The frozen Stage-1 encoders: OpenCLIP for vision and text, a timm model for touch, loaded from a TVL checkpoint.
 
+An encoder of one's own (tvl_align.encoders.own) takes the place of any of the three.
+
 Checkpoints are loaded strictly: a missing or unexpected key is an error that names the key, so no weight stays random.
 
 Each encoder gives L2-normalised pooled features (B, E) and a token sequence (B, T, W), both from `forward_intermediates` of
@@ -48,7 +50,9 @@ WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put 
 # An unknown weight of these parts is an error; others, such as further heads, are ignored.
 OWN_PARTS = ("clip.", "tactile_encoder.", *(f"modality_heads.{m}." for m in MODALITIES))
 log = logging.getLogger(__name__)
+PANGRAM = "The quick brown fox jumps over the lazy dog, 0123456789."  # its token ids identify a tokenizer
 GRID = 4  # side of the average-pooled patch grid
+FILE_ENCODERS = ("timm", "open_clip", "hf", "st", "anytouch")  # encoders of one's own whose name may end with a path
 FeatureKind = Literal["tokens", "pooled"]
 
 
@@ -57,7 +61,7 @@ class Stage1Config:
     """The frozen encoders."""
 
     stage1_checkpoint: Path | None = None
-    """TVL checkpoint (.pth) with the touch encoder; required unless --store is given."""
+    """TVL checkpoint (.pth) with the touch encoder; required unless --store or an encoder for every modality is given."""
     tactile_model: str = "vit_tiny_patch16_224"
     """Touch encoder of the checkpoint: vit_tiny_patch16_224, vit_small_patch16_224, vit_base_patch16_224 or resnet18."""
     common_latent_dim: int | None = None
@@ -68,7 +72,21 @@ class Stage1Config:
     """OpenCLIP weights, a tag or a local file; default: those named in the checkpoint, else datacomp_xl_s13b_b90k."""
     features: FeatureKind = "tokens"
     """Input of the registers: the token sequence or the one pooled vector of each modality."""
+    vision_encoder: str | None = None
+    """Encoder of one's own for photos: timm:NAME, timm:NAME:FILE, open_clip:NAME:TAG_OR_FILE, hf:NAME_OR_FOLDER, or
+    package.module:NAME; default: TVL's."""
+    tactile_encoder: str | None = None
+    """Encoder of one's own for touch images: as for photos, or anytouch:FILE; default: TVL's."""
+    text_encoder: str | None = None
+    """Encoder of one's own for sentences: open_clip:NAME:TAG_OR_FILE, hf:NAME_OR_FOLDER, st:NAME_OR_FOLDER
+    (sentence-transformers), or package.module:NAME; default: TVL's."""
     enable_flash_attention2: tyro.conf.Suppress[Annotated[bool, Ignored("PyTorch's fused attention is always used")]] = False
+
+    def __post_init__(self) -> None:
+        for option in ("vision_encoder", "tactile_encoder", "text_encoder"):  # with an absolute path, as a Path would have
+            before, colon, file = (getattr(self, option) or "").rpartition(":")
+            if before.partition(":")[0] in FILE_ENCODERS and Path(file).exists():
+                object.__setattr__(self, option, f"{before}{colon}{Path(file).resolve()}")
 
 
 def touch_model_name(name: str) -> str:
@@ -84,7 +102,9 @@ class Stage1(nn.Module):
 
     clip: an OpenCLIP model. tokenizer: its tokenizer. tactile_encoder: a timm model. common_latent_dim: width of a linear
     head per modality on top of the pooled features, None for no heads. features: "tokens", or "pooled" for sequences that
-    consist of the pooled vector only. modalities: those that `encode` computes.
+    consist of the pooled vector only. modalities: those that `encode` computes. own: {modality: encoder} of encoders that
+    take the place of TVL's, see tvl_align.encoders.own; where each modality has one, the first three are None. Raises
+    UserError for a modality without an encoder.
     """
 
     clip: Any  # torch types the attributes of a submodule as Tensor | Module
@@ -92,23 +112,30 @@ class Stage1(nn.Module):
 
     def __init__(
         self,
-        clip: nn.Module,
+        clip: nn.Module | None,
         tokenizer: Any,
-        tactile_encoder: nn.Module,
+        tactile_encoder: nn.Module | None,
         common_latent_dim: int | None = None,
         features: FeatureKind = "tokens",
         modalities: Sequence[str] = MODALITIES,
+        own: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.clip, self.tokenizer, self.tactile_encoder = clip, tokenizer, tactile_encoder
         self.features, self.modalities = features, tuple(modalities)
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), the initial value of CLIP
-        clip_width = self.clip.text_projection.shape[-1]
-        widths = {"vision": clip_width, "text": clip_width, "tactile": self.tactile_encoder.num_features}
-        heads = {m: nn.Linear(w, common_latent_dim, bias=False) for m, w in widths.items()} if common_latent_dim else {}
+        heads: dict[str, nn.Module] = {}
+        if common_latent_dim:
+            clip_width = self.clip.text_projection.shape[-1]
+            widths = {"vision": clip_width, "text": clip_width, "tactile": self.tactile_encoder.num_features}
+            heads = {m: nn.Linear(w, common_latent_dim, bias=False) for m, w in widths.items()}
         self.modality_heads = nn.ModuleDict(heads)
         self.frozen = False
         self.to(memory_format=torch.channels_last)  # 10% faster convolutions in the small encoders
+        self.own: Any = nn.ModuleDict(dict(own or {}))
+        parts = {"vision": clip, "tactile": tactile_encoder, "text": clip}
+        if lacking := [m for m in self.modalities if m not in self.own and parts[m] is None]:
+            raise UserError(f"there is no encoder of {' and '.join(lacking)}; give one in `own`, or TVL's models.")
 
     def freeze(self) -> "Stage1":
         """Set evaluation mode and disable gradients. A later `train()` has no effect."""
@@ -121,35 +148,48 @@ class Stage1(nn.Module):
 
     @property
     def photo_size(self) -> int:
-        """Side of the vision encoder's input in pixels."""
-        size = self.clip.visual.image_size
+        """Side of the vision encoder's input in pixels; 224 if there is none."""
+        if "vision" in self.own:
+            return int(self.own["vision"].size)
+        size = self.clip.visual.image_size if self.clip is not None else 224
         return int(size if isinstance(size, int) else size[0])
 
     @property
     def touch_size(self) -> int:
-        """Side of the touch encoder's input in pixels."""
+        """Side of the touch encoder's input in pixels; 224 if there is none."""
+        if "tactile" in self.own:
+            return int(self.own["tactile"].size)
         embed = getattr(self.tactile_encoder, "patch_embed", None)
         return int(embed.img_size[0]) if embed is not None else 224
+
+    def picture_norm(self, modality: str) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+        """(mean, std) of each colour channel, values in [0, 1], that an image encoder of one's own takes for normalisation.
+
+        None without an encoder of one's own: then the numbers are those of the image options.
+        """
+        if modality not in self.own or modality == "text":
+            return None
+        return tuple(self.own[modality].mean), tuple(self.own[modality].std)
 
     @cached_property
     def specs(self) -> dict[str, FeatureSpec]:
         """{modality: shapes of its features}, found by encoding one blank row. For text `tokens` is the context length."""
         device = self.logit_scale.device
-        ids = self.tokenize(["blank"]).to(device)
-        blank: Batch = {
+        blank: dict[str, Tensor] = {
             "vision": torch.zeros(1, 3, self.photo_size, self.photo_size, device=device),
             "tactile": torch.zeros(1, 3, self.touch_size, self.touch_size, device=device),
-            "text": ids,
         }
+        if "text" in self.modalities:
+            blank["text"] = self.tokenize(["blank"]).to(device)
         specs = {}
         for name, encoded in self.encode({name: blank[name] for name in self.modalities}).modalities.items():
-            length = ids.shape[1] if name == "text" and self.features == "tokens" else encoded.tokens.shape[1]
+            length = (blank["text"] if name == "text" and self.features == "tokens" else encoded.tokens).shape[1]
             specs[name] = FeatureSpec(encoded.tokens.shape[2], length, encoded.pooled.shape[1])
         return specs
 
     def tokenize(self, sentences: Sequence[str]) -> Tensor:
         """Sentences -> (B, L) int64 token ids, truncated to the context length L of the text encoder."""
-        return self.tokenizer(list(sentences))
+        return self.own["text"].tokenize(list(sentences)) if "text" in self.own else self.tokenizer(list(sentences))
 
     def encode(self, batch: Batch) -> Features:
         """Encode a batch of raw inputs. Modalities that the batch lacks are absent from the result.
@@ -160,7 +200,8 @@ class Stage1(nn.Module):
         names = [name for name in self.modalities if name in batch]
         if not names:
             raise UserError(f"the batch has none of {', '.join(self.modalities)}; it has {', '.join(batch)}.")
-        encoders = {"vision": self.encode_vision, "tactile": self.encode_touch, "text": self.encode_text}
+        encoders: dict[str, Any] = {"vision": self.encode_vision, "tactile": self.encode_touch, "text": self.encode_text}
+        encoders |= {name: encoder.encode for name, encoder in self.own.items()}
         inputs = {name: self._text(batch[name]) if name == "text" else self._images(name, batch[name]) for name in names}
         lengths = {name: len(x) for name, x in inputs.items()}
         if len(set(lengths.values())) > 1:
@@ -210,7 +251,7 @@ class Stage1(nn.Module):
             images, indices=1, normalize_intermediates=True, output_fmt="NCHW", output_extra_tokens=True
         )
         prefix = outputs.get("image_intermediates_prefix")
-        tokens = _pooled_sequence(outputs["image_intermediates"][-1], prefix[-1][:, :1] if prefix else None)
+        tokens = pooled_sequence(outputs["image_intermediates"][-1], prefix[-1][:, :1] if prefix else None)
         pooled = self._head("vision", F.normalize(outputs["image_features"], dim=-1))
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool), pooled
 
@@ -221,7 +262,7 @@ class Stage1(nn.Module):
         pooled_token = encoder.forward_head(final, pre_logits=True)
         # With global_pool="avg" timm normalises after pooling (fc_norm); apply the same norm to every token of the grid.
         norm = getattr(encoder, "fc_norm", nn.Identity())
-        grid = norm(_pooled_sequence(grids[-1], None)[:, 1:])
+        grid = norm(pooled_sequence(grids[-1], None)[:, 1:])
         tokens = torch.cat([pooled_token[:, None], grid], dim=1)
         pooled = self._head("tactile", F.normalize(encoder.forward_head(final), dim=-1))
         return tokens, tokens.new_ones(tokens.shape[:2], dtype=torch.bool), pooled
@@ -243,8 +284,15 @@ class Stage1(nn.Module):
         return F.normalize(self.modality_heads[modality](pooled), dim=-1)
 
     def fingerprint(self) -> str:
-        """SHA-256 of all weights, `features` and `modalities`. Encoders with equal fingerprints give equal features."""
+        """SHA-256 of all weights, `features`, `modalities`, and of what encoders of one's own are beside their weights.
+
+        Encoders with equal fingerprints give equal features.
+        """
         digest = hashlib.sha256(f"{self.features} {self.modalities} {GRID}".encode())
+        for name, encoder in sorted(self.own.items()):
+            kind = f"{type(encoder).__module__}.{type(encoder).__qualname__} {getattr(encoder, 'name', '')}"
+            inputs = self.tokenize([PANGRAM]).tolist() if name == "text" else (encoder.size, self.picture_norm(name))
+            digest.update(f"{name} {kind} {inputs}".encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -257,7 +305,7 @@ def _hash(ids: Tensor) -> Tensor:
     return (ids * factors.to(ids.device)).sum(-1)
 
 
-def _pooled_sequence(grid: Tensor, pooled_token: Tensor | None) -> Tensor:
+def pooled_sequence(grid: Tensor, pooled_token: Tensor | None) -> Tensor:
     """Patch grid (B, W, h, w) -> (B, 1 + <=16, W): the pooled token, then the average-pooled grid.
 
     Without `pooled_token` (B, 1, W) the mean of the grid takes its place.
@@ -277,12 +325,14 @@ def load_stage1(
     common_latent_dim: int | None = None,
     features: FeatureKind = "tokens",
     modalities: Sequence[str] = MODALITIES,
+    own: Mapping[str, nn.Module] | None = None,
 ) -> Stage1:
     """Load the frozen Stage 1 from a TVL checkpoint and an OpenCLIP model.
 
     `clip_vision_model` and `clip_pretrain_data` default to the values in the checkpoint, then to TVL's ViT-L-14.
-    `clip_pretrain_data` is a tag or a weight file; a relative path is resolved beside the checkpoint first. Raises UserError
-    if the checkpoint or the CLIP weights do not match the models.
+    `clip_pretrain_data` is a tag or a weight file; a relative path is resolved beside the checkpoint first. own: as for
+    Stage1; `tvl_align.encoders.own.load_encoders` loads them too. Raises UserError if the checkpoint or the CLIP weights do
+    not match the models.
     """
     path = Path(checkpoint)
     state, args = read_checkpoint(path)
@@ -300,8 +350,13 @@ def load_stage1(
     tactile = create_touch_encoder(requested, num_classes, getattr(args, "tactile_overrides", None) or {})
     import open_clip
 
-    stage1 = Stage1(clip, open_clip.get_tokenizer(clip_name), tactile, latent, features, modalities)
-    _load_strictly(stage1, state, path)
+    stage1 = Stage1(clip, open_clip.get_tokenizer(clip_name), tactile, latent, features, modalities, own)
+    state = {k: v for k, v in state.items() if k != "logit_bias"}  # no feature depends on it
+    load_strictly(
+        *(stage1, state, path, "check --tactile_model and --common_latent_dim"),
+        own_parts=OWN_PARTS,
+        loaded_before=("clip.", "own."),
+    )
     return stage1.freeze()
 
 
@@ -337,10 +392,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], argparse.Namespace]:
     for name, kind in ARGUMENTS.items():
         if not isinstance(args.get(name), kind | None):
             raise UserError(f"{path} has the argument {name} = {args[name]!r}; it must be of type {kind.__name__}.")
-    return _unwrapped(found[0], path), argparse.Namespace(**{str(name): value for name, value in args.items()})
+    return unwrapped(found[0], path), argparse.Namespace(**{str(name): value for name, value in args.items()})
 
 
-def _unwrapped(weights: Mapping[Any, Any], path: Path) -> dict[str, Any]:
+def unwrapped(weights: Mapping[Any, Any], path: Path) -> dict[str, Any]:
     """Weights without the prefixes of WRAPPERS, if all weights of the model, or of the touch encoder, have them."""
     weights, removed = {str(name): value for name, value in weights.items()}, []
 
@@ -358,18 +413,23 @@ def _unwrapped(weights: Mapping[Any, Any], path: Path) -> dict[str, Any]:
     return weights
 
 
-def load_clip(name: str, weights: str) -> nn.Module:
-    """An OpenCLIP model with pretrained weights, a tag or a local file. Raises UserError unless every weight matches."""
+def load_clip(
+    name: str, weights: str, model_option: str = "--clip_vision_model", weights_option: str = "--clip_pretrain_data"
+) -> nn.Module:
+    """An OpenCLIP model with pretrained weights, a tag or a local file.
+
+    model_option, weights_option: the options that errors name. Raises UserError unless every weight matches.
+    """
     import open_clip  # takes seconds to import, and training on stored features does not need it
 
     register_small_clip()
     if open_clip.get_model_config(name) is None:
-        raise UserError(f"unknown OpenCLIP model {name!r}; give --clip_vision_model a name of open_clip.list_models().")
+        raise UserError(f"unknown OpenCLIP model {name!r}; give {model_option} a name of open_clip.list_models().")
     local = Path(weights).is_file()
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not local and weights not in tags:
         known = ", ".join(tags) or "none"
-        raise UserError(f"no CLIP weights {weights!r} for {name} (tags: {known}); --clip_pretrain_data also takes a file.")
+        raise UserError(f"no CLIP weights {weights!r} for {name} (tags: {known}); {weights_option} also takes a file.")
     try:
         if not local:
             with warnings.catch_warnings():
@@ -381,21 +441,30 @@ def load_clip(name: str, weights: str) -> nn.Module:
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         what = f"{weights} does not fit {name}" if local else f"the CLIP weights {weights!r} of {name} cannot be downloaded"
-        raise UserError(f"{what} ({reason}); give --clip_pretrain_data the path of a local weight file.") from error
+        raise UserError(f"{what} ({reason}); give {weights_option} the path of a local weight file.") from error
 
 
-def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> None:
-    """Load all weights but those of CLIP. Weights outside the encoders are ignored, and named in the log.
+def load_strictly(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    path: Path,
+    remedy: str,
+    own_parts: tuple[str, ...] = ("",),
+    loaded_before: tuple[str, ...] = (),
+) -> None:
+    """Load the weights `state` of the file `path` into a model, so that no weight stays random.
 
-    BatchNorm counters may be floats, as in a checkpoint in half precision: no feature depends on them.
+    own_parts: an unexpected weight whose name begins with one of them is an error; others are ignored, and named in the log.
+    loaded_before: beginnings of the names of weights that the file lacks. BatchNorm counters may be floats, as in a
+    checkpoint in half precision: no feature depends on them. Raises UserError with the names of weights that are missing,
+    unexpected, or of another shape or type; it ends with `remedy`.
     """
-    own = {k: v for k, v in stage1.state_dict().items() if not k.startswith("clip.")}
-    state = {k: v for k, v in state.items() if k != "logit_bias"}  # no feature depends on it
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith(loaded_before or "\0")}
     floats = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.is_floating_point()}
     counters = [k for k in own.keys() & floats.keys() if k.endswith("num_batches_tracked")]
-    state |= {k: floats[k].float().nan_to_num(0.0, 0.0, 0.0).to(own[k].dtype) for k in counters}
+    state = dict(state) | {k: floats[k].float().nan_to_num(0.0, 0.0, 0.0).to(own[k].dtype) for k in counters}
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    further = [k for k in unexpected if not k.startswith(OWN_PARTS)]
+    further = [k for k in unexpected if not k.startswith(own_parts)]
     if further and not missing:
         log.warning("%s: ignored weights that are no part of the encoders: %s", path, _first(further))
         state = {k: v for k, v in state.items() if k not in further}
@@ -413,11 +482,9 @@ def _load_strictly(stage1: Stage1, state: Mapping[str, Tensor], path: Path) -> N
     mismatches = {"missing keys": missing, "unexpected keys": unexpected, "wrong shapes": shapes, "wrong dtypes": dtypes}
     errors = [f"{kind}: {_first(keys)}" for kind, keys in mismatches.items() if keys]
     if errors:
-        raise UserError(
-            f"{path} does not fit these encoders, {'; '.join(errors)}; check --tactile_model and --common_latent_dim."
-        )
+        raise UserError(f"{path} does not fit these encoders, {'; '.join(errors)}; {remedy}.")
     check_weights(state, path)
-    stage1.load_state_dict(state, strict=False)  # the keys above are complete; only those of CLIP are absent
+    model.load_state_dict(state, strict=False)  # the keys above are complete; only those loaded before are absent
 
 
 def _first(names: Sequence[str], count: int = 8) -> str:

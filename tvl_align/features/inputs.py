@@ -29,7 +29,8 @@ from tvl_align.data.transforms import (
     measure_colours,
 )
 from tvl_align.data.tvl import Tolerance, TVLData, read_tvl
-from tvl_align.encoders.tvl import Stage1, Stage1Config, load_stage1
+from tvl_align.encoders.own import load_encoders
+from tvl_align.encoders.tvl import Stage1, Stage1Config
 from tvl_align.features.encode import changed_features, open_or_encode
 from tvl_align.features.identity import Identity, identify
 from tvl_align.features.live import LiveSplit
@@ -212,15 +213,16 @@ def load_inputs(
     feature_dir: Path,
     device: torch.device,
     expected: Identity | None = None,
+    never_from: Path | None = None,
 ) -> Inputs:
     """Open the feature store of these options under `feature_dir`, and encode it first if it does not exist.
 
     With `data.store` that store is opened. With `data.views` 0 there is no store and features are computed on the fly. seed:
     seed of the split and of the augmented views. expected: the identity that the features must have. If its store exists and
     the data folder or the Stage-1 checkpoint does not, the store is used alone. Raises UserError if the data or the Stage-1
-    checkpoint give another identity, before anything is encoded.
+    checkpoint give another identity, before anything is encoded. never_from: see `load_samples`.
     """
-    inputs = _open(frozen, data, seed, feature_dir, device, expected)
+    inputs = _open(frozen, data, seed, feature_dir, device, expected, never_from)
     splits = dict(inputs.splits)
     if "train" in splits and data.probe_rows and "probe" not in splits:
         splits["train"], splits["probe"] = set_probe_rows_aside(splits["train"], data.probe_rows, seed)
@@ -230,7 +232,13 @@ def load_inputs(
 
 
 def _open(
-    frozen: Stage1Config, data: DataConfig, seed: int, feature_dir: Path, device: torch.device, expected: Identity | None
+    frozen: Stage1Config,
+    data: DataConfig,
+    seed: int,
+    feature_dir: Path,
+    device: torch.device,
+    expected: Identity | None,
+    never_from: Path | None,
 ) -> Inputs:
     if data.store is not None:
         return _open_given_store(data, data.store, expected)
@@ -239,7 +247,7 @@ def _open(
     if expected is not None and missing and (feature_dir / str(expected.key) / "manifest.json").is_file():
         log.warning("there is no %s; using the stored features of this run alone", " and no ".join(missing))
         return _of_store(FeatureStore(feature_dir / str(expected.key)), {})
-    stage1, samples = load_samples(frozen, data, seed, device, expected)
+    stage1, samples = load_samples(frozen, data, seed, device, expected, never_from)
     tolerance = Tolerance(data.strict, data.max_skipped)
     if data.views == 0:
         splits = {n: LiveSplit(stage1, s, data.num_workers, n == "train", tolerance) for n, s in samples.items() if len(s)}
@@ -267,14 +275,18 @@ def _of_store(store: FeatureStore, samples: dict[str, Samples]) -> Inputs:
 
 
 def load_samples(
-    frozen: Stage1Config, data: DataConfig, seed: int, device: torch.device, expected: Identity | None = None
+    frozen: Stage1Config,
+    data: DataConfig,
+    seed: int,
+    device: torch.device,
+    expected: Identity | None = None,
+    never_from: Path | None = None,
 ) -> tuple[Stage1, dict[str, Samples]]:
     """The frozen encoders on `device`, and the samples of every split at the input sizes of these encoders.
 
-    expected: the identity of the features of a run; colours that it measured are not measured again.
+    expected: the identity of the features of a run; colours that it measured are not measured again. never_from: a folder
+    that no encoder is imported from, such as a run folder.
     """
-    if frozen.stage1_checkpoint is None:
-        raise UserError("encoding needs the Stage-1 encoders; give --stage1_checkpoint FILE.")
     tolerance = Tolerance(data.strict, data.max_skipped)
     if data.pairs is not None:
         rows = read_pairs(data.pairs, data.datasets_dir, data.columns, seed, tolerance)
@@ -282,17 +294,10 @@ def load_samples(
     else:
         not_contact = data.use_not_contact, data.percent_not_contact
         rows = read_tvl(data.datasets_dir, data.datasets, seed, *not_contact, tolerance)
-    stage1 = load_stage1(
-        frozen.stage1_checkpoint,
-        frozen.tactile_model,
-        frozen.clip_vision_model,
-        frozen.clip_pretrain_data,
-        frozen.common_latent_dim,
-        frozen.features,
-        data.active_modality_names,
-    ).to(device)
+    stage1 = load_encoders(frozen, data.active_modality_names, never_from).to(device)
     images = inspect_images(data.image_options(stage1.photo_size, stage1.touch_size), rows)
-    images = _measured(images, rows, data, expected.ingredients.get("images", {}) if expected is not None else {})
+    recorded = expected.ingredients.get("images", {}) if expected is not None else {}
+    images = _with_colours(images, rows, data, stage1, recorded)
     synonyms = {}
     if data.replace_synonyms and data.pairs is not None:
         synonyms = read_synonyms(rows.root / "synonyms.json", data.keep_k_synonyms)
@@ -311,12 +316,21 @@ def _check_modalities(rows: TVLData, data: DataConfig) -> None:
         raise UserError(f"no training row of {data.pairs} has {' or '.join(absent)}; {remedy}.")
 
 
-def _measured(options: ImageOptions, rows: TVLData, data: DataConfig, recorded: Mapping[str, Any]) -> ImageOptions:
-    """The options with the colours that are to be measured: those that a run recorded, else those of the training rows."""
+def _with_colours(
+    options: ImageOptions, rows: TVLData, data: DataConfig, stage1: Stage1, recorded: Mapping[str, Any]
+) -> ImageOptions:
+    """The options with the colours of normalisation that follow from encoders and data.
+
+    An encoder of one's own has its own, unless a flag names others. Colours that are to be measured are those that a run
+    recorded, else those of the training rows.
+    """
+    flags = {"vision": data.photo_norm, "tactile": data.touch_norm}
     for modality, norm in data.norms.items():
-        if norm == MEASURED:
+        colours = stage1.picture_norm(modality) if flags[modality] is None else None
+        if colours is None and norm == MEASURED:
             colours = from_plain(ImageOptions, recorded).colours(modality)
             if colours in NORMS.values():  # not measured by that run
                 colours = measure_colours(rows, modality, options)
+        if colours is not None:
             options = options.normalised_by(modality, colours)
     return options

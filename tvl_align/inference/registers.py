@@ -30,7 +30,8 @@ from tvl_align.config import from_plain
 from tvl_align.contract import Features, FeatureSpec, Method, Tokens
 from tvl_align.data.text import adjectives, evaluation_text, is_absent
 from tvl_align.data.transforms import BadImage, ImageOptions, picture_tensor
-from tvl_align.encoders.tvl import Stage1, load_stage1
+from tvl_align.encoders.own import load_encoders
+from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.store import FeatureSource, FeatureStore
 from tvl_align.inference.export import CARD, CONFIG, WEIGHTS, ExportConfig, export, model_of, read_export
 from tvl_align.losses.alignment import pair_name
@@ -123,21 +124,14 @@ class Registers:
         if self._stage1 is not None:
             return self._checked(self._stage1, "the Stage 1 that was given").to(self.device)
         frozen = self.settings.stage1
-        if frozen.stage1_checkpoint is None:
+        self._ingredients  # noqa: B018 - features of one's own have no encoders
+        names = self.settings.data.active_modality_names
+        if frozen.stage1_checkpoint is None and not all(getattr(frozen, f"{m}_encoder") for m in names):
             raise UserError(
-                f"{self.folder} does not say where its Stage 1 is, or was trained on features of your own; give "
-                "--stage1_checkpoint (stage1_checkpoint=), or features to embed_features."
+                f"{self.folder} does not say where its Stage 1 is; give --stage1_checkpoint (stage1_checkpoint=)."
             )
-        loaded = load_stage1(
-            frozen.stage1_checkpoint,
-            frozen.tactile_model,
-            frozen.clip_vision_model,
-            frozen.clip_pretrain_data,
-            frozen.common_latent_dim,
-            frozen.features,
-            self.settings.data.active_modality_names,
-        )
-        return self._checked(loaded, str(frozen.stage1_checkpoint)).to(self.device)
+        what = str(frozen.stage1_checkpoint or "the encoders of the run")
+        return self._checked(load_encoders(frozen, names, self.folder), what).to(self.device)
 
     def _checked(self, stage1: Stage1, what: str) -> Stage1:
         expected, found = self._ingredients.get("encoders"), stage1.fingerprint()

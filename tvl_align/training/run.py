@@ -34,11 +34,10 @@ from tvl_align.training.settings import RunConfig, Settings, notes_on_ignored_fl
 
 MAX_SIZE = 2**20  # of features: their width and number of tokens
 MAY_DIFFER_ON_RESUME = {  # options that do not change the results of a run
-    "stage1": {
-        "enable_flash_attention2",
-        "stage1_checkpoint",
-        "clip_pretrain_data",
-    },  # places; the store knows their content
+    "stage1": {  # places; the store knows their content
+        *("enable_flash_attention2", "stage1_checkpoint", "clip_pretrain_data"),
+        *("vision_encoder", "tactile_encoder", "text_encoder"),
+    },
     "data": {
         *("num_workers", "pin_mem", "multi_epochs_dataloader", "strict", "max_skipped"),
         *("feature_dir", "datasets_dir", "store", "pairs", "label_columns"),

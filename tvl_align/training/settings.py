@@ -83,8 +83,12 @@ class Settings(Generic[K]):
             raise UserError(
                 f"--start_epoch {self.run.start_epoch} leaves nothing of --epochs {self.optim.epochs}; give a lower one."
             )
-        if self.stage1.stage1_checkpoint is None and self.data.store is None:
-            raise UserError("no features to train on; give --stage1_checkpoint FILE, or --store FOLDER.")
+        own = all(getattr(self.stage1, f"{m}_encoder", None) for m in self.data.active_modality_names)
+        if self.stage1.stage1_checkpoint is None and self.data.store is None and not own:
+            raise UserError(
+                "no features to train on; give --stage1_checkpoint FILE, an encoder of your own for each modality "
+                "(--vision_encoder ...), or --store FOLDER."
+            )
 
     @property
     def folder(self) -> Path:
@@ -98,7 +102,7 @@ class Settings(Generic[K]):
 
     def open_inputs(self, device: torch.device, expected: Identity | None = None) -> Inputs:
         """Open the features for training and validation; see tvl_align.features.inputs.load_inputs."""
-        return load_inputs(self.stage1, self.data, self.run.seed, self.feature_dir, device, expected)
+        return load_inputs(self.stage1, self.data, self.run.seed, self.feature_dir, device, expected, self.folder)
 
 
 def notes_on_ignored_flags(settings: Settings[Any]) -> list[str]:
