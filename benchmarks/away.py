@@ -87,6 +87,9 @@ def away(config: AwayConfig) -> list[Path]:
     run_in_processes(todo, config.jobs, max(1, (os.cpu_count() or 1) // config.jobs))
     pages = []
     for name, settings in runs.items():
+        if len(settings) < 2:
+            print(f"one run, nothing to compare: {settings[0].folder / 'results.json'}", flush=True)
+            continue
         pages.append(write_comparison([s.folder for s in settings], config.out / name, " ".join(sys.argv)))
         print(f"report: {pages[-1].resolve()}", flush=True)
     return pages
