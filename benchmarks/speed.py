@@ -37,6 +37,7 @@ from tvl_align.encoders.tvl import Stage1, create_touch_encoder
 from tvl_align.evaluation.probes import ProbeKind, Target, fit_probes
 from tvl_align.features.encode import ENCODE_BATCH, open_or_encode
 from tvl_align.features.store import FeatureStore
+from tvl_align.inference.registers import PICTURES, Registers
 from tvl_align.inference.search import ROWS, Found, Index
 from tvl_align.methods.registry import METHODS
 from tvl_align.metrics.retrieval import retrieval
@@ -426,6 +427,27 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
                     stage1.encode({"text": batch})
 
             yield compare(f"encode {count} rows / bare forward pass ({label})", ours, bare, 2, warm=multiple > 1)
+            registers = _registers(stage1, options, folder)
+            given = [{m: str(world / str(getattr(row, m))) for m in PICTURES} for row in samples["train"].rows]
+
+            def embed(registers: Registers = registers, given: Any = given) -> None:
+                registers.embed(*([row[m] for row in given] for m in PICTURES), batch_size=ENCODE_BATCH)
+
+            def bare_images(stage1: Stage1 = stage1, images: Any = images) -> None:
+                for batch in images:
+                    stage1.encode(batch)
+
+            yield compare(f"embed {count} rows / bare forward pass ({label})", embed, bare_images, 2, warm=multiple > 1)
+
+
+def _registers(stage1: Stage1, options: ImageOptions, folder: Path) -> Registers:
+    """A base model with random weights, as `tvl_align.load` gives one."""
+    method, settings = METHODS["base"], jobs.run_settings(folder / "none", folder, 64, 256)
+    features = {"encoders": stage1.fingerprint(), "images": asdict(options), "text": {"prompt": ""}}
+    config = {"implementation": asdict(method.implementation), "store": None, "features": features}
+    model = method.model(settings.knobs, stage1.specs)
+    device = torch.device("cpu")
+    return Registers(model, stage1.specs, method, settings, config, folder, device, "checkpoint.pth", stage1)
 
 
 def _processes(config: BenchConfig) -> Iterator[Figure]:

@@ -31,7 +31,7 @@ def test_encoding_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(speed, "SIZES", speed.SIZES[:1])
     sizes = {"batch": 8, "width": 192, "pictures": 2, "turns": 1}
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=("encode", "store"), **sizes))
-    assert ["small Stage 1" in f.name and f.ours > 0 for f in figures] == [True] * 3
+    assert ["small Stage 1" in f.name and f.ours > 0 for f in figures] == [True] * 4
 
 
 def test_search_is_measured(tmp_path: Path) -> None:
