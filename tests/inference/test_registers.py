@@ -275,3 +275,20 @@ def test_a_name_of_the_hub_is_downloaded(
     registers.save_pretrained(tmp_path / "shared")
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: str(tmp_path / "shared"))
     assert load("me/touch", device="cpu").modalities == ("vision", "tactile", "text")
+
+
+def test_a_run_of_an_earlier_version_knows_its_features_from_its_store(
+    run: Path, registers: Registers, world: Path, rows: list[Row], tmp_path: Path
+) -> None:
+    shutil.copytree(run.parent, tmp_path / "old")
+    config = json.loads((tmp_path / "old/run/config.json").read_text())
+    del config["features"], config["specs"]
+    (tmp_path / "old/run/config.json").write_text(json.dumps(config))
+    old, photo = load(tmp_path / "old/run", device="cpu"), world / str(rows[0].vision)
+    assert torch.equal(old.embed(vision=photo).pooled["vision"], registers.embed(vision=photo).pooled["vision"])
+
+
+def test_bf16_encoders_change_little(registers: Registers, world: Path, rows: list[Row]) -> None:
+    photos = [world / str(row.vision) for row in rows[:8]]
+    one, other = (registers.embed(vision=photos, precision=p).pooled["vision"] for p in ("float32", "bf16"))
+    assert float((one * other).sum(1).min()) > 0.99 and not torch.equal(one, other)

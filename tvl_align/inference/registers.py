@@ -146,6 +146,8 @@ class Registers:
     def _ingredients(self) -> Mapping[str, Any]:
         """What the features of the run depend on (tvl_align.features.identity). Raises UserError for own features."""
         found = self.config.get("features") or {}
+        if not found and (self._store_folder / "manifest.json").is_file():  # a run of an earlier version
+            found = FeatureStore(self._store_folder).manifest["ingredients"]
         if not found:
             raise UserError(
                 f"{self.folder} was trained on features of your own, and does not know what made them; give features to "
@@ -364,8 +366,11 @@ class Registers:
 
     def open_store(self) -> FeatureStore:
         """The feature store that the run was trained on. Raises UserError if it is gone."""
-        own = self.settings.data.store
-        return FeatureStore(own or self.settings.feature_dir / str(self.config["store"]))
+        return FeatureStore(self._store_folder)
+
+    @property
+    def _store_folder(self) -> Path:
+        return self.settings.data.store or self.settings.feature_dir / str(self.config["store"])
 
     @staticmethod
     def similarity(one: Embeddings, other: Embeddings | None = None) -> dict[str, Tensor]:
