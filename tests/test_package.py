@@ -59,7 +59,7 @@ PLAIN = required(PROJECT["dependencies"])
 
 
 def distribution(module: str) -> str:
-    return "scikit-learn" if module == "sklearn" else normal(module)
+    return {"sklearn": "scikit-learn", "faiss": "faiss-cpu"}.get(module, normal(module))
 
 
 @pytest.mark.parametrize(("module", "extra"), EXTRAS.items())

@@ -29,6 +29,7 @@ EXTRAS = {  # package -> the extra of tvl-align that installs it
     **dict.fromkeys(("scipy", "taxim"), "demo"),
     **dict.fromkeys(("h5py", "zarr"), "arrays"),
     **dict.fromkeys(("sentence_transformers", "transformers"), "encoders"),
+    "faiss": "search",
     "submitit": "slurm",
 }
 
