@@ -47,6 +47,13 @@ def test_slow_units_are_counted_in_seconds(clock: Clock, capsys: pytest.CaptureF
     assert capsys.readouterr().err == "bench: part 1/3, 90.0 s/part, 3 min left\n"
 
 
+def test_a_job_of_unknown_length_prints_what_is_done(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(None, "encode", "sample") as bar:
+        clock.now = 60.0
+        bar.update(300)
+    assert capsys.readouterr().err == "encode: sample 300, 5.0 sample/s\n"
+
+
 @pytest.mark.parametrize(("seconds", "quiet"), [(59.0, False), (600.0, True)])
 def test_short_jobs_and_quiet_jobs_print_nothing(
     seconds: float, quiet: bool, clock: Clock, capsys: pytest.CaptureFixture[str]

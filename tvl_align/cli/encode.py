@@ -1,23 +1,123 @@
 """`tvl-align encode`: write the feature store that `train` reads."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
 
 from tvl_align.cli.train import read_settings
+from tvl_align.config import parse
+from tvl_align.contract import MODALITIES
+from tvl_align.data.sources import Keys, open_source
+from tvl_align.data.text import PROMPT
+from tvl_align.data.transforms import Crop, Turn
 from tvl_align.data.tvl import Tolerance
+from tvl_align.encoders.own import load_encoders
+from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.encode import open_or_encode
-from tvl_align.features.inputs import load_samples
+from tvl_align.features.inputs import NORMS, load_samples
+from tvl_align.features.stream import encode_stream, plain_images
+from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import is_main
+from tvl_align.system.runtime import pick_device
 from tvl_align.training.engine import make_accelerator
 
-ABOUT = "Encode a data set once into a feature store. With the same flags, train uses this store."
+ABOUT = (
+    "Encode a data set once into a feature store. With the same flags, train uses this store. --source takes data in other "
+    "formats: `tvl-align encode --source datasets:FOLDER --help` lists its flags."
+)
 EXAMPLES = (
     "tvl-align encode --stage1_checkpoint stage1/checkpoint.pth --datasets_dir world",
     "torchrun --nproc_per_node=8 --no_python tvl-align encode --stage1_checkpoint P --datasets_dir D --views 4",
 )
+SOURCE_EXAMPLES = (
+    "tvl-align encode --source datasets:FOLDER --vision_key image --tactile_key touch --text_key words --out S ...",
+    "tvl-align encode --source 'webdataset:shards-{0..9}.tar' --vision_key photo.jpg --tactile_key touch.jpg --out S ...",
+    "tvl-align encode --source lerobot:FOLDER --vision_key observation.images.top --every 10 --out S ...",
+    "tvl-align encode --source video:FOLDER --vision_key camera --tactile_key touch --every 30 --out S ...",
+)
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Encode a stream of samples, read once, into a feature store for `train --store`. Views are the plain ones."""
+
+    source: str
+    """datasets:FOLDER (save_to_disk, .parquet or .arrow), webdataset:SHARDS, lerobot:FOLDER or video:FOLDER."""
+    out: Path
+    """Folder for the store; new or empty."""
+    vision_key: str | None = None
+    """Key of photos: a column, an extension of a shard's files, a feature, or a sub-folder of videos."""
+    tactile_key: str | None = None
+    """Key of touch images."""
+    text_key: str | None = None
+    """Key of adjectives, separated by commas; they get TVL's prompt."""
+    sentence_key: str | None = None
+    """Key of sentences that are used as they are; default with lerobot: task."""
+    group_key: str | None = None
+    """Key of groups (object, trajectory) that are never split apart; default: every sample, episode or video is one."""
+    split_key: str | None = None
+    """Key of train, val or test; default: splits that the source names, else 80%, 10%, 10% of the groups are drawn."""
+    label_keys: tuple[str, ...] = ()
+    """Keys of labels that evaluate probes; default: none."""
+    every: int = 1
+    """Take one of so many frames of lerobot and video."""
+    photo_crop: Crop = "none"
+    """Part of a photo: tvl (under the sensor), centre (largest square) or none (all)."""
+    touch_crop: Crop = "none"
+    """Part of a touch image: tvl (padded to a square), centre or none (all)."""
+    touch_turn: Turn = 0
+    """Degrees by which touch images are turned counterclockwise."""
+    photo_norm: Literal["clip", "imagenet", "half", "measured"] | None = None
+    """Colours for the normalisation of photos: clip, imagenet or half (0.5); default: those of the encoder (TVL's: clip)."""
+    touch_norm: Literal["tvl", "clip", "imagenet", "half", "measured"] | None = None
+    """Colours for the normalisation of touch images; default: those of the encoder (TVL's: tvl)."""
+    no_text_prompt: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Omit the prompt "This image gives tactile feelings of" before the adjectives."""
+    strict: bool = False
+    """Stop at the first sample or picture that cannot be used, instead of skipping it."""
+    max_skipped: float = 0.05
+    """Stop if more than this fraction of the samples cannot be used (0.05 = 5%)."""
+    seed: int = 0
+    """Seed of the random split; used if there are no splits."""
+    device: str | None = None
+    """cuda or cpu; default: cuda if available, else cpu."""
+    stage1: tyro.conf.OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "every")
+        between(0, 1, self, "max_skipped")
+        for name in ("photo_norm", "touch_norm"):
+            if getattr(self, name) == "measured":
+                raise UserError(f"--{name} measured needs two passes, and a stream is read once; name the colours.")
+        if len(self.modalities) < 2:
+            given = ", ".join(self.modalities) or "nothing"
+            raise UserError(
+                f"registers align two or more modalities, and there are keys of {given}; give --vision_key, --tactile_key, "
+                "--text_key or --sentence_key."
+            )
+
+    @property
+    def keys(self) -> Keys:
+        """Where the parts of a sample are."""
+        single = (self.vision_key, self.tactile_key, self.text_key, self.sentence_key, self.group_key, self.split_key)
+        return Keys(*single, self.label_keys)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those to encode; a LeRobot dataset has the sentences of its tasks."""
+        text = ("text",) if self.source.startswith("lerobot:") else ()
+        return tuple(m for m in MODALITIES if m in {*self.keys.modalities, *text})
 
 
 def run(argv: Sequence[str]) -> None:
+    if any(flag.partition("=")[0] == "--source" for flag in argv):
+        _encode_source(parse(SourceConfig, argv, "tvl-align encode", examples=SOURCE_EXAMPLES))
+        return
     settings, _, _ = read_settings(argv, "tvl-align encode", ABOUT, EXAMPLES)
     if settings.data.store is not None:
         raise UserError(f"{settings.data.store} is already a feature store; pass it to train with --store.")
@@ -29,3 +129,27 @@ def run(argv: Sequence[str]) -> None:
     store = open_or_encode(settings.feature_dir, stage1, samples, data.views, data.num_workers, tolerance=tolerance)
     if is_main():
         print(store.folder)
+
+
+def _encode_source(config: SourceConfig) -> None:
+    processes = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if processes > 1:
+        raise UserError(f"--source is read by one process, and there are {processes}; run it without torchrun or srun.")
+    source = open_source(config.source, config.keys, config.every)
+    stage1 = load_encoders(config.stage1, config.modalities).to(pick_device(config.device))
+    images = plain_images(stage1, config.photo_crop, config.touch_crop, config.touch_turn)
+    for modality, norm in (("vision", config.photo_norm), ("tactile", config.touch_norm)):
+        images = images if norm is None else images.normalised_by(modality, NORMS[norm])
+    store = encode_stream(
+        source.samples,
+        stage1,
+        config.out,
+        images,
+        prompt="" if config.no_text_prompt else PROMPT,
+        tolerance=Tolerance(config.strict, config.max_skipped),
+        total=source.total,
+        seed=config.seed,
+    )
+    rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())
+    print(f"{', '.join(store.specs)}: {rows} rows")
+    print(store.folder)

@@ -119,6 +119,7 @@ class Arrays:
     {factor: (N,) str}. owners: {factor: modalities that carry it}. numbers: the factors that are numbers, of 6 significant
     digits, "" if unknown; the others are classes. groups: (N,) str, or None: every row is a group. content_keys: {modality:
     (N,) int64}, equal for rows with equal numbers or captions; a modality in which all rows differ is not in it.
+    ingredients: what made the features, as `tvl_align.features.identity` records it; empty: not known.
     """
 
     modalities: dict[str, ModalityArrays]
@@ -129,6 +130,7 @@ class Arrays:
     numbers: tuple[str, ...] = ()
     groups: np.ndarray | None = None
     content_keys: dict[str, np.ndarray] = field(default_factory=dict)
+    ingredients: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def views(self) -> int:
@@ -636,6 +638,8 @@ def arrays_key(arrays: Arrays) -> str:
         digest.update(repr(("content", name, keys.tolist())).encode())
     if arrays.groups is not None:
         digest.update(repr(("groups", arrays.groups.tolist())).encode())
+    if arrays.ingredients:
+        digest.update(json.dumps(arrays.ingredients, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -662,8 +666,9 @@ def write_arrays(arrays: Arrays, out: Path, key: str) -> None:
                 _write_split(folder / split, arrays.modalities, rows, specs, views, captions)
         if arrays.labels:
             _write_labels(folder, arrays)
-        manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits, "ingredients": {}}
-        manifest |= {"modalities": {m: asdict(spec) for m, spec in specs.items()}, "made_by": provenance()}
+        manifest = {"format": FORMAT, "key": key, "root": str(out.resolve()), "splits": splits}
+        manifest |= {"ingredients": dict(arrays.ingredients), "made_by": provenance()}
+        manifest |= {"modalities": {m: asdict(spec) for m, spec in specs.items()}}
         (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for part in sorted(folder.iterdir(), key=lambda path: path.name == "manifest.json"):  # last: it completes the store
             os.replace(part, out / part.name)

@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -239,6 +240,7 @@ class FeatureStore:
         *,
         owners: Mapping[str, Sequence[str]] | None = None,
         seed: int = 0,
+        ingredients: Mapping[str, Any] | None = None,
     ) -> Iterator[FeatureWriter]:
         """Write a store to the folder `out` in chunks of rows, with one chunk in memory:
 
@@ -247,13 +249,14 @@ class FeatureStore:
 
         The store is that of `from_arrays` for all rows together. It exists once the block has ended without an error; after
         an error `out` is empty. The chunks are in `out` until then, in single precision: twice the space of the store, in
-        addition to it. specs: see FeatureWriter. owners, seed: see `check_arrays`. Raises UserError for invalid chunks (see
+        addition to it. specs: see FeatureWriter. owners, seed: see `check_arrays`. ingredients: what makes the features, see
+        `tvl_align.features.stream`; a run on this store can then embed new inputs. Raises UserError for invalid chunks (see
         `FeatureWriter.add`), and if `out` has other content.
         """
         with unfinished(out, "chunks") as folder:
             writer = FeatureWriter(folder, specs)
             yield writer
-            cls.from_arrays(writer.arrays(owners, seed), out)
+            cls.from_arrays(replace(writer.arrays(owners, seed), ingredients=ingredients or {}), out)
 
     @classmethod
     def from_file(cls, file: Path, out: Path, seed: int = 0) -> "FeatureStore":

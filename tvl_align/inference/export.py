@@ -132,8 +132,8 @@ def read_export(
         raise UserError(f"{path} has a malformed store or features; export the run again.")
     stage1, data, here = settings.stage1, settings.data, folder.resolve()
     modules = {f.name: None for f in fields(stage1) if f.name.endswith("_encoder") and _is_module(getattr(stage1, f.name))}
-    if (file := stage1.stage1_checkpoint or (Path("checkpoint.pth") if modules else None)) is not None:
-        file = places.stage1_checkpoint or here / file.name
+    recorded = stage1.stage1_checkpoint or (Path("checkpoint.pth") if modules else None)
+    file = places.stage1_checkpoint or (here / recorded.name if recorded is not None else None)
     settings = replace(
         settings,
         stage1=replace(stage1, stage1_checkpoint=file, **cast(Any, modules)),

@@ -125,7 +125,7 @@ class Registers:
             return self._checked(self._stage1, "the Stage 1 that was given").to(self.device)
         frozen = self.settings.stage1
         self._ingredients  # noqa: B018 - features of one's own have no encoders
-        names = self.settings.data.active_modality_names
+        names = self.modalities
         if frozen.stage1_checkpoint is None and not all(getattr(frozen, f"{m}_encoder") for m in names):
             raise UserError(
                 f"{self.folder} does not say where its Stage 1 is; give --stage1_checkpoint (stage1_checkpoint=)."

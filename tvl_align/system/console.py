@@ -30,6 +30,9 @@ EXTRAS = {  # package -> the extra of tvl-align that installs it
     **dict.fromkeys(("h5py", "zarr"), "arrays"),
     **dict.fromkeys(("sentence_transformers", "transformers"), "encoders"),
     "faiss": "search",
+    **{name: name for name in ("datasets", "webdataset")},
+    "av": "video",
+    "pyarrow": "lerobot",
     "submitit": "slurm",
 }
 
@@ -90,7 +93,7 @@ def reports_errors(main: Callable[P, None]) -> Callable[P, None]:
 class _ProgressLines(tqdm):
     """A tqdm that prints a plain line every LINE_INTERVAL seconds, for stderr that is not a terminal."""
 
-    def __init__(self, total: int, desc: str, unit: str, initial: int) -> None:
+    def __init__(self, total: int | None, desc: str, unit: str, initial: int) -> None:
         timing = {"mininterval": LINE_INTERVAL, "maxinterval": LINE_INTERVAL, "delay": LINE_INTERVAL, "miniters": 1}
         super().__init__(total=total, desc=desc, unit=unit, initial=initial, leave=False, **timing)
 
@@ -108,16 +111,18 @@ class _ProgressLines(tqdm):
         if msg is None and self.n > self.initial and elapsed > 0:
             rate = (self.n - self.initial) / elapsed
             speed = f"{rate:.1f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}"
-            left = f"{math.ceil((self.total - self.n) / rate / 60)} min left"
+            of_all, left = "", ""
+            if self.total is not None:
+                of_all, left = f"/{self.total}", f", {math.ceil((self.total - self.n) / rate / 60)} min left"
             postfix = f", {self.postfix}" if self.postfix else ""
-            line = f"{self.desc.removesuffix(': ')}: {self.unit} {self.n}/{self.total}, {speed}, {left}{postfix}"
+            line = f"{self.desc.removesuffix(': ')}: {self.unit} {self.n}{of_all}, {speed}{left}{postfix}"
             print(line, file=self.fp, flush=True)
 
 
-def progress(total: int, desc: str, unit: str, quiet: bool = False, initial: int = 0) -> "tqdm[Any]":
+def progress(total: int | None, desc: str, unit: str, quiet: bool = False, initial: int = 0) -> "tqdm[Any]":
     """Progress of a job on stderr: a tqdm bar on a terminal, else one line per minute; nothing if `quiet`.
 
-    total, initial: number of units in all, and done before. desc, unit: names of the job and of one unit.
+    total, initial: number of units in all (None: not known), and done before. desc, unit: names of the job and of one unit.
     """
     if quiet or sys.stderr.isatty():
         return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=quiet, dynamic_ncols=True, mininterval=0.5)

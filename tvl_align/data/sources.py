@@ -1,0 +1,473 @@
+"""Streams of samples from common formats: Hugging Face `datasets`, WebDataset shards, LeRobot datasets, video files.
+
+`open_source` gives one; `tvl_align.features.stream` says what a sample is and encodes it. Each format is read once, in its
+order, by the library made for it. LeRobot datasets are the exception: the library of that name brings a PyTorch of its own,
+so their documented files (versions 2 and 3) are read with pyarrow and PyAV.
+
+A `Keys` names the places of a sample's parts, and each reader says what a key is in its format.
+"""
+
+import importlib
+import json
+import math
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvl_align.data.pairs import SPLITS
+from tvl_align.data.text import Sentence, is_absent
+from tvl_align.system.console import UserError
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+ROWS_AT_ONCE = 64  # of a parquet file
+RATE_TOLERANCE = 0.01  # relative, between the frame rates of videos recorded together
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where the parts of a sample are; None: nowhere. text: adjectives. sentence: a text that is used as it is; where a
+    sample has none its adjectives are used. labels: factors that probes predict."""
+
+    vision: str | None = None
+    tactile: str | None = None
+    text: str | None = None
+    sentence: str | None = None
+    group: str | None = None
+    split: str | None = None
+    labels: tuple[str, ...] = ()
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that have a key."""
+        has = {"vision": self.vision, "tactile": self.tactile, "text": self.text or self.sentence}
+        return tuple(m for m, key in has.items() if key is not None)
+
+    @property
+    def used(self) -> list[str]:
+        """All keys that are given."""
+        single = [getattr(self, f.name) for f in fields(self) if f.name != "labels"]
+        return list(dict.fromkeys(key for key in (*single, *self.labels) if key is not None))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stream of samples, and how many they are; None: not known."""
+
+    samples: Iterator[dict[str, Any]]
+    total: int | None = None
+
+
+def open_source(name: str, keys: Keys, every: int = 1) -> Source:
+    """Open `datasets:FOLDER`, `webdataset:SHARDS`, `lerobot:FOLDER` or `video:FOLDER`.
+
+    every: one of so many frames of videos and episodes is taken. Raises UserError for another name, for a folder that is not
+    there or not of this format, for unknown keys and for a missing library; also while the samples are read.
+    """
+    kind, colon, place = name.partition(":")
+    if kind not in READERS or not (colon and place):
+        raise UserError(f"--source {name} names no source; give {', '.join(f'{k}:PLACE' for k in READERS)}.")
+    if every != 1 and kind not in ("lerobot", "video"):
+        raise UserError(f"--every counts frames, and {kind} has none; leave it out.")
+    return READERS[kind](place, keys, every)
+
+
+def _sample(name: str, keys: Keys, value: Callable[[str], Any], **known: Any) -> dict[str, Any]:
+    """A sample whose parts are value(key); `known` are parts that need no key."""
+    sentence = _text(value(keys.sentence)) if keys.sentence is not None else None
+    text = _text(value(keys.text)) if keys.text is not None else None
+    sample: dict[str, Any] = {"name": name, "text": text if sentence is None else Sentence(sentence)}
+    for part in ("vision", "tactile", "group", "split"):
+        key = getattr(keys, part)
+        sample[part] = value(key) if key is not None else None
+    sample["labels"] = {factor: value(factor) for factor in keys.labels}
+    return sample | {k: v for k, v in known.items() if sample.get(k) is None}
+
+
+def _text(value: Any) -> str | None:
+    """A text as it is, a list as adjectives; None where it says "no value"."""
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return None if text is None or is_absent(str(text)) else str(text)
+
+
+def _library(name: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed; run pip install 'tvl-align[{extra}]'.") from error
+
+
+def _folder(place: str, kind: str) -> Path:
+    folder = Path(place)
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}; {kind}: takes a folder.")
+    return folder
+
+
+def _check_keys(keys: Iterable[str], known: Iterable[str], where: Path | str) -> None:
+    names = list(known)
+    if unknown := [key for key in keys if key not in names]:
+        raise UserError(f"{where} has no {unknown[0]!r}; it has {', '.join(names) or 'nothing'}.")
+
+
+@contextmanager
+def _readable(path: Path | str, *errors: type[Exception]) -> Iterator[None]:
+    """Raise UserError in place of the errors of a damaged file."""
+    expected: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, TypeError, EOFError, *errors)
+    try:
+        yield
+    except expected as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"{path} cannot be read ({reason}); repair it or leave it out.") from error
+
+
+# Hugging Face datasets
+
+
+def read_datasets(place: str, keys: Keys, every: int = 1) -> Source:
+    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or one with .parquet or .arrow files.
+
+    Keys are columns: of pictures, an Image, bytes, a path (relative to the folder) or an array of values from 0 to 255.
+    Classes of a ClassLabel get their names. Without a split column the splits are those of the DatasetDict, or of files that
+    begin with their name, as in train-00000-of-00002.parquet, where there are two or more.
+    """
+    library, folder = _library("datasets", "datasets"), _folder(place, "datasets")
+    with _readable(folder):
+        parts = _parts(library, folder)
+    for part in parts:
+        _check_keys(keys.used, part.features, folder)
+    splits, pictures = {part.split for part in parts}, (keys.vision, keys.tactile)
+    named = len(splits) > 1 and "" not in splits and keys.split is None
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for part in parts:
+            with _readable(folder):
+                for i, row in enumerate(part.rows(keys.used)):
+                    known = {"split": part.split} if named else {}
+                    yield _sample(f"{part.name}/{i}", keys, partial(part.value, row, pictures), **known)
+
+    return Source(samples(), sum(part.count for part in parts))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A table of a dataset: rows(columns) gives its rows as {column: value}."""
+
+    name: str
+    split: str
+    features: Mapping[str, Any]
+    count: int
+    rows: Callable[[Sequence[str]], Iterator[dict[str, Any]]]
+    folder: Path
+
+    def value(self, row: Mapping[str, Any], pictures: Sequence[str | None], key: str) -> Any:
+        """A value of a row as a part of a sample. Text of a column of pictures is a path, a list an array of 0 to 255."""
+        value, names = row[key], getattr(self.features[key], "names", None)
+        if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
+            value = value["path"] if value["bytes"] is None else value["bytes"]
+        if names is not None and isinstance(value, int):
+            return names[value] if 0 <= value < len(names) else None  # -1: not known
+        if key not in pictures:
+            return value
+        if isinstance(value, list):
+            array = np.asarray(value)
+            whole = array.dtype.kind in "iu" and 0 <= array.min(initial=0) <= array.max(initial=0) <= 255
+            return array.astype(np.uint8) if whole else array
+        if isinstance(value, str):
+            return None if is_absent(value) else self.folder / value
+        return value
+
+
+def _parts(library: Any, folder: Path) -> list[_Part]:
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        loaded = library.load_from_disk(str(folder))
+        splits = loaded if isinstance(loaded, library.DatasetDict) else {"row": loaded}
+        return [_table(library, name, name, table, folder) for name, table in splits.items()]
+    files = sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".arrow") and p.is_file())
+    if not files:
+        raise UserError(f"{folder} has no dataset; give a folder of save_to_disk, or one of .parquet or .arrow files.")
+    parts = []
+    for file in files:
+        name, split = file.relative_to(folder).with_suffix("").as_posix(), file.stem.partition("-")[0]
+        split = split if split in SPLITS else ""
+        if file.suffix == ".arrow":
+            parts.append(_table(library, name, split, library.Dataset.from_file(str(file)), folder))
+        else:
+            parts.append(_parquet(library, name, split, file, folder))
+    return parts
+
+
+def _table(library: Any, name: str, split: str, table: Any, folder: Path) -> _Part:
+    """Memory-mapped rows. Pictures are not decoded here, so that one that is damaged does not end the stream."""
+    images = [column for column, feature in table.features.items() if isinstance(feature, library.Image)]
+
+    def rows(columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        chosen = table.with_format(None).select_columns(list(columns))
+        for column in set(images) & set(columns):
+            chosen = chosen.cast_column(column, library.Image(decode=False))
+        return iter(chosen)
+
+    return _Part(name, split, table.features, len(table), rows, folder)
+
+
+def _parquet(library: Any, name: str, split: str, file: Path, folder: Path) -> _Part:
+    parquet = importlib.import_module("pyarrow.parquet").ParquetFile(file)
+    features = library.Features.from_arrow_schema(parquet.schema_arrow)
+
+    def rows(columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=list(columns)):
+            yield from batch.to_pylist()
+
+    return _Part(name, split, features, parquet.metadata.num_rows, rows, folder)
+
+
+# WebDataset
+
+
+def read_webdataset(place: str, keys: Keys, every: int = 1) -> Source:
+    """Shards: `shards-{000..009}.tar`, or several such, separated by `::`; files, or addresses that webdataset reads.
+
+    Keys are the extensions of a sample's files, such as jpg or touch.png, and what a JSON file has: json.material. A sample
+    may lack any. Shards are read in their order. Samples are named by shard and key.
+    """
+    library = _library("webdataset", "webdataset")
+    tar = importlib.import_module("webdataset.tariterators")
+    shards = list(library.shardlists.expand_urls(place))
+    missing = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
+    if missing or not shards:
+        raise UserError(f"no such shard: {missing[0] if missing else place}; give the .tar files of webdataset: in quotes.")
+    pictures = [key for key in (keys.vision, keys.tactile) if key is not None]
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for shard in shards:
+            with _readable(shard, tarfile.TarError), library.gopen(shard) as stream:
+                for files in tar.group_by_keys(tar.tar_file_expander([{"url": shard, "stream": stream}])):
+                    name = f"{Path(shard).stem}/{files['__key__']}"
+                    yield _sample(name, keys, partial(_member, files, pictures))
+
+    return Source(samples())
+
+
+def _member(files: Mapping[str, Any], pictures: Sequence[str], key: str) -> Any:
+    """The file with this extension, as bytes or text, or an entry of a JSON file, EXTENSION.NAME; None without it."""
+    if key.lower() in files:  # extensions are read in lower case
+        return files[key.lower()] if key in pictures else files[key.lower()].decode("utf-8").strip()
+    extension, _, name = key.rpartition(".")
+    if (extension := extension.lower()) in files and extension.rpartition(".")[2] == "json":
+        content = json.loads(files[extension])
+        return content.get(name) if isinstance(content, dict) else None
+    return None
+
+
+# Video files
+
+
+def read_video(place: str, keys: Keys, every: int = 1) -> Source:
+    """A folder whose sub-folders are the keys: photos in KEY/NAME.mp4, touch in its own, texts and labels in KEY/NAME.txt.
+
+    Videos of the same name were recorded together, at the same frame rate: frame i of each is a sample, up to the shortest.
+    A name may lack any of them. Without --group_key a name is a group.
+    """
+    av, folder = _library("av", "video"), _folder(place, "video")
+    of_pictures = [key for key in (keys.vision, keys.tactile) if key is not None]
+    _check_keys(keys.used, sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
+    videos: dict[str, dict[str, Path]] = {}
+    for key in of_pictures:
+        for file in sorted((folder / key).iterdir()):
+            if file.suffix.lower() in VIDEOS:
+                videos.setdefault(file.stem, {})[key] = file
+    if not videos:
+        wanted = " or ".join(f"{folder / key}" for key in of_pictures) or "any folder"
+        raise UserError(
+            f"there is no video ({', '.join(VIDEOS)}) in {wanted}; name the folders by --vision_key and --tactile_key."
+        )
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for name, files in sorted(videos.items()):
+            texts = {key: _text_file(folder / key / f"{name}.txt") for key in keys.used if key not in of_pictures}
+            _check_rates(av, name, files)
+            streams = [_frames(av, file, every) for file in files.values()]
+            for i, frames in enumerate(zip(*streams, strict=False)):
+                parts = texts | dict(zip(files, frames, strict=True))
+                yield _sample(f"{name}/{i * every}", keys, parts.get, group=name)
+
+    return Source(samples())
+
+
+def _text_file(path: Path) -> str | None:
+    with _readable(path):
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+
+
+def _check_rates(av: Any, name: str, files: Mapping[str, Path]) -> None:
+    rates = {}
+    for key, file in files.items():
+        with _readable(file, av.error.FFmpegError), av.open(str(file)) as video:
+            if not video.streams.video:
+                raise ValueError("no video in it")
+            rates[key] = float(video.streams.video[0].average_rate or 0)
+    if rates and max(rates.values()) > (1 + RATE_TOLERANCE) * min(rates.values()):
+        found = ", ".join(f"{key} has {rate:.2f}" for key, rate in rates.items())
+        raise UserError(f"the videos of {name} differ in frames per second ({found}); write them at one rate.")
+
+
+def _frames(av: Any, file: Path, every: int) -> Iterator[np.ndarray]:
+    """Every so many frames of a video, each (H, W, 3) uint8."""
+    with _readable(file, av.error.FFmpegError), av.open(str(file)) as video:
+        for i, frame in enumerate(video.decode(video=0)):
+            if i % every == 0:
+                yield frame.to_ndarray(format="rgb24")
+
+
+# LeRobot
+
+
+def read_lerobot(place: str, keys: Keys, every: int = 1) -> Source:
+    """A LeRobotDataset folder of version 2 or 3: meta/info.json, parquet files, and videos or pictures inside of parquet.
+
+    Keys are features: of pictures, those of type image or video; "task" is the sentence of a frame's task, the default of
+    --sentence_key unless --text_key is given. Episodes are groups, and the splits are those of info.json where it names two
+    or more.
+    """
+    folder = _folder(place, "lerobot")
+    _library("pyarrow", "lerobot")
+    table, av = importlib.import_module("pyarrow.parquet"), _library("av", "lerobot")
+    if keys.text is None and keys.sentence is None:
+        keys = Keys(**{f.name: getattr(keys, f.name) for f in fields(keys)} | {"sentence": "task"})
+    info_file = folder / "meta/info.json"
+    with _readable(info_file):
+        info = json.loads(info_file.read_text(encoding="utf-8"))
+        version, features, fps = str(info["codebase_version"]), dict(info["features"]), float(info["fps"])
+        splits = {str(k): [int(x) for x in str(v).split(":")] for k, v in (info.get("splits") or {}).items()}
+    if version[:3] not in ("v2.", "v3."):
+        raise UserError(f"{folder} has the LeRobot version {version}; convert it to version 2 or 3.")
+    _check_keys(keys.used, [*features, "task"], info_file)
+    kinds = {key: str(features[key].get("dtype")) for key in (keys.vision, keys.tactile) if key is not None}
+    if wrong := [key for key, kind in kinds.items() if kind not in ("image", "video")]:
+        raise UserError(f"{wrong[0]} of {folder} is {kinds[wrong[0]]}, not pictures; name a feature of type image or video.")
+    with _readable(folder / "meta"):
+        episodes = (_episodes_v2 if version.startswith("v2.") else _episodes_v3)(folder, info, kinds, table)
+        tasks = _tasks(folder, table)
+    plain = [key for key in keys.used if key != "task" and kinds.get(key) != "video"]
+
+    def samples() -> Iterator[dict[str, Any]]:
+        for episode in episodes:
+            columns = list(dict.fromkeys([*plain, "frame_index", "timestamp", "task_index"]))
+            with _readable(episode.data):
+                of_episode = [("episode_index", "=", episode.index)]
+                found = table.read_table(episode.data, columns=columns, filters=of_episode, partitioning=None).to_pylist()
+                rows = [row for row in found if row["frame_index"] % every == 0]
+            times = [row["timestamp"] for row in rows]
+            videos = {
+                k: _frames_at(av, file, [start + t for t in times], fps) for k, (file, start) in episode.videos.items()
+            }
+            split = next((k for k, (a, b) in splits.items() if a <= episode.index < b), None) if len(splits) > 1 else None
+            for row in rows:
+                parts = {key: _plain(value) for key, value in row.items()} | {k: next(v) for k, v in videos.items()}
+                parts["task"] = tasks.get(row["task_index"])
+                known = {"group": f"episode {episode.index}", "split": split}
+                name = f"episode_{episode.index:06d}/{row['frame_index']}"
+                yield _sample(name, keys, parts.get, **known)
+
+    return Source(samples(), sum(math.ceil(episode.length / every) for episode in episodes))
+
+
+@dataclass(frozen=True)
+class _Episode:
+    """An episode of `length` frames. data: its parquet file. videos: {feature: its file, seconds at which it begins}."""
+
+    index: int
+    length: int
+    data: Path
+    videos: dict[str, tuple[Path, float]]
+
+
+def _episodes_v2(folder: Path, info: Mapping[str, Any], kinds: Mapping[str, str], table: Any) -> list[_Episode]:
+    """Version 2: a parquet file and a video for every episode."""
+    found = []
+    for line in (folder / "meta/episodes.jsonl").read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        index = int(entry["episode_index"])
+        place = {"episode_chunk": index // int(info["chunks_size"]), "episode_index": index}
+        data = _inside(folder, info["data_path"].format(**place))
+        videos = {
+            key: (_inside(folder, info["video_path"].format(video_key=key, **place)), 0.0)
+            for key, kind in kinds.items()
+            if kind == "video"
+        }
+        found.append(_Episode(index, int(entry["length"]), data, videos))
+    return found
+
+
+def _episodes_v3(folder: Path, info: Mapping[str, Any], kinds: Mapping[str, str], table: Any) -> list[_Episode]:
+    """Version 3: several episodes in a parquet file and in a video; meta/episodes says which."""
+    found, of_video = [], [key for key, kind in kinds.items() if kind == "video"]
+    numbers = ("chunk_index", "file_index")
+    columns = ["episode_index", "length", *(f"data/{k}" for k in numbers)]
+    columns += [f"videos/{key}/{k}" for key in of_video for k in (*numbers, "from_timestamp")]
+    for file in sorted((folder / "meta/episodes").rglob("*.parquet")):
+        for entry in table.read_table(file, columns=columns, partitioning=None).to_pylist():
+            place = {k: entry[f"data/{k}"] for k in numbers}
+            videos = {}
+            for key in of_video:
+                at = {k: entry[f"videos/{key}/{k}"] for k in numbers}
+                path = _inside(folder, info["video_path"].format(video_key=key, **at))
+                videos[key] = path, float(entry[f"videos/{key}/from_timestamp"])
+            data = _inside(folder, info["data_path"].format(**place))
+            found.append(_Episode(int(entry["episode_index"]), int(entry["length"]), data, videos))
+    return sorted(found, key=lambda episode: episode.index)
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} is outside of the folder")
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} is missing")
+    return path
+
+
+def _tasks(folder: Path, table: Any) -> dict[int, str]:
+    """{task index: its sentence}, of meta/tasks.jsonl (version 2) or meta/tasks.parquet (version 3)."""
+    if (folder / "meta/tasks.jsonl").is_file():
+        lines = (folder / "meta/tasks.jsonl").read_text(encoding="utf-8").splitlines()
+        return {int(entry["task_index"]): str(entry["task"]) for entry in map(json.loads, lines)}
+    found = {}
+    for entry in table.read_table(folder / "meta/tasks.parquet", partitioning=None).to_pylist():
+        (task,) = (value for column, value in entry.items() if column != "task_index")
+        found[int(entry["task_index"])] = str(task)
+    return found
+
+
+def _frames_at(av: Any, file: Path, times: Sequence[float], fps: float) -> Iterator[np.ndarray]:
+    """The frames of a video at these increasing times in seconds, (H, W, 3) uint8 each, to half a frame."""
+    with _readable(file, av.error.FFmpegError), av.open(str(file)) as video:
+        stream = video.streams.video[0]
+        if times:
+            video.seek(max(0, int(times[0] / stream.time_base)), stream=stream)  # to the key frame before
+        decoded = video.decode(stream)
+        for time in times:
+            frame = next((f for f in decoded if f.time is not None and f.time > time - 0.5 / fps), None)
+            if frame is None or frame.time > time + 0.5 / fps:
+                raise ValueError(f"no frame at {time:.3f} seconds")
+            yield frame.to_ndarray(format="rgb24")
+
+
+def _plain(value: Any) -> Any:
+    """A value of a parquet row: a picture as its bytes, a list of one as its only element."""
+    if isinstance(value, dict) and "bytes" in value:
+        return value["bytes"]
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+READERS: dict[str, Callable[[str, Keys, int], Source]] = {
+    "datasets": read_datasets,
+    "webdataset": read_webdataset,
+    "lerobot": read_lerobot,
+    "video": read_video,
+}
