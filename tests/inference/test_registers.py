@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import tvl_align
-from tvl_align.data.tvl import Row
+from tvl_align.data.tvl import Row, read_tvl
 from tvl_align.encoders.tvl import Stage1Config, load_stage1
 from tvl_align.evaluation.split_tokens import all_rows, compute_tokens
 from tvl_align.features.inputs import DataConfig
@@ -292,3 +292,27 @@ def test_bf16_encoders_change_little(registers: Registers, world: Path, rows: li
     photos = [world / str(row.vision) for row in rows[:8]]
     one, other = (registers.embed(vision=photos, precision=p).pooled["vision"] for p in ("float32", "bf16"))
     assert float((one * other).sum(1).min()) > 0.99 and not torch.equal(one, other)
+
+
+def test_a_run_on_sentences_embeds_sentences(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    """A run knows whether its texts were adjectives, which get the prompt, or sentences, which are used as they are."""
+    lines = [
+        f"{row.vision},{row.tactile},A piece that is {row.caption.split(',')[0]}."
+        for row in read_tvl(world).train
+        if row.caption
+    ]
+    (tmp_path / "pairs.csv").write_text("photo,touch,sentence\n" + "\n".join(lines) + "\n")
+    settings = Settings(
+        Stage1Config(stage1_checkpoint),
+        MLPConfig(register_token_dim=32, hidden=8),
+        DataConfig(world, pairs=tmp_path / "pairs.csv", views=1, num_workers=0, probe_rows=0, touch_norm="tvl"),
+        OPTIM,
+        RunConfig(tmp_path, "run", device="cpu", method="mlp"),
+    )
+    fit(settings, MLP)
+    registers = load(tmp_path / "run", device="cpu")
+    known = registers.embed_split(registers.open_store().splits["train"]).pooled["text"]
+    sentence = lines[0].rpartition(",")[2]
+    as_in_training = (known @ registers.embed(text=sentence).pooled["text"][0]).max()
+    as_adjectives = (known @ registers.embed(text=sentence, sentences=False).pooled["text"][0]).max()
+    assert float(as_in_training) > 1 - 1e-5 > float(as_adjectives)

@@ -37,7 +37,7 @@ class EmbedConfig:
     text: tuple[str, ...] = ()
     """Captions of adjectives, 'soft, woven', one per row."""
     sentences: bool = False
-    """Texts are sentences, used as they are, without the prompt of the run."""
+    """Texts are sentences, used as they are, without the prompt of the run; default: as in the run."""
     split: str | None = None
     """Embed the plain views of this split (train, val, test) instead, with its names and labels."""
     keep: int | None = None
@@ -93,7 +93,7 @@ def _of_files(config: EmbedConfig, registers: Registers) -> tuple[list[str], Emb
         text=list(config.text) or None,
         keep=config.keep,
         attention=config.attention,
-        sentences=config.sentences,
+        sentences=config.sentences or None,
         dataset=config.dataset,
         batch_size=config.batch_size,
         precision=config.precision,

@@ -14,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tvl_align.data.samples import Samples
+from tvl_align.data.samples import Samples, TextOptions
+from tvl_align.data.text import Sentence
 from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import background_file, file_of, name_of
 from tvl_align.encoders.tvl import Stage1
@@ -85,7 +86,7 @@ def identify(stage1: Stage1, samples: Mapping[str, Samples], views: int, feature
         "encoders": stage1.fingerprint(),
         "features": stage1.features,
         "images": image_ingredients(first.images.options),
-        "text": {"prompt": first.text.prompt, "shuffle": first.text.shuffle, "synonyms": dict(first.text.synonyms)},
+        "text": text_ingredients(first.text, any(isinstance(r.caption, Sentence) for s in samples.values() for r in s.rows)),
         "views": views,
         "seed": first.seed,
         "packages": package_versions(FEATURE_PACKAGES),
@@ -101,6 +102,12 @@ def image_ingredients(options: ImageOptions) -> dict[str, Any]:
     Options that earlier versions did not have are left out where they have their default, so that stores keep their key.
     """
     return {k: v for k, v in asdict(options).items() if k not in LATER_OPTIONS or v != LATER_OPTIONS[k]}
+
+
+def text_ingredients(text: TextOptions, sentences: bool) -> dict[str, Any]:
+    """What is done to a caption. sentences: captions are sentences, used as they are; not named if they are adjectives."""
+    found: dict[str, Any] = {"prompt": text.prompt, "shuffle": text.shuffle, "synonyms": dict(text.synonyms)}
+    return found | ({"sentences": True} if sentences else {})
 
 
 def rows_digests(samples: Mapping[str, Samples], feature_dir: Path) -> dict[str, str]:

@@ -30,11 +30,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from tvl_align.data.pairs import SPLITS
-from tvl_align.data.text import PROMPT, caption_key, evaluation_text
+from tvl_align.data.samples import TextOptions
+from tvl_align.data.text import PROMPT, Sentence, caption_key, evaluation_text
 from tvl_align.data.transforms import DECODER_ERRORS, BadImage, Crop, ImageOptions, Source, Turn, picture_tensor
 from tvl_align.data.tvl import Tolerance, caption_of
 from tvl_align.encoders.tvl import Stage1
-from tvl_align.features.identity import image_ingredients
+from tvl_align.features.identity import image_ingredients, text_ingredients
 from tvl_align.features.store import FeatureStore
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import FEATURE_PACKAGES, package_versions
@@ -96,7 +97,7 @@ def encode_stream(
     bad, columns = _Bad(tolerance, total), _Columns(first[0])
     found = dict.fromkeys(stage1.modalities, 0)
     jobs = (partial(_encoded, batch, stage1, images, prompt) for batch in _batches(chain(first, rows), stage1, bad))
-    specs, ingredients = stage1.specs, stream_ingredients(stage1, images, prompt)
+    specs, ingredients = stage1.specs, stream_ingredients(stage1, images, prompt, isinstance(first[0].get("text"), Sentence))
     with (
         FeatureStore.writer(out, specs, seed=seed, ingredients=ingredients) as writer,
         progress(total, "encode", "sample", quiet) as bar,
@@ -113,13 +114,13 @@ def encode_stream(
     return FeatureStore(out)
 
 
-def stream_ingredients(stage1: Stage1, images: ImageOptions, prompt: str) -> dict[str, Any]:
+def stream_ingredients(stage1: Stage1, images: ImageOptions, prompt: str, sentences: bool) -> dict[str, Any]:
     """What the features of a stream depend on beside the samples, under the names of `tvl_align.features.identity`."""
     return {
         "encoders": stage1.fingerprint(),
         "features": stage1.features,
         "images": image_ingredients(images),
-        "text": {"prompt": prompt, "shuffle": False, "synonyms": {}},
+        "text": text_ingredients(TextOptions(prompt), sentences),
         "views": 0,
         "packages": package_versions(FEATURE_PACKAGES),
     }

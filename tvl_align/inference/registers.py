@@ -168,7 +168,7 @@ class Registers:
         *,
         keep: int | None = None,
         attention: bool = False,
-        sentences: bool = False,
+        sentences: bool | None = None,
         dataset: str | None = None,
         batch_size: int = BATCH,
         precision: Precision = "float32",
@@ -180,10 +180,10 @@ class Registers:
         of adjectives, "soft, woven", which get the prompt of the run. One item alone is a batch of one. Modalities that are
         not given are not in the result.
 
-        keep: only the first `keep` registers; the others are zero. sentences: texts are sentences, used as they are.
-        dataset: of runs on TVL's data, whose photos are cropped as in this data set: "ssvtp" (centre), "hct" (top) or
-        "hct/data3"; default: by the place of a file in the data folder of the run, else the centre. precision: of the
-        encoders; bf16 is faster on a GPU. quiet: no progress.
+        keep: only the first `keep` registers; the others are zero. sentences: whether texts are sentences, used as they are;
+        default: as in the run. dataset: of runs on TVL's data, whose photos are cropped as in this data set: "ssvtp"
+        (centre), "hct" (top) or "hct/data3"; default: by the place of a file in the data folder of the run, else the
+        centre. precision: of the encoders; bf16 is faster on a GPU. quiet: no progress.
 
         attention: also compute how much each frozen token moves each register, (B, N, T), of sum 1 over T: the norm of the
         gradient of the register's squared norm, halved. It holds for every method, also for those that read tokens through
@@ -195,6 +195,8 @@ class Registers:
         items = {m: _as_list(m, x) for m, x in given.items() if x is not None}
         rows = self._rows(items)
         check_keep(keep, self.count)
+        if sentences is None and text is not None:
+            sentences = bool(self._ingredients["text"].get("sentences", False))
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is out of range; give 1 or more.")
         self.stage1  # noqa: B018 - loaded before threads use it
@@ -202,7 +204,7 @@ class Registers:
 
         def one(batch: range) -> Embeddings:
             features = self._encode(
-                {m: x[batch.start : batch.stop] for m, x in items.items()}, batch, sentences, dataset, precision
+                {m: x[batch.start : batch.stop] for m, x in items.items()}, batch, bool(sentences), dataset, precision
             )
             return self.embed_features(features, keep=keep, attention=attention)
 
