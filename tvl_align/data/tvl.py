@@ -440,3 +440,11 @@ def background_file(root: Path, row: Row) -> Path | None:
             if parent == root:
                 break
     return None
+
+
+def is_synthetic(root: Path) -> bool:
+    """Whether a data folder is a synthetic world: its factors.json says so."""
+    try:
+        return json.loads((root / "factors.json").read_text(encoding="utf-8"))["synthetic"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

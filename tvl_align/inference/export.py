@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tvl_align import __version__
 from tvl_align.contract import FeatureSpec, Method
+from tvl_align.data.tvl import is_synthetic
 from tvl_align.encoders.tvl import FILE_ENCODERS
 from tvl_align.evaluation.cross_reading import mean_leak
 from tvl_align.methods.registry import METHODS
@@ -76,7 +77,7 @@ def export(options: ExportConfig) -> Path:
         **_without_places(recorded),
         "specs": {m: asdict(spec) for m, spec in specs.items()},
         "checkpoint": {"name": PurePath(name).name, "epoch": progress.get("epoch"), "step": progress.get("step", 0)},
-        "synthetic": _is_synthetic(settings),
+        "synthetic": (settings.data.store is None and is_synthetic(settings.data.datasets_dir)) or None,  # None: not known
         "licence": options.licence.lower() if options.licence else None,
         "exported_by": __version__,
     }
@@ -206,16 +207,6 @@ def _is_of(results: Mapping[str, Any], config: Mapping[str, Any], recorded: Mapp
     if "progress" in results:
         return bool(results["progress"] == {name: checkpoint[name] for name in ("epoch", "step")})
     return bool(results.get("checkpoint") == checkpoint["name"])
-
-
-def _is_synthetic(settings: Settings[Any]) -> bool | None:
-    """True for the data folder of a synthetic world; None, not known, for any other."""
-    legend = settings.data.datasets_dir / "factors.json"
-    try:
-        written = settings.data.store is None and json.loads(legend.read_text(encoding="utf-8"))["synthetic"] is True
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return written or None
 
 
 def _without_places(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from tvl_align.config import from_plain
+from tvl_align.data import tvl
 from tvl_align.data.transforms import ImageOptions, preview
 from tvl_align.data.tvl import Row, file_of
 from tvl_align.report import tables
@@ -56,14 +58,13 @@ def as_url(image: bytes) -> str:
 
 def is_synthetic(results: Mapping[str, Any]) -> bool:
     """True for results on the data folder of a synthetic world."""
-    legend = Path(results["root"]) / "factors.json"
-    return legend.is_file() and bool(json.loads(legend.read_text(encoding="utf-8")).get("synthetic"))
+    return tvl.is_synthetic(Path(results["root"]))
 
 
 def image_options(results: Mapping[str, Any]) -> ImageOptions | None:
     """The transforms of the run's images; None for imported features and for runs of earlier versions."""
     images = results["run"].get("features", {}).get("images")
-    return ImageOptions(**images) if images else None
+    return from_plain(ImageOptions, images) if images else None
 
 
 def _strip(root: Path, options: ImageOptions | None, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray, str]]:
