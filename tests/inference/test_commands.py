@@ -89,6 +89,11 @@ def test_search_ranks_the_gallery_by_similarity_and_keeps_its_index(
     best = scores[0].argsort(descending=True)[:3]
     assert [hit["name"] for hit in result["found"]] == [str(photos[i]) for i in best]
     assert torch.allclose(torch.tensor([hit["score"] for hit in result["found"]]), scores[0, best], atol=1e-2)
+    search = importlib.import_module("tvl_align.cli.search").run
+    with pytest.raises(UserError, match="is an index of another gallery than"):
+        search([str(run), "--tactile", str(query), "--gallery", str(folders / "touches"), "--index", str(tmp_path / "i")])
+    with pytest.raises(UserError, match="is an index of vision; give --gallery_modality vision"):
+        search([str(run), "--tactile", str(query), "--index", str(tmp_path / "i"), "--gallery_modality", "text"])
     code, again = command("search", run, "--tactile", query, "--index", tmp_path / "i", "--top", "3", "--json")
     assert code == 0 and json.loads(again.strip().splitlines()[-1]) == json.loads(said.strip().splitlines()[-1])
 

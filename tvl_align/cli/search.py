@@ -91,7 +91,12 @@ def run(argv: Sequence[str]) -> None:
 def _open_index(config: SearchConfig, registers: Registers) -> Index:
     """The saved index of the gallery, or a new one, which is saved where --index says."""
     if config.index is not None and config.index.is_dir() and any(config.index.iterdir()):
-        return Index.load(config.index, made_by=registers.key)
+        index = Index.load(config.index, made_by=registers.key)
+        if index.modality != config.gallery_modality:
+            raise UserError(f"{config.index} is an index of {index.modality}; give --gallery_modality {index.modality}.")
+        if config.gallery is not None and list(index.names) != _gallery(config.gallery, config.gallery_modality)[0]:
+            raise UserError(f"{config.index} is an index of another gallery than {config.gallery}; give another --index.")
+        return index
     if config.gallery is None:
         raise UserError(f"there is no index {config.index}; give --gallery FOLDER to make it.")
     names, items = _gallery(config.gallery, config.gallery_modality)
