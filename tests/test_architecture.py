@@ -132,14 +132,14 @@ def test_gradients_are_taken_in_one_place() -> None:
 
 
 def test_only_entry_files_touch_the_import_path() -> None:
-    """And the registry, which makes the current folder importable, last, where a method of one's own is asked for."""
+    """And `system/modules.py`, which makes the current folder importable, last, for a module that the user names."""
     touching = {p for p in SOURCES if "sys.path" in p.read_text()}
-    registry = ROOT / "tvl_align/methods/registry.py"
-    assert {p.name for p in touching - {registry}} <= ENTRIES
-    assert re.findall(r"sys\.path\.\w+\(.*", registry.read_text()) == [
+    imports = ROOT / "tvl_align/system/modules.py"
+    assert {p.name for p in touching - {imports}} <= ENTRIES
+    assert re.findall(r"sys\.path\.\w+\(.*", imports.read_text()) == [
         "sys.path.append(str(Path.cwd()))  # last, so that nothing installed is shadowed"
     ]
-    for path in touching - {registry}:
+    for path in touching - {imports}:
         lines = re.findall(r"sys\.path.*", path.read_text())
         assert len(lines) == 1
         assert re.fullmatch(r"sys\.path\[0\] = str\(Path\(__file__\)\.resolve\(\)\.parents\[[23]\]\)  # .*", lines[0])

@@ -7,13 +7,10 @@ Token sequences are those of TVL's encoders: for images the pooled token, then t
 text one token per word piece. Pooled widths may differ between modalities.
 """
 
-import importlib
-import importlib.util
 import json
 import logging
 import math
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +27,7 @@ from tvl_align.contract import MODALITIES
 from tvl_align.encoders.tvl import Stage1, Stage1Config, load_clip, load_stage1, load_strictly, pooled_sequence, unwrapped
 from tvl_align.system.checkpoint import load_safely
 from tvl_align.system.console import UserError
+from tvl_align.system.modules import error_and_place, import_named
 
 CONTEXT = 77  # word pieces of a sentence, at most, as in CLIP; a feature store has as many rows for each sentence
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -189,29 +187,17 @@ def _reason(error: BaseException) -> str:
 
 def _imported(module: str, attribute: str, option: str, never_from: Path | None) -> Any:
     """What the class or function `attribute` of a module gives."""
+    remedy = f"; install it, or give one of {', '.join(f'{p}:' for p in LOADERS)}"
+    make = getattr(import_named(module, option, remedy, never_from), attribute, None)
+    if not callable(make):
+        what = "not defined" if make is None else f"a {type(make).__name__}"
+        raise UserError(f"{option} is {what}; it must name a class or function without arguments.")
     try:
-        top = importlib.util.find_spec(module.partition(".")[0])
-        locations = [top.origin or "", *(top.submodule_search_locations or ())] if top is not None else []
-        if never_from is not None and any(Path(p).resolve().is_relative_to(never_from.resolve()) for p in locations if p):
-            raise UserError(
-                f"{option} is in {never_from}, and nothing in a run folder is imported; move the module out of it."
-            )
-        make = getattr(importlib.import_module(module), attribute, None)
-        if not callable(make):
-            what = "not defined" if make is None else f"a {type(make).__name__}"
-            raise UserError(f"{option} is {what}; it must name a class or function without arguments.")
         return make()
-    except ModuleNotFoundError as error:
-        known = ", ".join(f"{p}:" for p in LOADERS)
-        raise UserError(
-            f"{option} cannot be imported: there is no module {error.name!r}; install it, or give one of {known}"
-        ) from error
     except UserError:
         raise
     except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        reason = f"{type(error).__name__}: {_reason(error)}"
-        raise UserError(f"{option} cannot be made: {reason} ({last.filename}, line {last.lineno}).") from error
+        raise UserError(f"{option} cannot be made: {error_and_place(error)}.") from error
 
 
 def _image_tokens(grid: Tensor, pooled_token: Tensor | None, pooled: Tensor) -> Encoded:

@@ -1,9 +1,5 @@
 """METHODS lists the methods that ship with the package. `package.module:NAME` names any other method."""
 
-import importlib
-import importlib.util
-import sys
-import traceback
 from pathlib import Path
 
 from tvl_align.contract import Method
@@ -15,6 +11,7 @@ from tvl_align.methods.flextok import FLEXTOK
 from tvl_align.methods.matryoshka import MATRYOSHKA
 from tvl_align.methods.mlp import MLP
 from tvl_align.system.console import UserError
+from tvl_align.system.modules import import_named
 
 METHODS: dict[str, Method] = {
     "base": BASE,
@@ -39,28 +36,8 @@ def load_method(name: str, never_from: Path | None = None) -> Method:
     module, colon, attribute = name.partition(":")
     if not colon:
         raise UserError(f"unknown method {name!r}; --method takes {', '.join(METHODS)}, or package.module:NAME.")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last, so that nothing installed is shadowed
-    try:
-        importlib.invalidate_caches()
-        top = importlib.util.find_spec(module.partition(".")[0])
-        locations = [top.origin or "", *(top.submodule_search_locations or ())] if top is not None else []
-        if never_from is not None and any(Path(p).resolve().is_relative_to(never_from.resolve()) for p in locations if p):
-            raise UserError(
-                f"{name} is in {never_from}, and nothing in a run folder is imported; move the module out of it."
-            )
-        imported = importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        reason = f"there is no module {error.name!r} in {Path.cwd()} or among the installed ones"
-        raise UserError(
-            f"--method {name} cannot be imported: {reason}; run the command in the folder that contains it."
-        ) from error
-    except (UserError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--method {name} cannot be imported: {reason} ({last.filename}, line {last.lineno}).") from error
+    remedy = f" in {Path.cwd()} or among the installed ones; run the command in the folder that contains it."
+    imported = import_named(module, f"--method {name}", remedy, never_from)
     listed = getattr(imported, "METHODS", {})
     method = listed[attribute] if isinstance(listed, dict) and attribute in listed else getattr(imported, attribute, None)
     if not isinstance(method, Method):
