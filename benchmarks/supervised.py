@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.features.identity import Identity
 from tvl_align.losses.complementary import masked_mean
 from tvl_align.methods.base import CRITIC_WIDTH, BaseLoss, Stage2Config, TVLStage2, model_options
-from tvl_align.methods.codes import Codes
+from tvl_align.registers.model import Encoded
 from tvl_align.report.page import print_table, write_page
 from tvl_align.synthetic.demo import timed
 from tvl_align.system.console import UserError, reports_errors
@@ -80,20 +79,17 @@ class Supervised(TVLStage2):
         self.heads = nn.ModuleList(_mlp(units[f.shared], f.levels) for f in self.factors)
         self.adversaries = nn.ModuleList(_mlp(units[not f.shared], f.levels) for f in self.factors)
 
-    def postprocess(
-        self, over: dict[str, Tensor], comp: dict[str, Tensor], inputs: dict[str, Tensor], features: Features
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        shared, unique, extras = super().postprocess(over, comp, inputs, features)
-        labelled = {}
+    def encode(self, features: Features, kept: Tensor) -> Encoded:
+        encoded, labelled = super().encode(features, kept), {}
         for factor, head, adversary in zip(self.factors, self.heads, self.adversaries, strict=True):
-            m = factor.modality
-            if m in shared:
-                sides = Codes.units(shared[m], self.codes.over), Codes.units(unique[m], self.codes.comp)
+            if factor.modality in features.modalities:
+                i = encoded.names.index(factor.modality)
+                sides = encoded.inputs.units[i], encoded.inputs.comp_units[i]
                 holds, lacks = sides if factor.shared else sides[::-1]
                 frozen = {name: p.detach() for name, p in adversary.named_parameters()}
                 answers = head(holds), adversary(lacks.detach()), functional_call(adversary, frozen, lacks)
-                labelled[m, factor.name] = answers
-        return shared, unique, extras | {"labelled": labelled}
+                labelled[factor.modality, factor.name] = answers
+        return replace(encoded, extras=encoded.extras | {"labelled": labelled})
 
 
 class SupervisedLoss(BaseLoss):
@@ -119,11 +115,12 @@ class SupervisedLoss(BaseLoss):
             target = self.levels[m, name].to(rows.device)[rows]
             known = (target >= 0) & output.present[m] & (own_sentence if m == "text" else True)
             target = target.clamp(min=0)
-            losses += [masked_mean(F.cross_entropy(x, target, reduction="none"), known) for x in (head, adversary)]
+            errors = (F.cross_entropy(x, target, reduction="none") for x in (head, adversary))
+            losses += [masked_mean(error[:, None], known[:, None]) for error in errors]
             log_probability = answer.log_softmax(1)
             uniform = torch.full_like(log_probability, 1 / answer.shape[1])
             divergence = F.kl_div(uniform.log(), log_probability, log_target=True, reduction="none").sum(1)
-            penalties.append(masked_mean(divergence, output.present[m]))
+            penalties.append(masked_mean(divergence[:, None], output.present[m][:, None]))
         labelled, leak = torch.stack(losses).sum(), torch.stack(penalties).sum()
         weights = self.label_weights
         total = numbers["total_loss"] + weights[0] * labelled + weights[1] * leak

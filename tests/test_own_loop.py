@@ -203,10 +203,13 @@ def test_autocast_changes_the_loss_by_less_than_2_percent(name: str, training: b
 def test_closed_forms_are_float32_under_autocast() -> None:
     """They were fitted on float32 components."""
     model, features = net().eval(), random_features(4)
-    expected = {m: model.codes.read(m, tokens)[0] for m, tokens in features.modalities.items()}
+    expected = model.codes.read_all(features)
     with torch.autocast("cpu", torch.bfloat16):
-        found = {m: model.inputs(m, tokens)[0] for m, tokens in features.modalities.items()}
-    assert all(torch.equal(found[m][:, 0, : x.shape[1]], x) for m, x in expected.items())
+        found = model.codes.read_all(features)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    for i, (m, tokens) in enumerate(features.modalities.items()):
+        read = model.codes.read(m, tokens)[0]
+        assert torch.equal(expected[0][i, :, : read.shape[1]], read) and not expected[0][i, :, read.shape[1] :].any()
 
 
 def test_scores_are_of_float32_vectors() -> None:

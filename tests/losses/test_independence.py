@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from tvl_align.losses.independence import independence
 from tvl_align.methods.base import Critics
@@ -100,14 +99,15 @@ def trained(dependent: bool) -> tuple[float, float, float]:
     """Critics' loss before and after 60 steps and the penalty, on new rows, where the unique code is the shared one or is
     independent of it."""
     torch.manual_seed(0)
-    critics, names = nn.ModuleDict({m: Critics(4, 4, 2) for m in ("a", "b")}), ("a", "b")
+    critics, names = Critics(2, 4, 4, 2), ("a", "b")
     optimizer = torch.optim.Adam(critics.parameters(), lr=3e-3)
 
     def terms(rows: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
         shared = torch.randn(rows, 4)
         unique = {m: shared if dependent else torch.randn(rows, 4) for m in names}
         everyone = {m: torch.ones(rows, dtype=torch.bool) for m in names}
-        guesses = {m: critics[m](unique[m]) for m in names}
+        found = critics(torch.stack([unique[m] for m in names])).transpose(1, 2)
+        guesses = dict(zip(names, found, strict=True))
         return independence(dict.fromkeys(names, shared), guesses, guesses, everyone, everyone, torch.arange(rows)[:, None])
 
     before = terms()[0].item()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tvl_align.losses.complementary import diversity, masked_mean, token_norm
-from tvl_align.losses.contrastive import hits_at_k, info_nce, positive_mask
+from tvl_align.losses.contrastive import hits_at, info_nce, positive_mask
 from tvl_align.registers.decoder import reconstruction_error
 
 
@@ -117,12 +117,12 @@ def test_the_norm_of_a_token_that_is_zero_has_a_zero_gradient() -> None:
 
 
 def test_mean_over_an_empty_mask_is_zero() -> None:
-    assert float(masked_mean(torch.tensor([1.0, float("inf")]), torch.tensor([False, False]))) == 0
+    assert float(masked_mean(torch.tensor([[1.0, float("inf")]]), torch.tensor([[False, False]]))) == 0
 
 
-def test_hits_with_fewer_candidates_than_k() -> None:
-    x = torch.eye(3)
-    everyone = torch.ones(3, dtype=torch.bool)
-    assert hits_at_k(x, x, torch.eye(3, dtype=torch.bool), everyone, 5).all()
-    wrong = torch.tensor(np.roll(np.eye(3), 1, axis=0))
-    assert not hits_at_k(x, wrong.float(), torch.eye(3, dtype=torch.bool), everyone, 1).any()
+def test_hits_at_k_with_fewer_candidates_than_k() -> None:
+    eye = torch.eye(3, dtype=torch.bool)
+    first, fifth = hits_at(torch.eye(3), eye, (1, 5))
+    assert first.all() and fifth.all()
+    first, fifth = hits_at(torch.tensor(np.roll(np.eye(3), 1, axis=0)), eye, (1, 5))
+    assert not first.any() and fifth.all()

@@ -8,7 +8,7 @@ import torch
 
 from tvl_align.contract import Features, Output, Tokens
 from tvl_align.encoders.tvl import Stage1, load_stage1
-from tvl_align.losses import alignment as alignment_module
+from tvl_align.losses import contrastive
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
 from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2, unit_owners
@@ -39,7 +39,7 @@ def test_without_attention_overlapping_codes_are_a_linear_projection_of_the_trun
     assert [n for n, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
     net.eval()
     codes = Codes.units(net(features).overlapping_tokens["vision"], net.codes.over)
-    projected = net.linear(net.trunk("vision", net.codes.read("vision", features.modalities["vision"])[0]))
+    projected = net.linear(net.trunk(net.codes.read_all(features)[0]))[list(SPECS).index("vision")]
     own = unit_owners(list(SPECS), net.codes.counts, True)[list(SPECS).index("vision")]
     added = (codes - projected)[:, own]
     assert torch.allclose(added, added[:1].expand_as(added), atol=1e-5)
@@ -129,7 +129,8 @@ def test_critics_and_encoders_are_trained_by_their_own_terms() -> None:
     critic, penalty = gradients(net, numbers["critic_loss"]), gradients(net, numbers["independence"])
     assert {part for part, g in critic.items() if g} == {"critics"}
     assert not any(penalty[part] for part in ("critics", "linear", "narrow", "trunk", "decoders"))
-    assert all(penalty[part] for part in ("comp_linear", "comp_narrow", "stacks", "readers"))
+    assert all(penalty[part] for part in ("comp_linear", "comp_narrow", "own_stack", "readers"))
+    assert not penalty["shared_stack"]
 
 
 def test_rows_without_a_complementary_token_are_not_criticised() -> None:
@@ -169,22 +170,22 @@ def test_registers_must_outnumber_overlapping_tokens() -> None:
 
 
 def test_blocks_of_overlapping_registers_are_shared_and_the_others_on_request() -> None:
-    def parameters(net: TVLStage2, owner: str) -> int:
-        return sum(p.numel() for p in net.stacks[owner].parameters())
+    def parameters(stack: torch.nn.Module) -> int:
+        return sum(p.numel() for p in stack.parameters())
 
     separate, shared = model(preservation=False), model(share_weights=True, preservation=False)
-    assert list(separate.stacks) == ["shared", *SPECS] and list(shared.stacks) == ["shared"]
-    assert parameters(shared, "shared") == parameters(separate, "shared") + parameters(separate, "vision")
+    assert parameters(shared.shared_stack) == parameters(separate.shared_stack)
+    assert len(SPECS) * parameters(shared.own_stack) == parameters(separate.own_stack)
     features = random_features(3)
     before = separate.eval()(features)
     with torch.no_grad():
-        for p in separate.stacks["vision"].parameters():
+        for p in separate.own_stack.parameters():
             p.add_(0.1)
     after = separate(features)
     assert all(torch.equal(before.overlapping_tokens[m], after.overlapping_tokens[m]) for m in SPECS)
     assert not torch.equal(before.register_tokens[:, 3], after.register_tokens[:, 3])
     with torch.no_grad():
-        for p in separate.stacks["shared"].parameters():
+        for p in separate.shared_stack.parameters():
             p.add_(0.1)
     moved = separate(features)
     assert all(not torch.equal(before.overlapping_tokens[m], moved.overlapping_tokens[m]) for m in SPECS)
@@ -219,10 +220,12 @@ def test_dropout_is_for_tokens_and_decoders_but_not_for_the_alignment() -> None:
     numbers = [Stage2Loss()(output) for output in (full, short)]
     assert torch.allclose(numbers[0]["overlapping_loss"], numbers[1]["overlapping_loss"], atol=1e-6)
     assert not short.overlapping_tokens["vision"][:, 1:].any() and full.overlapping_tokens["vision"][:, 1:].any()
-    units = torch.zeros(6, sum(net.codes.counts) + sum(net.codes.comp_counts))
-    units[:, : net.codes.counts[0]] = short.overlapping_tokens["vision"][:, 0] @ net.codes.over[0, : net.codes.counts[0]].T
+    units = torch.zeros(len(SPECS), 6, sum(net.codes.counts) + sum(net.codes.comp_counts))
+    units[0, :, : net.codes.counts[0]] = (
+        short.overlapping_tokens["vision"][:, 0] @ net.codes.over[0, : net.codes.counts[0]].T
+    )
     read = net.codes.read("vision", features.modalities["vision"])[0][:, : net.codes.principal.counts["vision"]]
-    by_hand = (read - net.decoders["vision"](units)).square().mean(1, keepdim=True)
+    by_hand = (read - net.decoders(units)[0, :, : read.shape[1]]).square().mean(1, keepdim=True)
     assert torch.allclose(short.reconstruction["vision"].error, by_hand, atol=1e-5)
     assert not torch.allclose(full.reconstruction["vision"].error, by_hand, atol=1e-3)
     assert 0.6 < float(net.draw_kept(1000)[:, 2].float().mean()) < 0.73  # the documented 33% are dropped
@@ -235,8 +238,11 @@ def test_projections_of_features_that_stage_1_has_aligned_start_equal() -> None:
     assert len(set(widths.values())) == 1
     pooled = torch.randn(4, widths["vision"])
     sizes = net.codes.principal.sizes
-    found = {m: net.trunk(m, torch.cat([torch.zeros(4, sizes[m] - widths[m]), pooled], dim=1)) for m in SPECS}
-    assert all(torch.allclose(h, found["vision"], atol=1e-5) for h in found.values())
+    read = torch.zeros(len(SPECS), 4, max(sizes.values()))
+    for i, m in enumerate(SPECS):
+        read[i, :, sizes[m] - widths[m] : sizes[m]] = pooled
+    found = net.trunk(read)
+    assert torch.allclose(found, found[:1].expand_as(found), atol=1e-5) and found.std() > 0.1
     other = TVLStage2(
         {"a": SPECS["vision"], "b": replace(SPECS["text"], pooled_width=7)}, register_token_dim=32, num_heads=4
     )
@@ -274,31 +280,94 @@ def test_pair_names_do_not_depend_on_the_order() -> None:
     assert pair_name("vision", "tactile") == pair_name("tactile", "vision") == "tactile_vision"
 
 
-def test_alignment_gathers_everything_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call per step for all modalities and pairs; flags and keys survive packing."""
+def test_everything_is_gathered_in_one_call_of_each_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for all modalities and pairs; flags and keys survive packing."""
     calls = []
 
     def recorded(x: torch.Tensor) -> torch.Tensor:
         calls.append(x)
         return x
 
-    monkeypatch.setattr(alignment_module, "gather_with_grad", recorded)
     features = random_features(6)
     keys = torch.tensor([[2**62, 1], [0, 2], [-5, 3], [7, 4], [7, 5], [2**33 + 1, 6]])
     output = model().train()(Features(features.modalities, keys, features.rows))
-    Stage2Loss()(output)
-    assert len(calls) == 1
-    pooled = {m: z.mean(1)[:, None] for m, z in output["overlapping_tokens"].items()}
-    content = {"vision": torch.tensor([1, 1, 2**40, -3, 4, 5])}
-    vectors, present, unpacked, same = alignment_module._joined(pooled, replace(output, content_keys=content))
-    assert torch.equal(same["vision"], content["vision"])
-    assert torch.equal(unpacked, keys)
-    assert present.all()
-    assert torch.equal(vectors, torch.stack(list(pooled.values()), dim=1))
-    single = {m: z[:1, :, :5] for m, z in pooled.items()}  # one row of odd length: a view would not be aligned
-    present = {m: mask[:1] for m, mask in output["present"].items()}
-    one_row = replace(output, present=present, caption_keys=keys[:1])
-    assert torch.equal(alignment_module._joined(single, one_row)[2], keys[:1])
+    alone = Stage2Loss()(output)
+    monkeypatch.setattr(contrastive, "world_size", lambda: 2)
+    monkeypatch.setattr(contrastive, "gather_with_grad", recorded)
+    packed = Stage2Loss()(output)
+    assert len(calls) == 2  # of alignment and of independence
+    assert {n: x.item() for n, x in packed.items()} == pytest.approx({n: x.item() for n, x in alone.items()}, rel=1e-5)
+    vectors, flags = torch.randn(2, 3, 6, 5), torch.rand(4, 6) > 0.5
+    content = {"vision": torch.tensor([1, 1, 2**40, -3, 4, 5]), "text": torch.arange(6)}
+    joined = contrastive.join(vectors, flags, ("vision", "text"), keys, content)
+    assert torch.equal(joined.vectors, vectors) and torch.equal(joined.flags, flags)
+    assert torch.equal(joined.all_keys, torch.cat([keys, content["vision"][:, None], content["text"][:, None]], dim=1))
+    assert joined.columns == ((2,), (0, 1, 3))
+    one = contrastive.join(
+        vectors[:, :, :1], flags[:, :1], ("vision",), keys[:1], {}
+    )  # an odd length: a view is not aligned
+    assert torch.equal(one.all_keys, keys[:1])
+
+
+def as_in_5_0(net: TVLStage2) -> dict[str, torch.Tensor]:
+    """The weights under their names of version 5.0, in which each modality had modules of its own."""
+    state, old, names = net.state_dict(), {}, list(net.specs)
+    sizes = dict(zip(names, net.codes.principal.sizes.values(), strict=True))
+    counts = dict(zip(names, net.codes.principal.counts.values(), strict=True))
+
+    def put(new: str, olds: list[str], inputs: list[int | None], outputs: list[int | None]) -> None:
+        for name in [n for n in state if n.startswith(new)]:
+            copies, rest = state.pop(name), name.removeprefix(new)
+            for copy, place, k, n in zip(copies, olds, inputs, outputs, strict=True):
+                is_linear = copy.ndim == 2 and not any(part in name for part in ("norm", "positions"))
+                old[place + rest] = copy[:k, :n].T if is_linear else copy if "positions" in name else copy[:n]
+
+    k, free = [sizes[m] for m in names], [None] * len(names)
+    put("shared_stack.", ["stacks.shared.0."], [None], [None])
+    put("own_stack.", [f"stacks.{m}.0." for m in names], free, free)
+    put("readers.", [f"readers.{m}." for m in names], k, free)
+    put("trunk.project.", [f"trunk.project.{m}." for m in names], k, free)
+    put("comp_linear.", [f"comp_linear.{m}." for m in names], k, free)
+    put("shared_keys.", ["shared_keys."], [None], [None])
+    for new, part in (("linear.", "linear."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2.")):
+        last = [counts[m] for m in names] if part != "mlp.0." else free
+        put(f"decoders.{new}", [f"decoders.{m}.{part}" for m in names], free, last)
+    for layer in (0, 2, 4):
+        copies = [f"critics.{m}.critics.{c}.{layer}." for m in names for c in range(net.knobs.critics)]
+        put(f"critics.layers.{layer}.", copies, [None] * len(copies), [None] * len(copies))
+    width = net.knobs.block_width
+    for new, olds, units in (
+        ("narrow", ["narrow"], net.codes.counts),
+        ("comp_narrow", [f"comp_narrow.{m}" for m in names], net.codes.comp_counts),
+    ):
+        weight, bias = state.pop(f"{new}.weight"), state.pop(f"{new}.bias")
+        for i, place in enumerate(olds):
+            for r, count in enumerate(units):
+                at = slice(sum(units[:r]), sum(units[:r]) + count)
+                old[f"{place}.{r}.weight"] = weight[i, r * width : (r + 1) * width, at].T
+                old[f"{place}.{r}.bias"] = bias[i, at]
+    return state | old
+
+
+def test_weights_of_version_5_0_are_loaded() -> None:
+    """The same outputs, for modalities that differ in their numbers of components."""
+    net, features = model(num_register_tokens=5).eval(), random_features(4)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    old = as_in_5_0(net)
+    assert "critics.text.critics.1.2.weight" in old and "stacks.tactile.0.blocks.0.cross.query.weight" in old
+    loaded = model(num_register_tokens=5).eval()
+    loaded.load_state_dict(old)
+    for one, other in zip(*(x(features, joint=True).keys() for x in (net, loaded)), strict=True):
+        assert one == other
+    first, second = net(features), loaded(features)
+    for kind in ("overlapping_tokens", "complementary_tokens"):
+        assert all(torch.allclose(first[kind][m], second[kind][m], atol=1e-5) for m in SPECS)
+    for m in SPECS:
+        assert torch.allclose(first.reconstruction[m].error, second.reconstruction[m].error, rtol=1e-4)
+        assert torch.allclose(first.extras["guesses"][m], second.extras["guesses"][m], atol=1e-5)
+    assert torch.allclose(first.register_tokens, second.register_tokens, atol=1e-5)
 
 
 def test_units_of_a_pair_are_zero_in_the_third_modality() -> None:
@@ -309,8 +378,10 @@ def test_units_of_a_pair_are_zero_in_the_third_modality() -> None:
     assert unit_owners(["v", "t"], [2, 2, 1], True) == [[True] * 5] * 2
     net = model(register_token_dim=64).train()
     output = net(random_features(6), kept=torch.ones(6, 4, dtype=torch.bool))
-    for tokens in (output.overlapping_tokens, output.extras["before_dropout"]):
-        filled = [(Codes.units(t, net.codes.over).abs() > 1e-6).all(0).tolist() for t in tokens.values()]
-        assert filled == unit_owners(list(tokens), net.codes.counts, True)
+    own = [Codes.units(t, net.codes.over) for t in output.overlapping_tokens.values()]
+    before = [t.sum(1) for t in output.extras["before_dropout"].values()]
+    for codes in (own, before):
+        assert [(units.abs() > 1e-6).all(0).tolist() for units in codes] == unit_owners(list(SPECS), net.codes.counts, True)
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(own, before, strict=True))
     guessed = [(codes != 0).any(0).tolist() for codes in output.extras["codes"].values()]
     assert guessed == unit_owners(list(output.extras["codes"]), net.codes.counts, True)

@@ -149,9 +149,7 @@ def test_complementary_codes_of_the_base_start_at_the_closed_form() -> None:
     """Their linear part gives the units of `closed` with the same components, up to what the registers and the grid add."""
     data, fresh = correlated(), correlated(seed=1, absent=False)
     base, closed = calibrated(BASE, data), calibrated(CLOSED, data, complementary_units=16, noise=0.0)
-    for layers in base.comp_narrow.values():
-        for layer in layers:
-            layer.weight.data.zero_()  # no contribution of the registers
+    base.comp_narrow.weight.data.zero_()  # no contribution of the registers
     one, other = base(fresh), closed(fresh)
     for m in SPECS:
         comp = [Codes.units(x.complementary_tokens[m], net.codes.comp) for x, net in ((one, base), (other, closed))]

@@ -1,6 +1,6 @@
 """Alignment: InfoNCE between every pair of modalities, with negatives from all processes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tvl_align.contract import Output
-from tvl_align.losses.contrastive import hits_at_k, info_nce, keys_of, positive_mask
+from tvl_align.losses.contrastive import constant, cross_entropy, hits_at, indices, join, similarities
 from tvl_align.system.console import UserError
-from tvl_align.system.distributed import gather_with_grad, rank, world_size
+from tvl_align.system.distributed import rank, world_size
 
-PIECE = 512  # queries per chunk: larger batches compute their scores chunk by chunk
-_recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+PIECE = 2**23  # scores computed at once; larger batches compute theirs in chunks of rows
+recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def pair_name(first: str, second: str) -> str:
@@ -38,8 +38,15 @@ def active_pairs(
     return pairs
 
 
+def chunks(rows: int, scores_per_row: int) -> Iterator[slice]:
+    """Slices of local rows, so that each computes at most PIECE scores."""
+    size = max(1, PIECE // scores_per_row)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
 def alignment(
-    pooled: dict[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float] = (1.0,)
+    pooled: Mapping[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float] = (1.0,)
 ) -> dict[str, Tensor]:
     """InfoNCE and in-batch accuracy of every pair, with negatives from all processes.
 
@@ -47,76 +54,70 @@ def alignment(
     prefixes; a loss is the weighted sum over them, an accuracy that of the last one. Returns scalars: `<pair>_loss`,
     `<pair>_acc1` and `<pair>_acc5` (percent, within the batch, for monitoring), and `overlapping_loss`, `average_acc1` and
     `average_acc5`, averaged over the pairs that have rows. Each process uses its own rows as queries; the mean over
-    processes is the loss of the joined batch. A batch larger than PIECE is scored in chunks of PIECE rows, which are
-    recomputed in the backward pass. Positives are the own row and the rows with the same content in a modality of the pair.
+    processes is the loss of the joined batch. All pairs, both directions and all prefixes are one batched product; large
+    batches are scored in chunks of rows, which are recomputed in the backward pass. Positives are the own row and the rows
+    with the same content in a modality of the pair.
     """
-    pooled = {m: x if x.ndim == 3 else x[:, None] for m, x in pooled.items()}
-    names, batch, device = list(pooled), len(output.caption_keys), output.caption_keys.device
-    all_pooled, all_present, all_captions, all_content = _joined(pooled, output)
-    gathered = dict(zip(names, all_pooled.unbind(1), strict=True))
-    present = dict(zip(names, all_present.unbind(1), strict=True))
-    wanted, pairs = pairs, [(first, second) for first, second in pairs if first in pooled and second in pooled]
+    names, wanted = list(pooled), pairs
+    pairs = [(first, second) for first, second in pairs if first in pooled and second in pooled]
     if not pairs:
         known = ", ".join(pair_name(*pair) for pair in wanted)
         raise UserError(
             f"the batch has only {', '.join(pooled)}, so none of the pairs to align ({known}); give both of a pair."
         )
-    valid = {pair: present[pair[0]] & present[pair[1]] for pair in pairs}
-    keys = {p: (keys_of(p, output.caption_keys, output.content_keys), keys_of(p, all_captions, all_content)) for p in pairs}
-    sums = {pair: [all_pooled.new_zeros(()) for _ in ("loss", "acc1", "acc5")] for pair in pairs}
-    for start in range(0, batch, PIECE):
-        chunk = slice(start, min(start + PIECE, batch))
-        index = torch.arange(chunk.start, chunk.stop, device=device) + rank() * batch  # in the joined batch
-        same_row = torch.arange(len(all_pooled), device=device) == index[:, None]
-        for (first, second), gallery_valid in valid.items():
-            (own, others), pair_sums = keys[first, second], sums[first, second]
-            positives = same_row if own is None or others is None else same_row | positive_mask(own[chunk], others)
-            for a, b in ((first, second), (second, first)):
-                queries, queries_valid = pooled[a][chunk], gallery_valid[index]
-                for p, share in enumerate(weights):
-                    args = queries[:, p], gathered[b][:, p], output.logit_scale, positives, queries_valid, gallery_valid
-                    term = _recomputed(info_nce, *args) if batch > PIECE else info_nce(*args)
-                    pair_sums[0] = pair_sums[0] + share * term / 2
-                for i, k in ((1, 1), (2, 5)):
-                    whole, gallery = queries[:, -1].detach(), gathered[b][:, -1].detach()
-                    hits = hits_at_k(whole, gallery, positives, gallery_valid, k) & queries_valid
-                    pair_sums[i] = pair_sums[i] + hits.sum() / 2
-    numbers: dict[str, Tensor] = {}
-    has_rows: dict[str, Tensor] = {}
-    for pair, (loss, hits1, hits5) in sums.items():
-        name, rows = pair_name(*pair), valid[pair].sum().clamp(min=1)
-        numbers[f"{name}_loss"] = loss * world_size() / rows
-        numbers |= {f"{name}_acc{k}": 100.0 * hits * world_size() / rows for k, hits in ((1, hits1), (5, hits5))}
-        has_rows[name] = valid[pair].any().to(loss.dtype)
-    weight = torch.stack(list(has_rows.values()))
-    weight = weight / weight.sum().clamp(min=1)
-    for total, part in (("overlapping_loss", "loss"), ("average_acc1", "acc1"), ("average_acc5", "acc5")):
-        numbers[total] = (torch.stack([numbers[f"{name}_{part}"] for name in has_rows]) * weight).sum()
-    return numbers
+    own = torch.stack([x if x.ndim == 3 else x[:, None] for x in pooled.values()]).float().movedim(1, 2)  # (M, P, B, D)
+    batch, device, count = own.shape[2], own.device, len(pairs)
+    joined = join(own, torch.stack([output.present[m] for m in names]), names, output.caption_keys, output.content_keys)
+    of, other = (tuple(names.index(pair[i]) for pair in pairs) for i in (0, 1))
+    first, second, there, back = (indices(x, device) for x in (of, other, of + other, other + of))
+    valid = joined.flags.index_select(0, first) & joined.flags.index_select(0, second)  # (pairs, G)
+    local_valid = valid[:, rank() * batch : (rank() + 1) * batch]
+    queries = own.index_select(0, there).unflatten(0, (2, count))  # both directions of every pair
+    gallery = joined.vectors.index_select(0, back).unflatten(0, (2, count))
+    parts = list(chunks(batch, queries.shape[:3].numel() * valid.shape[1]))
+    found = []
+    for rows in parts:
+        same = joined.same(rows)
+        positives = (same.index_select(0, first) | same.index_select(0, second)) & valid[:, None]
+        given = queries[..., rows, :], gallery, output.logit_scale, positives, local_valid[:, rows], valid
+        found.append(recomputed(_scores, *given) if len(parts) > 1 else _scores(*given))
+    losses, hits = (torch.stack(x).sum(0) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
+    if len(weights) > 1 or weights[0] != 1:
+        losses = losses * constant(tuple(weights), device)
+    table = torch.cat([losses.sum((0, 2))[None], 100.0 * hits]) / (valid.sum(1).clamp(min=1) * (2 / world_size()))
+    weight = valid.any(1).to(table.dtype)
+    means = (table * (weight / weight.sum().clamp(min=1))).sum(1)
+    kinds = ("loss", "acc1", "acc5")
+    numbers = {
+        f"{pair_name(*pair)}_{kind}": x
+        for pair, column in zip(pairs, table.unbind(1), strict=True)
+        for kind, x in zip(kinds, column.unbind(0), strict=True)
+    }
+    return numbers | dict(zip(("overlapping_loss", "average_acc1", "average_acc5"), means.unbind(0), strict=True))
+
+
+def _scores(
+    queries: Tensor, gallery: Tensor, scale: Tensor, positives: Tensor, valid: Tensor, gallery_valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums over rows of the losses (2, pairs, P) of both directions, and of the hits at 1 and 5 of the last prefix (2,
+    pairs).
+
+    queries (2, pairs, P, b, D), gallery (2, pairs, P, G, D), positives (pairs, b, G), valid (pairs, b), gallery_valid
+    (pairs, G).
+    """
+    logits = similarities(queries, gallery, scale, gallery_valid[:, None])
+    losses = cross_entropy(logits, positives[:, None], valid[:, None])
+    hits = torch.stack(hits_at(logits[:, :, -1].detach(), positives, (1, 5)))
+    return losses, (hits & valid).sum((1, 3)).to(losses.dtype)
 
 
 def prefix_alignment(
     tokens: Mapping[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float]
 ) -> dict[str, Tensor]:
     """Alignment of the prefixes of tokens {modality: (B, n, D)}, n weights. Prefixes of weight 0 are not computed."""
-    lengths = [k for k, weight in enumerate(weights, start=1) if weight or k == len(weights)]
-    pooled = {m: torch.stack([F.normalize(z[:, :k].sum(1), dim=-1) for k in lengths], dim=1) for m, z in tokens.items()}
-    return alignment(pooled, output, pairs, [weights[k - 1] for k in lengths])
-
-
-def _joined(pooled: dict[str, Tensor], output: Output) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Gather from all processes in one call: pooled (G, M, P, D) float32, present (G, M) bool, caption keys (G, K) int64,
-    content keys {modality: (G,) int64}.
-
-    Flags and keys are packed into float32 columns next to the pooled vectors. Only the pooled vectors get gradients.
-    """
-    own = torch.stack([x.float() for x in pooled.values()], dim=1)
-    present = torch.stack([output.present[m] for m in pooled], dim=1)
-    keys = torch.cat([output.caption_keys, *(column[:, None] for column in output.content_keys.values())], dim=1)
-    parts = [own.flatten(1), present.float(), keys.view(torch.int32).view(torch.float32)]
-    gathered = gather_with_grad(torch.cat(parts, dim=1))
-    vectors, flags, bits = gathered.split([part.shape[1] for part in parts], dim=1)
-    all_keys = bits.detach().clone(memory_format=torch.contiguous_format).view(torch.int32).view(torch.int64)
-    captions = output.caption_keys.shape[1]
-    content = dict(zip(output.content_keys, all_keys[:, captions:].unbind(1), strict=True))
-    return vectors.unflatten(1, own.shape[1:]), flags.detach() > 0.5, all_keys[:, :captions], content
+    lengths = [k for k, weight in enumerate(weights) if weight or k == len(weights) - 1]
+    sums = torch.stack(list(tokens.values())).cumsum(2)  # (M, B, n, D)
+    if len(lengths) < len(weights):
+        sums = sums.index_select(2, indices(tuple(lengths), sums.device))
+    pooled = dict(zip(tokens, F.normalize(sums, dim=-1).unbind(0), strict=True))
+    return alignment(pooled, output, pairs, [weights[k] for k in lengths])

@@ -6,22 +6,18 @@ arXiv:1807.03748, eq. 4: a lower bound of the mutual information). The encoder i
 pays the divergence of the answer from the uniform distribution. An answer that is always wrong would tell as much as one
 that is right.
 
-Shapes: B local rows, G rows of all processes, C critics, U width of a shared code.
+Shapes: M modalities, B local rows, G rows of all processes, C critics, U width of a shared code.
 """
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from tvl_align.losses import alignment
-from tvl_align.losses.contrastive import info_nce, keys_of, positive_mask
-from tvl_align.system.distributed import gather, rank, world_size
-
-_recomputed = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+from tvl_align.losses.alignment import chunks, recomputed
+from tvl_align.losses.contrastive import cross_entropy, indices, join, similarities
+from tvl_align.system.distributed import rank, world_size
 
 
 def independence(
@@ -33,7 +29,7 @@ def independence(
     caption_keys: Tensor,
     content_keys: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Critics' loss and encoders' penalty, averaged over pairs of modalities with rows -> (), ().
+    """Critics' loss and encoders' penalty, averaged over ordered pairs of modalities with rows -> (), ().
 
     codes {modality: (B, U)}: shared codes, without gradient. guesses {modality: (B, C, U)}: the critics' guess of the OTHER
     modalities' codes, with gradients for the critics only; answers: the same, with gradients for the encoders only. valid
@@ -41,50 +37,44 @@ def independence(
     content_keys {modality: (B,)}: rows with the same content in the modality that is guessed are positives of each other.
     Averaged over processes, the results are those of the joined batch.
     """
-    gallery = {m: gather(F.normalize(code, dim=-1)) for m, code in codes.items()}
-    gallery_present = {m: gather(flags.float()) > 0 for m, flags in present.items()}
-    keys = {o: keys_of((o,), caption_keys, content_keys or {}) for o in codes}
-    all_keys = {o: None if own is None else gather(own) for o, own in keys.items()}
-    critic_losses, penalties, weights = [], [], []
-    for m, guess in guesses.items():
-        for o in codes:
-            if o == m:
-                continue
-            rows = valid[m] & present[m] & present[o]
-            count = gather(rows.float()).sum()
-            share = world_size() / count.clamp(min=1) / guess.shape[1]
-            terms = []
-            for at in torch.arange(len(rows), device=rows.device).split(alignment.PIECE):
-                positives = _positives(at, len(gallery[o]), keys[o], all_keys[o])
-                args = guess[at], answers[m][at], gallery[o], positives, rows[at], gallery_present[o]
-                terms.append(torch.stack(_recomputed(_both, *args) if len(rows) > alignment.PIECE else _both(*args)))
-            critic_loss, penalty = (torch.stack(terms).sum(0) * share).unbind()
-            critic_losses.append(critic_loss)
-            penalties.append(penalty)
-            weights.append((count > 0).float())
-    weight = torch.stack(weights) / torch.stack(weights).sum().clamp(min=1)
-    return (torch.stack(critic_losses) * weight).sum(), (torch.stack(penalties) * weight).sum()
+    names = list(codes)
+    shared = F.normalize(torch.stack([codes[m].detach() for m in names]), dim=-1)  # (M, B, U)
+    guess, answer = (torch.stack([x[m].movedim(1, 0) for m in names]) for x in (guesses, answers))  # (M, C, B, U)
+    here = torch.stack([present[m] for m in names])
+    computed = torch.stack([valid[m] for m in names]) & here
+    joined = join(shared, torch.cat([here, computed]), names, caption_keys, content_keys or {})
+    all_present, all_computed = joined.flags.chunk(2)
+    ordered = [(m, o) for m in range(len(names)) for o in range(len(names)) if m != o]
+    of, others = (indices(tuple(pair[i] for pair in ordered), shared.device) for i in (0, 1))
+    gallery, gallery_valid = joined.vectors.index_select(0, others), all_present.index_select(0, others)  # (Q, G, U), (Q, G)
+    rows_of = all_computed.index_select(0, of) & gallery_valid  # (Q, G)
+    batch = shared.shape[1]
+    local = rows_of[:, rank() * batch : (rank() + 1) * batch]
+    both = torch.stack([guess, answer]).index_select(1, of)  # (2, Q, C, B, U)
+    parts = list(chunks(batch, 2 * len(ordered) * guess.shape[1] * gallery_valid.shape[1]))
+    sums = []
+    for rows in parts:
+        positives = joined.same(rows).index_select(0, others) & gallery_valid[:, None]
+        given = both[..., rows, :], gallery, positives, local[:, rows], gallery_valid
+        sums.append(recomputed(_terms, *given) if len(parts) > 1 else _terms(*given))
+    terms = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]  # (2, Q)
+    counts = rows_of.sum(1)
+    weight = (counts > 0).to(terms.dtype)
+    share = weight / weight.sum().clamp(min=1) / counts.clamp(min=1) * (world_size() / guess.shape[1])
+    critic, penalty = (terms * share).sum(1).unbind()
+    return critic, penalty
 
 
-def _positives(at: Tensor, count: int, keys: Tensor | None, all_keys: Tensor | None) -> Tensor:
-    """(b, G) bool: the own row of local rows `at` (b,) among `count` rows G, and rows with the same key in any column."""
-    same_row = torch.arange(count, device=at.device) == (at + rank() * count // world_size())[:, None]
-    return same_row if keys is None or all_keys is None else same_row | positive_mask(keys[at], all_keys)
+def _terms(both: Tensor, gallery: Tensor, positives: Tensor, valid: Tensor, gallery_valid: Tensor) -> Tensor:
+    """Critics' loss and encoders' penalty, summed over rows and critics, for Q ordered pairs: (2, Q).
 
-
-def _both(
-    guess: Tensor, answers: Tensor, gallery: Tensor, positives: Tensor, rows: Tensor, gallery_valid: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Critics' loss and encoders' penalty, summed over rows and critics."""
-    one = gallery.new_ones(())
-    losses = [info_nce(g, gallery, one, positives, rows, gallery_valid) for g in guess.unbind(1)]
-    return torch.stack(losses).sum(), _divergence(answers, gallery, rows, gallery_valid)
-
-
-def _divergence(answers: Tensor, gallery: Tensor, rows: Tensor, gallery_valid: Tensor) -> Tensor:
-    """KL divergence in nats of answers (B, C, U) over the gallery (G, U) from uniform, summed over rows and critics."""
-    logits = torch.einsum("bcu,gu->bcg", answers, gallery).masked_fill(~gallery_valid, -torch.inf)
-    log_probability = logits.log_softmax(-1)
-    negative_entropy = (log_probability.exp() * log_probability.masked_fill(~gallery_valid, 0.0)).sum(-1)
-    divergence = negative_entropy + gallery_valid.sum().clamp(min=1).log()
-    return torch.where(rows[:, None], divergence, 0.0).sum()
+    both (2, Q, C, b, U): guesses and answers. gallery (Q, G, U), positives (Q, b, G), valid (Q, b), gallery_valid (Q, G).
+    The penalty is the KL divergence, in nats, of the answer over the gallery from the uniform distribution.
+    """
+    logits = similarities(both, gallery[:, None], 1.0, gallery_valid[:, None])
+    critic = cross_entropy(logits[0], positives[:, None], valid[:, None]).sum(1)
+    log_probability = logits[1].log_softmax(-1)
+    finite = log_probability.masked_fill(~gallery_valid[:, None, None], 0.0)
+    negative_entropy = (log_probability.exp() * finite).sum(-1)  # (Q, C, b)
+    divergence = negative_entropy + gallery_valid.sum(1).clamp(min=1).log()[:, None, None]
+    return torch.stack([critic, divergence.masked_fill(~valid[:, None], 0.0).sum((1, 2))])

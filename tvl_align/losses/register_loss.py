@@ -38,7 +38,8 @@ def complete_output(output: Output | Mapping[str, Any]) -> Output:
     if not tokens:
         raise UserError("the output has overlapping tokens of no modality; give at least two.")
     first = next(iter(tokens.values()))
-    present = {m: torch.ones(len(z), dtype=torch.bool, device=z.device) for m, z in tokens.items()} | output.present
+    absent = {m: z for m, z in tokens.items() if m not in output.present}
+    present = {m: torch.ones(len(z), dtype=torch.bool, device=z.device) for m, z in absent.items()} | output.present
     keys = output.caption_keys
     if not len(keys):
         keys = torch.arange(len(first), device=first.device)[:, None] + (rank() << 32)  # different on all processes
@@ -48,12 +49,12 @@ def complete_output(output: Output | Mapping[str, Any]) -> Output:
 
 def complementary_regularisation(output: Output) -> Tensor:
     """Mean L2 norm + diversity of the kept complementary tokens, averaged over the modalities -> ()."""
-    kept, terms = output.nested_dropout_mask, []
-    for name, tokens in output.complementary_tokens.items():
-        mask = output.present[name][:, None].expand(tokens.shape[:2])
-        mask = mask & kept[:, -tokens.shape[1] :] if kept is not None else mask
-        terms.append(token_norm(tokens, mask) + diversity(tokens, mask))
-    return torch.stack(terms).mean()
+    tokens = torch.stack(list(output.complementary_tokens.values()))  # (M, B, Nc, D)
+    mask = torch.stack([output.present[m] for m in output.complementary_tokens])[..., None].expand(tokens.shape[:3])
+    if output.nested_dropout_mask is not None:
+        mask = mask & output.nested_dropout_mask[:, -tokens.shape[2] :]
+    penalties = token_norm(tokens, mask)
+    return (penalties + diversity(tokens, mask) if tokens.shape[2] > 1 else penalties).mean()
 
 
 def preservation(output: Output) -> Tensor:
@@ -61,10 +62,12 @@ def preservation(output: Output) -> Tensor:
 
     The tokens have unit variance, so predicting their mean gives 1. A method without a decoder gives 0.
     """
-    reconstructions = output.reconstruction.values()
-    if not reconstructions:
+    found = list(output.reconstruction.values())
+    if not found:
         return output.logit_scale * 0.0
-    return torch.stack([masked_mean(r.error, r.mask) for r in reconstructions]).mean()
+    if len({r.error.shape for r in found}) == 1:
+        return masked_mean(torch.stack([r.error for r in found]), torch.stack([r.mask for r in found])).mean()
+    return torch.stack([masked_mean(r.error, r.mask) for r in found]).mean()
 
 
 def total(numbers: dict[str, Tensor], output: Output, reg_weight: float, preservation_weight: float) -> dict[str, Tensor]:

@@ -18,11 +18,13 @@ Training and evaluation compute the same codes; only noise and dropout are absen
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -34,9 +36,10 @@ from tvl_align.losses.independence import independence
 from tvl_align.losses.register_loss import RegisterLoss
 from tvl_align.methods.canonical import canonical, residual_components
 from tvl_align.methods.codes import CodeConfig, Codes, dropped
-from tvl_align.registers.model import RegisterModel
+from tvl_align.registers.blocks import RegisterStack, attend_jointly
+from tvl_align.registers.copies import Linears, Mlps, join_copies
+from tvl_align.registers.model import Encoded, NestedModel
 from tvl_align.registers.nested import NestedMode, prefix_probabilities
-from tvl_align.registers.principal import component_count
 from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 
@@ -106,77 +109,107 @@ def model_options(knobs: Stage2Config) -> dict[str, Any]:
 
 
 class Trunk(nn.Module):
-    """Components of a modality (B, K) -> (B, W): a projection per modality, and residual MLPs that all modalities share.
+    """Components (M, B, K) -> (M, B, W): a projection per modality, and residual MLPs that all modalities share.
 
-    sizes {modality: K}: components, the last E of them the pooled feature. Where modalities agree in E, the projections of
-    their pooled features start equal, so that features aligned by Stage 1 stay aligned.
+    sizes: the components of each modality, the last E of them the pooled feature, then zeros. Where modalities agree in E,
+    the projections of their pooled features start equal, so that features aligned by Stage 1 stay aligned.
     """
 
-    def __init__(self, sizes: Mapping[str, int], specs: Mapping[str, FeatureSpec], knobs: Stage2Config) -> None:
+    def __init__(self, sizes: Sequence[int], specs: Mapping[str, FeatureSpec], knobs: Stage2Config) -> None:
         super().__init__()
-        self.project = nn.ModuleDict({m: nn.Linear(k, knobs.trunk_width) for m, k in sizes.items()})
+        width = knobs.trunk_width
+        self.project = _projections(sizes, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(knobs.trunk_width), Mlp(knobs.trunk_width, 4 * knobs.trunk_width))
-            for _ in range(knobs.trunk_layers)
+            nn.Sequential(nn.LayerNorm(width), Mlp(width, 4 * width)) for _ in range(knobs.trunk_layers)
         )
-        self.norm = nn.LayerNorm(knobs.trunk_width)
+        self.norm = nn.LayerNorm(width)
         self.dropout = knobs.input_dropout
-        first: dict[int, nn.Linear] = {}
-        for m, spec in specs.items():
-            own = cast(nn.Linear, self.project[m])
-            aligned = first.setdefault(spec.pooled_width, own)
-            own.weight.data[:, -spec.pooled_width :] = aligned.weight.data[:, -spec.pooled_width :]
-            own.weight.data[:, : -spec.pooled_width] *= COMPONENTS_START
-            own.bias.data.copy_(aligned.bias.data)
+        weight, bias = self.project.weight.data, self.project.bias.data
+        first: dict[int, tuple[int, slice]] = {}
+        for i, (size, spec) in enumerate(zip(sizes, specs.values(), strict=True)):
+            pooled = slice(size - spec.pooled_width, size)
+            j, aligned = first.setdefault(spec.pooled_width, (i, pooled))
+            weight[i, pooled] = weight[j, aligned]
+            weight[i, : pooled.start] *= COMPONENTS_START
+            bias[i] = bias[j]
 
-    def forward(self, name: str, components: Tensor) -> Tensor:
+    def forward(self, components: Tensor) -> Tensor:
         if self.training and self.dropout:
             components = dropped(components, self.dropout)
-        h = self.project[name](components)
+        h = self.project(components)
         for block in self.blocks:
             h = h + block(h)
         return self.norm(h)
 
 
-class Keys(nn.Module):
-    """Features (B, F) -> keys (B, P, width), linear, with learned positions."""
+def _projections(sizes: Sequence[int], outputs: int) -> Linears:
+    """A linear map for each modality, from its components; those of a modality that has fewer are zero at the end."""
+    layer = Linears(len(sizes), max(sizes), outputs)
+    for i, size in enumerate(sizes):
+        layer.weight.data[i, :size].uniform_(-(size**-0.5), size**-0.5)
+        layer.weight.data[i, size:] = 0
+        layer.bias.data[i].uniform_(-(size**-0.5), size**-0.5)
+    return layer
 
-    def __init__(self, features: int, keys: int, width: int) -> None:
+
+class Keys(nn.Module):
+    """Features (M, B, F) -> keys (M, B, P, width), linear, with learned positions. project: F -> P * width."""
+
+    def __init__(self, project: Linears, keys: int) -> None:
         super().__init__()
-        self.project = nn.Linear(features, keys * width)
-        self.positions = nn.Parameter(torch.randn(keys, width) * 0.02)
+        self.project = project
+        copies, _, outputs = project.weight.shape
+        self.positions = nn.Parameter(torch.randn(copies, keys, outputs // keys) * 0.02)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.project(features).unflatten(1, self.positions.shape) + self.positions
+        return self.project(features).unflatten(2, self.positions.shape[1:]) + self.positions[:, None]
 
 
-class Decoder(nn.Module):
-    """Codes (B, U) -> components (B, K): a linear map plus a small MLP."""
+class Narrow(nn.Module):
+    """Attended registers (M, B, n, width) -> the units of all of them (M, B, U), each unit from its own register."""
 
-    def __init__(self, units: int, components: int) -> None:
+    owner: Tensor
+
+    def __init__(self, copies: int, counts: Sequence[int], width: int, scale: float) -> None:
         super().__init__()
-        self.linear = nn.Linear(units, components)
-        self.mlp = nn.Sequential(nn.Linear(units, DECODER_WIDTH), nn.GELU(), nn.Linear(DECODER_WIDTH, components))
+        units = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        own = (units == torch.arange(len(counts))[:, None]).repeat_interleave(width, 0)  # (n * width, U)
+        self.register_buffer("owner", own.float(), persistent=False)
+        bound = scale * width**-0.5
+        self.weight = nn.Parameter(torch.empty(copies, *own.shape).uniform_(-bound, bound) * own)
+        self.bias = nn.Parameter(torch.zeros(copies, len(units)))
+
+    def forward(self, attended: Tensor) -> Tensor:
+        weight, z = self.weight * self.owner, attended.flatten(2)
+        if len(weight) == 1:
+            return F.linear(z, weight.squeeze(0).T, self.bias.squeeze(0))
+        return torch.baddbmm(self.bias[:, None], z, weight)
+
+
+class Decoders(nn.Module):
+    """Codes (M, B, U) -> components (M, B, K): a linear map plus a small MLP."""
+
+    def __init__(self, copies: int, units: int, components: int) -> None:
+        super().__init__()
+        self.linear, self.mlp = Linears(copies, units, components), Mlps(copies, units, DECODER_WIDTH, components)
 
     def forward(self, code: Tensor) -> Tensor:
         return self.linear(code) + self.mlp(code)
 
 
 class Critics(nn.Module):
-    """Complementary codes (B, U) -> a guess of a shared code by each of C MLPs (B, C, V)."""
+    """Complementary codes (M, B, U) -> a guess of a shared code by each of C MLPs of a modality (M, C, B, V)."""
 
-    def __init__(self, units: int, shared: int, count: int) -> None:
+    def __init__(self, modalities: int, units: int, shared: int, count: int) -> None:
         super().__init__()
-        self.critics = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(units, CRITIC_WIDTH), nn.GELU(), nn.Linear(CRITIC_WIDTH, CRITIC_WIDTH), nn.GELU(),
-                nn.Linear(CRITIC_WIDTH, shared),
-            )
-            for _ in range(count)
+        self.count, copies = count, modalities * count
+        self.layers = nn.Sequential(
+            Linears(copies, units, CRITIC_WIDTH), nn.GELU(), Linears(copies, CRITIC_WIDTH, CRITIC_WIDTH), nn.GELU(),
+            Linears(copies, CRITIC_WIDTH, shared),
         )  # fmt: skip
 
     def forward(self, code: Tensor) -> Tensor:
-        return torch.stack([critic(code) for critic in self.critics], dim=1)
+        return self.layers(code.repeat_interleave(self.count, 0)).unflatten(0, (-1, self.count))
 
 
 def quantise(x: Tensor, levels: int) -> Tensor:
@@ -185,8 +218,28 @@ def quantise(x: Tensor, levels: int) -> Tensor:
     return bounded + ((bounded * half).round() / half - bounded).detach()
 
 
-class TVLStage2(RegisterModel):
-    """Registers over frozen features. `forward` takes raw inputs or stored features (see RegisterModel).
+@dataclass(frozen=True)
+class Read:
+    """What `TVLStage2.encode` has computed.
+
+    components (M, B, K) without noise, the part of the features outside them (M, B), present (M, B), keys (M, B, P, width)
+    of the trunk and of the components, and units of both codes, (M, B, U) and (M, B, V).
+    """
+
+    components: Tensor
+    rest: Tensor
+    present: Tensor
+    shared_keys: Tensor
+    keys: Tensor
+    units: Tensor
+    comp_units: Tensor
+
+
+class TVLStage2(NestedModel):
+    """Registers over frozen features. `forward` takes raw inputs or stored features (see NestedModel).
+
+    All modalities are computed at once, in the order of `specs`: shapes below have a dimension M for them. A modality that a
+    batch lacks counts as absent in all rows.
 
     Args:
         stage1_model: the frozen encoders, or the shapes of their features if the model is used on stored features only.
@@ -202,6 +255,7 @@ class TVLStage2(RegisterModel):
     """
 
     owned: Tensor  # (M, U), 1 for the overlapping units that belong to a modality, else 0
+    rebuilt: Tensor  # (M, K), share of each component in the error of a modality
 
     def __init__(
         self,
@@ -238,118 +292,141 @@ class TVLStage2(RegisterModel):
             **more,
         )
         self.knobs = knobs
-        super().__init__(
-            stage1_model,
-            knobs,
-            share_weights=share_weights or "overlapping",
-            separate_groups=True,
-            causal=nested_dropout_mode == "nested",
-            width=knobs.block_width,
-        )
+        super().__init__(stage1_model, knobs, causal=nested_dropout_mode == "nested")
+        options, layers, width = knobs.block(knobs.block_width), knobs.num_cross_attn_layers, knobs.block_width
         self.codes = codes = Codes(self.specs, knobs)
-        sizes, counts, width = codes.principal.sizes, codes.principal.counts, knobs.block_width
-        start = START if knobs.linear else 1.0
-        shared, unique = sum(codes.counts), sum(codes.comp_counts)
+        sizes, counts, names = list(codes.principal.sizes.values()), list(codes.principal.counts.values()), list(self.specs)
+        own, start = len(names), START if knobs.linear else 1.0
+        shared, unique, leading = sum(codes.counts), sum(codes.comp_counts), self.num_overlapping
+        self.query = nn.Linear(register_token_dim, width)
         self.trunk = Trunk(sizes, self.specs, knobs)
-        self.shared_keys = Keys(knobs.trunk_width, knobs.num_keys, width)
-        if not knobs.num_cross_attn_layers:  # unused parameters would stop training on several processes
+        self.shared_keys = Keys(Linears(1, knobs.trunk_width, knobs.num_keys * width), knobs.num_keys)
+        self.readers = Keys(_projections(sizes, knobs.num_keys * width), knobs.num_keys)
+        if not layers:  # unused parameters would stop training on several processes
             nn.ModuleList([self.readers, self.shared_keys]).requires_grad_(False)
-        self.narrow = _narrow(codes.counts, width, start)
+        self.shared_stack = RegisterStack(options, layers, leading, self.causal)
+        rest = num_register_tokens - leading
+        self.own_stack = RegisterStack(options, layers, rest, self.causal, copies=1 if share_weights else own)
+        self.narrow = Narrow(1, codes.counts, width, start)
         self.linear = nn.Linear(knobs.trunk_width, shared) if knobs.linear else None
-        owned = unit_owners(list(sizes), codes.counts, knobs.pair_units)
+        owned = unit_owners(names, codes.counts, knobs.pair_units)
         self.register_buffer("owned", torch.tensor(owned, dtype=torch.float32), persistent=False)
-        self.comp_narrow = nn.ModuleDict({m: _narrow(codes.comp_counts, width, start) for m in sizes})
-        self.comp_linear = nn.ModuleDict({m: nn.Linear(k, unique) for m, k in sizes.items() if knobs.linear})
-        self.decoders = nn.ModuleDict({m: Decoder(shared + unique, k) for m, k in counts.items() if preservation})
+        self.comp_narrow = Narrow(own, codes.comp_counts, width, start)
+        self.comp_linear = _projections(sizes, unique) if knobs.linear else None
+        self.decoders = Decoders(own, shared + unique, max(counts)) if preservation else None
+        weight = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]) / torch.tensor(counts)[:, None]
+        self.register_buffer("rebuilt", weight, persistent=False)
         has_critics = knobs.independence_weight > 0 and preservation
-        self.critics = nn.ModuleDict({m: Critics(unique, shared, knobs.critics) for m in sizes if has_critics})
+        self.critics = Critics(own, unique, shared, knobs.critics) if has_critics else None
         wide = torch.randn(max(width, register_token_dim), min(width, register_token_dim))
         basis = torch.linalg.qr(wide)[0]
         self.register_buffer("widen", basis if width > register_token_dim else basis.T.contiguous())
+        self.register_load_state_dict_pre_hook(type(self)._join_copies)
 
     @classmethod
     def of(cls, knobs: Stage2Config, specs: Mapping[str, FeatureSpec]) -> "TVLStage2":
         """Build the model from the options of a run, with decoders if `preservation_weight` > 0."""
         return cls(specs, **model_options(knobs))
 
-    def _make_readers(self, width: int) -> nn.ModuleDict:
-        components = self.knobs.components
-        sizes = {m: component_count(spec, components) + spec.pooled_width for m, spec in self.specs.items()}
-        return nn.ModuleDict({m: Keys(k, self.knobs.num_keys, width) for m, k in sizes.items()})
-
-    def inputs(self, name: str, modality: Tokens) -> tuple[Tensor, Tensor]:
-        """Components and what the trunk makes of them as one token (B, 1, K + W), with noise in training, and its mask."""
-        read = self.codes.noisy(self.codes.read(name, modality)[0])
-        return torch.cat([read, self.trunk(name, read)], dim=1)[:, None], modality.present[:, None]
-
-    def keys(self, name: str, tokens: Tensor) -> Tensor:
-        """Keys (B, 2, P, width): overlapping registers attend to the trunk, complementary ones to the components."""
-        read, h = self._parts(tokens)
-        return torch.stack([self.shared_keys(h), self.readers[name](read)], dim=1)
-
-    def _parts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """A token (B, 1, K + W) -> components (B, K), trunk (B, W)."""
-        return tokens[:, 0, : -self.knobs.trunk_width], tokens[:, 0, -self.knobs.trunk_width :]
+    def _join_copies(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Accept checkpoints of version 5.0, in which every modality had modules of its own."""
+        names, knobs = list(self.specs), self.knobs
+        places = {"shared_stack.": ["stacks.shared.0."]}
+        places["own_stack."] = ["stacks.shared.1."] if knobs.share_weights else [f"stacks.{m}.0." for m in names]
+        for new, old in (
+            ("trunk.project.", "trunk.project.{}."),
+            ("readers.", "readers.{}."),
+            ("comp_linear.", "comp_linear.{}."),
+        ):
+            places[new] = [old.format(m) for m in names]
+        places["shared_keys."] = ["shared_keys."]
+        for new, part in (("linear.", "linear."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2.")):
+            places[f"decoders.{new}"] = [f"decoders.{m}.{part}" for m in names]
+        for layer in (0, 2, 4):
+            places[f"critics.layers.{layer}."] = [
+                f"critics.{m}.critics.{c}.{layer}." for m in names for c in range(knobs.critics)
+            ]
+        join_copies(self, state, prefix, places)
+        for new, olds in (("narrow", ["narrow"]), ("comp_narrow", [f"comp_narrow.{m}" for m in names])):
+            if f"{prefix}{olds[0]}.0.weight" in state:
+                count = len(self.codes.counts if new == "narrow" else self.codes.comp_counts)
+                for kind in ("weight", "bias"):
+                    parts = [[state.pop(f"{prefix}{old}.{i}.{kind}") for i in range(count)] for old in olds]
+                    joined = [torch.block_diag(*(w.T for w in p)) if kind == "weight" else torch.cat(p) for p in parts]
+                    state[f"{prefix}{new}.{kind}"] = torch.stack(joined)
 
     def condense(self, name: str, tokens: Tokens) -> Tensor:
         """Components of the tokens, (B, K + 1); see Stage2Model."""
         return self.codes.condense(name, tokens)
 
-    def expand(self, z: Tensor) -> Tensor:
-        """Registers (B, N, width of the blocks) -> (B, N, D)."""
-        return z @ cast(Tensor, self.widen)
-
-    def overlapping_units(self, name: str, attended: Tensor, trunk: Tensor) -> Tensor:
-        """The units of the overlapping tokens of a modality: registers (B, No, width), trunk (B, W) -> (B, U)."""
-        units = _units(self.narrow, attended)
-        units = units + self.linear(trunk) if self.linear is not None else units
-        return units * self.owned[list(self.specs).index(name)]
-
-    def postprocess(
-        self, over: dict[str, Tensor], comp: dict[str, Tensor], inputs: dict[str, Tensor], features: Features
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """Attended registers and components -> tokens of narrow codes, and what the critics say of them."""
-        shared, unique = {}, {}
-        extras: dict[str, dict[str, Tensor]] = {"codes": {}, "guesses": {}, "answers": {}} if self.critics else {}
-        for m in over:
-            read, h = self._parts(inputs[m])
-            units = self.overlapping_units(m, over[m], h)
-            comp_units = _units(cast(nn.ModuleList, self.comp_narrow[m]), comp[m])
-            if m in self.comp_linear:
-                comp_units = comp_units + self.comp_linear[m](read)
-            comp_units = quantise(comp_units, self.knobs.levels)
-            shared[m], unique[m] = Codes.tokens(units, self.codes.over), Codes.tokens(comp_units, self.codes.comp)
-            if m in self.critics:
-                critics, code = self.critics[m], comp_units
-                frozen = {name: p.detach() for name, p in critics.named_parameters()}
-                extras["codes"][m] = units.detach()
-                extras["guesses"][m] = critics(code.detach())
-                extras["answers"][m] = functional_call(critics, frozen, code)
+    def encode(self, features: Features, kept: Tensor) -> Encoded:
+        """Components -> codes of every modality, as tokens, and what the critics say of them."""
+        leading, queries = self.num_overlapping, self.query(self.registers)
+        read, rest, present = self.codes.read_all(features)
+        noisy = self.codes.noisy(read)
+        h = self.trunk(noisy)
+        shared_keys, keys, rows = self.shared_keys(h), self.readers(noisy), present[..., None]
+        units = self.narrow(self.shared_stack(queries[:leading], shared_keys, rows, kept[:, :leading]))
+        units = (units + self.linear(h) if self.linear is not None else units) * self.owned[:, None]
+        comp_units = self.comp_narrow(self.own_stack(queries[leading:], keys, rows, kept[:, leading:]))
+        comp_units = quantise(
+            comp_units + self.comp_linear(noisy) if self.comp_linear is not None else comp_units, self.knobs.levels
+        )
+        names = list(self.specs)
+        extras: dict[str, dict[str, Tensor]] = {}
+        if self.critics is not None:
+            frozen = {name: p.detach() for name, p in self.critics.named_parameters()}
+            guesses, answers = self.critics(comp_units.detach()), functional_call(self.critics, frozen, (comp_units,))
+            extras["codes"] = dict(zip(names, units.detach().unbind(0), strict=True))
+            extras["guesses"] = {m: x.movedim(0, 1) for m, x in zip(names, guesses.unbind(0), strict=True)}
+            extras["answers"] = {m: x.movedim(0, 1) for m, x in zip(names, answers.unbind(0), strict=True)}
         if self.training and self.causal:
-            extras["before_dropout"] = shared
-        return shared, unique, extras
+            each = units[:, :, None] * self.codes.over_owner
+            extras["before_dropout"] = dict(zip(names, each.unbind(0), strict=True))
+        extras = {kind: {m: x for m, x in found.items() if m in features.modalities} for kind, found in extras.items()}
+        tokens = Codes.tokens(units, self.codes.over), Codes.tokens(comp_units, self.codes.comp)
+        return Encoded(names, *tokens, Read(read, rest, present, shared_keys, keys, units, comp_units), extras)
+
+    def joint(self, encoded: Encoded, kept: Tensor, features: Features) -> Tensor:
+        read, leading, queries = encoded.inputs, self.num_overlapping, self.query(self.registers)
+        rows = [read.present[..., None]]
+        parts = [
+            attend_jointly([self.shared_stack], queries[:leading], [read.shared_keys], rows, kept[:, :leading]),
+            attend_jointly([self.own_stack], queries[leading:], [read.keys], rows, kept[:, leading:]),
+        ]
+        return torch.cat(parts, dim=1) @ cast(Tensor, self.widen)
 
     def reconstruct(
-        self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor, frozen: Tokens
-    ) -> Reconstruction:
+        self, encoded: Encoded, over: Tensor, comp: Tensor, kept: Tensor, features: Features
+    ) -> dict[str, Reconstruction]:
         """The error of the frozen tokens rebuilt from both codes: (B, 1), over the whole sequence.
 
         In training it is that of the components, whose mean variance is 1.
         """
-        code = torch.cat([Codes.units(over.detach(), self.codes.over), Codes.units(comp, self.codes.comp)], dim=1)
-        principal = self.codes.principal
-        with torch.no_grad():
-            read, rest = self.codes.read(name, frozen)
+        if self.decoders is None:
+            return {}
+        read = encoded.inputs
+        code = torch.cat([read.units.detach(), read.comp_units], dim=2) * self.codes.kept_units(kept)
+        with torch.autocast(code.device.type, enabled=False) if not self.training else nullcontext():
+            rebuilt = self.decoders(code).float()
+        names = list(self.specs)
         if self.training:
-            difference = read[:, : principal.counts[name]] - self.decoders[name](code)
-            return Reconstruction(difference.square().mean(1, keepdim=True), mask)
-        return Reconstruction(principal.squared_error(name, read, self.decoders[name](code), rest)[:, None], mask)
+            difference = read.components[..., : rebuilt.shape[2]] - rebuilt
+            errors = (difference.square() * self.rebuilt[:, None]).sum(2)
+        else:
+            principal = self.codes.principal
+            of = zip(names, read.components, rebuilt, read.rest, strict=True)
+            errors = torch.stack(
+                [principal.squared_error(m, x[:, : principal.sizes[m]], r[:, : principal.counts[m]], e) for m, x, r, e in of]
+            )
+        parts = zip(names, errors[..., None].unbind(0), read.present[..., None].unbind(0), strict=True)
+        return {m: Reconstruction(error, mask) for m, error, mask in parts}
 
     @torch.no_grad()
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
         """Fit the principal components, and start the linear projections to complementary codes at the closed form."""
         self.codes.principal.fit(batches)
-        if not self.comp_linear:
+        if self.comp_linear is None:
             return
         scores = self.codes.paired_scores(batches)
         if len(next(iter(scores.values()))) < 2:
@@ -360,13 +437,12 @@ class TVLStage2(RegisterModel):
         means = {m: x.mean(0) for m, x in scores.items()}
         centred = {m: x - means[m] for m, x in scores.items()}
         maps, _ = canonical(centred, sum(self.codes.counts))
-        for m, x in centred.items():
+        for i, (m, x) in enumerate(centred.items()):
             rest = residual_components(x, maps[m], sum(self.codes.comp_counts))
-            linear = cast(nn.Linear, self.comp_linear[m])
-            weight = torch.zeros_like(linear.weight)
-            weight[: rest.shape[1]] = rest.T
-            linear.weight.copy_(weight)
-            linear.bias.copy_(-weight @ means[m])
+            weight = torch.zeros_like(self.comp_linear.weight[i])
+            weight[: len(rest), : rest.shape[1]] = rest
+            self.comp_linear.weight[i] = weight
+            self.comp_linear.bias[i] = -means[m] @ weight[: len(rest)]
 
 
 def unit_owners(modalities: Sequence[str], counts: Sequence[int], pairs: bool) -> list[list[bool]]:
@@ -378,20 +454,6 @@ def unit_owners(modalities: Sequence[str], counts: Sequence[int], pairs: bool) -
     subsets = list(combinations(modalities, 2)) if pairs and len(modalities) > 2 else [tuple(modalities)]
     rest = range(sum(counts[1:]))
     return [[True] * counts[0] + [m in subsets[i % len(subsets)] for i in rest] for m in modalities]
-
-
-def _narrow(counts: Sequence[int], width: int, scale: float = 1.0) -> nn.ModuleList:
-    """One linear layer per register, from its width to its units."""
-    layers = nn.ModuleList(nn.Linear(width, units) for units in counts)
-    for layer in layers:
-        cast(nn.Linear, layer).weight.data *= scale
-        cast(nn.Linear, layer).bias.data.zero_()
-    return layers
-
-
-def _units(layers: nn.ModuleList, z: Tensor) -> Tensor:
-    """Attended registers (B, n, width) -> the units of all of them (B, U)."""
-    return torch.cat([layer(x) for layer, x in zip(layers, z.unbind(1), strict=True)], dim=1)
 
 
 class BaseLoss(RegisterLoss):
@@ -419,10 +481,8 @@ class BaseLoss(RegisterLoss):
         if "guesses" not in output.extras:
             return numbers
         kept = output.nested_dropout_mask
-        computed = {
-            m: torch.ones_like(present) if kept is None else kept[:, output.overlapping_tokens[m].shape[1] :].any(1)
-            for m, present in output.present.items()
-        }
+        count = next(iter(output.complementary_tokens.values())).shape[1]
+        computed = output.present if kept is None else dict.fromkeys(output.present, kept[:, -count:].any(1))
         codes, guesses, answers = (output.extras[name] for name in ("codes", "guesses", "answers"))
         critic, penalty = independence(
             codes, guesses, answers, computed, output.present, output.caption_keys, output.content_keys

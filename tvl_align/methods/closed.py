@@ -44,7 +44,7 @@ class Closed(DirectModel):
             self.register_buffer(f"comp_{m}", start[:, :comp_units].clone())
             self.register_buffer(f"back_{m}", torch.zeros(units + comp_units, self.codes.principal.counts[m]))
 
-    def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
+    def units_of(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
         centred = components - self.get_buffer(f"centre_{name}")
         return centred @ self.get_buffer(f"over_{name}"), centred @ self.get_buffer(f"comp_{name}")
 

@@ -10,8 +10,10 @@ Shapes: B rows, K components, n tokens with U units together, D token width.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
+from statistics import NormalDist
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tvl_align.contract import Features, FeatureSpec, Tokens
@@ -50,6 +52,8 @@ class Codes(nn.Module):
 
     over: Tensor
     comp: Tensor
+    over_owner: Tensor  # (No, U), True for the units of a token
+    token_of: Tensor  # (U + V,), the token of each unit
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: CodeConfig) -> None:
         super().__init__()
@@ -68,6 +72,10 @@ class Codes(nn.Module):
         ):
             owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
             self.register_buffer(name, (owner == torch.arange(len(counts))[:, None])[..., None] * part)
+        every = torch.repeat_interleave(torch.arange(count), torch.tensor([*self.counts, *self.comp_counts]))
+        self.register_buffer("token_of", every, persistent=False)
+        own = every[: sum(self.counts)] == torch.arange(leading)[:, None]
+        self.register_buffer("over_owner", own, persistent=False)
 
     def read(self, name: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """What is read of a modality (B, K + E), and the part of its features outside the components (B,).
@@ -80,24 +88,43 @@ class Codes(nn.Module):
             read, rest = self.principal(name, tokens)
         return read, rest
 
+    def read_all(self, features: Features) -> tuple[Tensor, Tensor, Tensor]:
+        """What is read of all modalities at once: (M, B, K + E), with zeros after the end of smaller ones, the rest (M, B),
+        and whether a row has the modality (M, B). A modality that the batch lacks is absent in all rows, and zero."""
+        sizes, found = self.principal.sizes, features.modalities
+        most, alike = max(sizes.values()), len(set(sizes.values())) == 1 and len(found) == len(sizes)
+        present = [found[m].present if m in found else torch.zeros_like(features.rows, dtype=torch.bool) for m in sizes]
+        if alike and all(t.condensed for t in found.values()):
+            joined = torch.stack([found[m].tokens[:, 0] for m in sizes])
+            return joined[..., :-1], joined[..., -1], torch.stack(present)
+        parts = {m: self.read(m, t) for m, t in found.items()}
+        blank = next(iter(parts.values()))[0].new_zeros(len(features), 0), next(iter(parts.values()))[1] * 0
+        parts = {m: parts.get(m, blank) for m in sizes}
+        read = torch.stack([F.pad(x, (0, most - x.shape[1])) for x, _ in parts.values()])
+        return read, torch.stack([rest for _, rest in parts.values()]), torch.stack(present)
+
+    def kept_units(self, kept: Tensor) -> Tensor:
+        """(B, N) bool -> (B, U + V) bool, True for the units of kept tokens."""
+        return kept.index_select(1, self.token_of)
+
     def condense(self, name: str, tokens: Tokens) -> Tensor:
         """All that is read of the tokens, (B, K + E + 1)."""
         read, rest = self.read(name, tokens)
         return torch.cat([read, rest[:, None]], dim=1)
 
     def noisy(self, components: Tensor) -> Tensor:
-        """Components (B, K), with noise in training."""
-        return components + self.noise * joint_noise(components) if self.training and self.noise else components
+        """Components (..., B, K), with noise in training."""
+        return components + self.noise * joint_noise(components, -2) if self.training and self.noise else components
 
     @staticmethod
     def tokens(units: Tensor, basis: Tensor) -> Tensor:
-        """Units (B, U), basis (n, U, D) -> tokens (B, n, D)."""
-        return torch.einsum("bu,nud->bnd", units, basis)
+        """Units (..., B, U), basis (n, U, D) -> tokens (..., B, n, D)."""
+        return torch.einsum("...u,nud->...nd", units, basis)
 
     @staticmethod
     def units(tokens: Tensor, basis: Tensor) -> Tensor:
-        """Tokens (B, n, D) -> units (B, U)."""
-        return torch.einsum("bnd,nud->bu", tokens, basis)
+        """Tokens (..., B, n, D) -> units (..., B, U)."""
+        return torch.einsum("...nd,nud->...u", tokens, basis)
 
     def paired_scores(self, batches: Callable[[], Iterable[Features]]) -> dict[str, Tensor]:
         """Components {modality: (n, K)} of the rows that have every modality."""
@@ -129,6 +156,6 @@ def _complete_rows(batches: Iterable[Features], names: list[str]) -> Iterator[Fe
 
 
 def dropped(components: Tensor, rate: float) -> Tensor:
-    """Components (B, K), each zero with probability `rate`, the others scaled up; the same on 2 processes as on 1."""
-    kept = torch.special.ndtr(joint_noise(components)) >= rate
-    return components * kept / (1 - rate)
+    """Components (..., B, K), each zero with probability `rate`, the others scaled up; the same on 2 processes as on 1."""
+    kept = joint_noise(components, -2) >= NormalDist().inv_cdf(rate)
+    return components * kept * (1 / (1 - rate))

@@ -44,7 +44,7 @@ class MLPModel(DirectModel):
             }
         )
 
-    def encode(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
+    def units_of(self, name: str, components: Tensor) -> tuple[Tensor, Tensor]:
         return self.mlps[name](components), components.new_zeros(len(components), sum(self.codes.comp_counts))
 
 

@@ -5,9 +5,11 @@ self-attention among the registers (from the second layer on) and an MLP. Source
 arXiv:2103.03206), registers (Darcet et al. 2023, arXiv:2309.16588).
 
 A dropped register has no effect: it is masked as a key of the self-attention, and its output is zero. Masking only its
-query would not be enough, because cross-attention still adds information to it.
+query would not be enough, because cross-attention still adds information to it. The model zeroes the outputs.
 
-Shapes: z (B, N, D) registers, keys (B, T, D), mask (B, T) bool, kept (B, N) bool.
+Shapes: G modalities with blocks of their own (tvl_align.registers.copies), z (G, B, N, D) registers, keys (G, B, T, D), mask
+(G, B, T) bool, kept (B, N) bool. With one copy of the blocks, G modalities share it. Registers that are the same in all
+rows, as in the first layer, are (G, 1, N, D), and are projected once.
 """
 
 from collections.abc import Sequence
@@ -16,11 +18,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from tvl_align.contract import FeatureSpec
+from tvl_align.registers.copies import Linears, Mlps, Norms
 from tvl_align.system.console import UserError
+
+FAST_WIDTH = 256  # widest head that attention on a GPU has a fast kernel for
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class BlockOptions:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of z (B, N, D) over keys (B, M, D); `mask` (B, M) or (B, N, M) bool, False = ignored.
+    """Multi-head attention of z (G, B, N, D) over keys (G, B, M, D) -> (G, B, N, D).
+
+    mask (G, B, M) or (G, B, N, M), added to the scores: -inf = ignored; None: all keys are seen.
 
     With few queries and many keys, the key and value projections are absorbed into the queries, since q (W k) = (q W) k.
     The projections then run on heads * N queries instead of M tokens, and the result is the same (multi-head latent
@@ -48,37 +54,49 @@ class Attention(nn.Module):
     effect. The value bias is added once, because attention weights sum to 1.
     """
 
-    def __init__(self, options: BlockOptions) -> None:
+    def __init__(self, options: BlockOptions, copies: int = 1) -> None:
         super().__init__()
         self.heads, self.attn_drop = options.num_heads, options.attn_drop_rate
-        self.query = nn.Linear(options.dim, options.dim)
-        self.key_value = nn.Linear(options.dim, 2 * options.dim)
-        self.out = nn.Sequential(nn.Linear(options.dim, options.dim), nn.Dropout(options.drop_rate))
+        self.query = Linears(copies, options.dim, options.dim)
+        self.key_value = Linears(copies, options.dim, 2 * options.dim)
+        self.out = nn.Sequential(Linears(copies, options.dim, options.dim), nn.Dropout(options.drop_rate))
 
-    def forward(self, z: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """(B, N, D), (B, M, D) -> (B, N, D)."""
-        q = rearrange(self.query(z), "b n (h d) -> b h n d", h=self.heads)
+    def forward(self, z: Tensor, keys: Tensor, mask: Tensor | None = None) -> Tensor:
+        q = rearrange(self.query(z), "g b n (h d) -> g b h n d", h=self.heads)
         drop = self.attn_drop if self.training else 0.0
-        if mask.ndim == 2 and not drop and self._absorbing_is_cheaper(z.shape[1], keys.shape[1]):
+        per_query = mask is not None and mask.ndim == 4
+        if mask is not None:
+            mask = mask.flatten(0, 1)[:, None] if per_query else mask.flatten(0, 1)[:, None, None]
+        if not per_query and not drop and self._absorbing_is_cheaper(z, keys):
             return self.out(self._absorbed(q, keys, mask))
-        k, v = rearrange(self.key_value(keys), "b m (two h d) -> two b h m d", two=2, h=self.heads)
-        mask = mask[:, None] if mask.ndim == 3 else mask[:, None, None]
+        k, v = rearrange(self.key_value(keys), "g b m (two h d) -> two (g b) h m d", two=2, h=self.heads)
+        q = q.expand(*keys.shape[:2], *q.shape[2:]).flatten(0, 1)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
-        return self.out(rearrange(attended, "b h n d -> b n (h d)"))
+        return self.out(rearrange(attended, "(g b) h n d -> g b n (h d)", g=len(keys)))
 
-    def _absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
-        """Compare multiplications per row, divided by 2 D: query projections + wide attention < token projections."""
-        dim = self.query.in_features
-        return queries * (dim + keys * self.heads) < keys * dim
+    def _absorbing_is_cheaper(self, z: Tensor, keys: Tensor) -> bool:
+        """Compare multiplications per row, divided by 2 D: query projections + wide attention < token projections.
 
-    def _absorbed(self, q: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
-        """q (B, H, N, d), keys (B, M, D), mask (B, M) -> (B, N, D), before the output projection."""
-        to_key, to_value = rearrange(self.key_value.weight, "(two h d) w -> two h d w", two=2, h=self.heads)
-        wide_queries = torch.einsum("bhnd,hdw->bhnw", q, to_key).flatten(1, 2)[:, None]
-        tokens, scale = keys[:, None], q.shape[-1] ** -0.5
-        attended = F.scaled_dot_product_attention(wide_queries, tokens, tokens, attn_mask=mask[:, None, None], scale=scale)
-        values = torch.einsum("bhnw,hdw->bhnd", attended.squeeze(1).unflatten(1, (self.heads, -1)), to_value)
-        return rearrange(values, "b h n d -> b n (h d)") + self.key_value.bias.chunk(2)[1]
+        Registers that are the same in all rows are projected once. On a GPU wide heads have no fast kernel.
+        """
+        dim, queries, tokens = z.shape[-1], z.shape[-2], keys.shape[-2]
+        if z.is_cuda and dim > FAST_WIDTH:
+            return False
+        projections = dim if z.shape[1] == keys.shape[1] else dim / 2
+        return queries * (projections + tokens * self.heads) < tokens * dim
+
+    def _absorbed(self, q: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """q (G, B, H, N, d), keys (G, B, M, D), mask (G * B, 1, 1, M) -> (G, B, N, D), before the output projection."""
+        copies, rows, (heads, queries) = len(self.key_value.weight), keys.shape[:2], q.shape[2:4]
+        to_key, to_value = rearrange(self.key_value.weight, "c w (two h d) -> two c h d w", two=2, h=heads)
+        bias = self.key_value.bias.chunk(2, dim=1)[1]
+        wide = torch.einsum("cbhnd,chdw->cbhnw", q if copies > 1 else q.flatten(0, 1)[None], to_key)
+        wide = wide.reshape(*q.shape[:2], heads * queries, -1).expand(*rows, -1, -1).flatten(0, 1)[:, None]
+        tokens, scale = keys.flatten(0, 1)[:, None], q.shape[-1] ** -0.5
+        attended = F.scaled_dot_product_attention(wide, tokens, tokens, attn_mask=mask, scale=scale)
+        attended = attended.view(copies, -1, heads, queries, attended.shape[-1])
+        values = torch.einsum("cbhnw,chdw->cbnhd", attended, to_value).flatten(-2) + bias[:, None, None]
+        return values.reshape(*rows, queries, -1)
 
 
 class RegisterBlock(nn.Module):
@@ -87,84 +105,123 @@ class RegisterBlock(nn.Module):
     The first layer needs no self-attention: its registers do not depend on the input yet.
     """
 
-    def __init__(self, options: BlockOptions, self_attention: bool) -> None:
+    def __init__(self, options: BlockOptions, self_attention: bool, copies: int = 1) -> None:
         super().__init__()
-        self.cross_norm, self.cross = nn.LayerNorm(options.dim), Attention(options)
-        self.self_norm = nn.LayerNorm(options.dim) if self_attention else None
-        self.self_attention = Attention(options) if self_attention else None
-        self.mlp_norm = nn.LayerNorm(options.dim)
-        self.mlp = Mlp(options.dim, int(options.dim * options.mlp_ratio), drop=options.drop_rate)
-        self.drop_path = DropPath(options.drop_path_rate)
+        dim = options.dim
+        self.cross_norm, self.cross = Norms(copies, dim), Attention(options, copies)
+        self.self_norm = Norms(copies, dim) if self_attention else None
+        self.self_attention = Attention(options, copies) if self_attention else None
+        self.mlp_norm = Norms(copies, dim)
+        self.mlp = Mlps(copies, dim, int(dim * options.mlp_ratio), drop=options.drop_rate)
+        self.drop_path_rate = options.drop_path_rate
 
-    def forward(self, z: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D); `mask` applies to the keys, `kept` (B, N) or (B, N, N) to the registers."""
-        z = z + self.drop_path(self.cross(self.cross_norm(z), keys, mask))
+    def forward(self, z: Tensor, keys: Tensor, mask: Tensor | None, kept: Tensor | None) -> Tensor:
+        """z (G, B or 1, N, D) -> (G, B, N, D); `mask` applies to the keys, `kept` to the registers, see `Attention`."""
+        z = z + self._drop_path(self.cross(self.cross_norm(z), keys, mask))
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(z)
-            z = z + self.drop_path(self.self_attention(normed, normed, kept))
-        return z + self.drop_path(self.mlp(self.mlp_norm(z)))
+            z = z + self._drop_path(self.self_attention(normed, normed, kept))
+        return z + self._drop_path(self.mlp(self.mlp_norm(z)))
+
+    def _drop_path(self, branch: Tensor) -> Tensor:
+        """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): whole branches of a row and modality are zero."""
+        if not self.training or not self.drop_path_rate:
+            return branch
+        kept = torch.rand(*branch.shape[:2], 1, 1, device=branch.device) >= self.drop_path_rate
+        return branch * kept / (1 - self.drop_path_rate)
 
 
 class KeyProjection(nn.Module):
-    """Frozen tokens (B, T, W) -> keys (B, T, D): LayerNorm, a linear projection if W != D, learned position embeddings."""
+    """Frozen tokens (G, B, T, W) -> keys (G, B, T, D): LayerNorm, a linear projection if W != D, learned positions."""
 
-    def __init__(self, spec: FeatureSpec, dim: int) -> None:
+    def __init__(self, spec: FeatureSpec, dim: int, copies: int = 1) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(spec.width)
-        self.project = nn.Linear(spec.width, dim) if spec.width != dim else nn.Identity()
-        self.positions = nn.Parameter(torch.randn(spec.tokens, dim) * 0.02)
+        self.norm = Norms(copies, spec.width)
+        self.project = Linears(copies, spec.width, dim) if spec.width != dim else nn.Identity()
+        self.positions = nn.Parameter(torch.randn(copies, spec.tokens, dim) * 0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.project(self.norm(tokens)) + self.positions[: tokens.shape[1]]
+        return self.project(self.norm(tokens)) + self.positions[:, None, : tokens.shape[2]]
 
 
 class RegisterStack(nn.Module):
     """A stack of `layers` register blocks with a final LayerNorm, for a group of `registers` registers.
 
     causal: a register attends only to itself and to earlier registers. A group of one register has no self-attention: the
-    softmax over its single key is 1, so the query and key weights would never get a gradient.
+    softmax over its single key is 1, so the query and key weights would never get a gradient. copies: modalities with
+    weights of their own; 1: all modalities share them.
     """
 
-    def __init__(self, options: BlockOptions, layers: int, registers: int, causal: bool = False) -> None:
+    def __init__(self, options: BlockOptions, layers: int, registers: int, causal: bool = False, copies: int = 1) -> None:
         super().__init__()
         self.causal = causal
-        self.blocks = nn.ModuleList(RegisterBlock(options, self_attention=i > 0 and registers > 1) for i in range(layers))
-        self.norm = nn.LayerNorm(options.dim)
+        self.blocks = nn.ModuleList(
+            RegisterBlock(options, self_attention=i > 0 and registers > 1, copies=copies) for i in range(layers)
+        )
+        self.norm = Norms(copies, options.dim)
 
     def forward(self, registers: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
-        """registers (N, D) -> (B, N, D); dropped registers are zero."""
-        return attend_jointly([self], registers, [keys], [mask], kept, [mask.any(1)])
+        """Let registers (N, D) attend to each of G modalities -> (G, B, N, D).
+
+        Results of dropped registers, and of rows without any key, are of no use. mask: (G, B, T), or (G, B, 1) for whole
+        rows.
+        """
+        seen = visible(mask)[1]
+        among = self.self_mask(kept, len(keys))
+        z = registers.expand(len(keys), 1, *registers.shape)
+        for block in self.blocks:
+            z = block(z, keys, seen, among)
+        return self.norm(z).expand(*keys.shape[:2], -1, -1)
+
+    def self_mask(self, kept: Tensor, modalities: int) -> Tensor | None:
+        """Which registers see which others, as `Attention` takes it; None without self-attention."""
+        if len(self.blocks) < 2 or kept.shape[1] < 2:
+            return None
+        mask = kept | ~kept.any(1, keepdim=True)  # a row without any key would give NaN; its result is zero anyway
+        if self.causal:
+            mask = mask[:, None] & torch.ones(kept.shape[1], kept.shape[1], dtype=torch.bool, device=kept.device).tril()
+        return additive(mask).expand(modalities, *mask.shape)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """A bool mask as attention adds it to scores: 0 or -inf. Made once for all layers."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
+
+
+def visible(mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Which rows have a key, (G, B), and which keys are seen, as `Attention` takes it; None: all.
+
+    A row without any key would give NaN: it sees all keys, and its result is not used. mask: (G, B, T) bool, or (G, B, 1)
+    for whole rows.
+    """
+    if mask.shape[-1] == 1:
+        return mask.squeeze(-1), None
+    present = mask.any(-1)
+    return present, additive(mask | ~present[..., None])
 
 
 def attend_jointly(
-    stacks: Sequence[RegisterStack],
-    registers: Tensor,
-    keys: Sequence[Tensor],
-    masks: Sequence[Tensor],
-    kept: Tensor,
-    present: Sequence[Tensor],
+    stacks: Sequence[RegisterStack], registers: Tensor, keys: Sequence[Tensor], masks: Sequence[Tensor], kept: Tensor
 ) -> Tensor:
-    """Let registers (N, D) attend to several modalities at once -> (B, N, D); dropped registers are zero.
+    """Let registers (N, D) attend to all modalities at once -> (B, N, D); dropped registers are zero.
 
-    Each layer applies the block of every present modality and averages the results. With one modality this equals that
-    modality's stack. stacks, keys (B, T, D), masks (B, T) and present (B,) bool: one per modality.
+    stacks, keys, masks: one for each set of modalities, as for RegisterStack.forward. Each layer applies the block of every
+    present modality and averages the results. With one modality this equals that modality's stack.
     """
-    batch = len(keys[0])
-    z = registers.expand(batch, *registers.shape)
-    weights = torch.stack([p.to(z.dtype) for p in present])
-    weights = (weights / weights.sum(0).clamp(min=1))[..., None, None]
-    # A row without any key would give NaN. It attends to all keys instead, and its result has weight 0.
-    safe_masks = [mask | ~mask.any(1, keepdim=True) for mask in masks]
-    self_mask = kept | ~kept.any(1, keepdim=True)  # the same for a row without any kept register
-    if stacks[0].causal:
-        causal = torch.ones(kept.shape[1], kept.shape[1], dtype=torch.bool, device=kept.device).tril()
-        self_mask = self_mask[:, None, :] & causal
+    seen = [visible(mask) for mask in masks]
+    total = torch.stack([present.sum(0) for present, _ in seen]).sum(0).clamp(min=1)  # (B,)
+    weights = [(present / total)[..., None, None].to(registers.dtype) for present, _ in seen]
+    among = [stack.self_mask(kept, len(k)) for stack, k in zip(stacks, keys, strict=True)]
+    z = registers.expand(len(kept), *registers.shape)
+
+    def averaged(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(w * part).sum(0) for w, part in zip(weights, parts, strict=True)]).sum(0)
+
+    def each(z: Tensor) -> list[Tensor]:
+        return [z.expand(len(k), *z.shape) for k in keys]
+
     for layer in range(len(stacks[0].blocks)):
-        updates = [
-            weight * stack.blocks[layer](z, key, mask, self_mask)
-            for stack, key, mask, weight in zip(stacks, keys, safe_masks, weights, strict=True)
-        ]
-        z = torch.stack(updates).sum(0) if len(updates) > 1 else updates[0]
-    normed = [weight * stack.norm(z) for stack, weight in zip(stacks, weights, strict=True)]
-    z = torch.stack(normed).sum(0) if len(normed) > 1 else normed[0]
+        of_sets = zip(stacks, each(z), keys, seen, among, strict=True)
+        z = averaged([stack.blocks[layer](x, k, mask, own) for stack, x, k, (_, mask), own in of_sets])
+    z = averaged([stack.norm(x) for stack, x in zip(stacks, each(z), strict=True)])
     return z * kept[..., None].to(z.dtype)

@@ -1,11 +1,12 @@
-"""RegisterModel, the model that all methods share: registers, cross-attention to each modality, optional decoders.
+"""NestedModel, what all methods share, and RegisterModel: cross-attention to each modality, optional decoders.
 
-Shapes as in tvl_align.contract.
+Shapes as in tvl_align.contract; M modalities of a batch.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tvl_align.contract import Batch, Features, FeatureSpec, Output, Reconstruction, Stage2Model, Tokens
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.registers.blocks import BlockOptions, KeyProjection, RegisterStack, attend_jointly
+from tvl_align.registers.copies import join_copies
 from tvl_align.registers.decoder import TokenDecoder, reconstruction_error
 from tvl_align.registers.nested import NestedMode, draw_kept
 from tvl_align.system.bounds import at_least, between
@@ -95,21 +97,31 @@ class RegisterConfig:
 Keys = Literal["tokens", "pooled"]
 
 
-class RegisterModel(nn.Module, Stage2Model):
-    """Registers that attend to frozen features.
+@dataclass(frozen=True)
+class Encoded:
+    """Tokens of modalities before nested dropout: over (M, B, No, D), comp (M, B, Nc, D), in the order of `names`.
+
+    Modalities that the batch lacks may be among them. inputs: what `joint` and `reconstruct` of the same model need. extras:
+    entries of the output.
+    """
+
+    names: Sequence[str]
+    over: Tensor
+    comp: Tensor
+    inputs: Any = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+class NestedModel(nn.Module, Stage2Model):
+    """Registers under nested dropout over frozen features. A subclass says how the features become tokens, in `encode`.
 
     Args:
-        stage1: the frozen encoders, or the shapes of their features. The encoders are not a submodule: their weights are
-            neither in `state_dict` nor in an optimizer. They follow the model to another device.
-        knobs: number, width and dropout of the registers.
-        keys: what registers attend to: the token sequence, or one pooled vector per modality.
-        share_weights: use the same blocks for every modality; "overlapping": those of overlapping registers only.
-        separate_groups: give overlapping and complementary registers separate block stacks, without attention between them.
-        causal: a register does not attend to later registers.
-        width: width of the blocks; default: the register width D. Other widths need an `expand`, see `attend`.
-        preservation: build decoders that reconstruct the frozen tokens.
+        stage1: the frozen encoders, or the shapes of their features if the model is used on stored features only.
+        knobs: options of the method.
+        causal: tokens do not depend on later registers.
+        starts: the registers at the start; default: random.
     Raises:
-        UserError: N <= No, D not divisible by the number of heads, or causal registers with independent dropout.
+        UserError: N <= No, or causal registers with independent dropout.
     """
 
     stage1_model: Stage1 | None
@@ -119,15 +131,11 @@ class RegisterModel(nn.Module, Stage2Model):
         stage1: Stage1 | Mapping[str, FeatureSpec],
         knobs: RegisterConfig,
         *,
-        keys: Keys = "tokens",
-        share_weights: bool | Literal["overlapping"] = False,
-        separate_groups: bool = False,
         causal: bool = False,
-        preservation: bool = False,
-        width: int | None = None,
+        starts: Tensor | None = None,
     ) -> None:
         super().__init__()
-        registers, overlapping, options = knobs.num_register_tokens, knobs.num_overlapping_tokens, knobs.block(width)
+        registers, overlapping, dim = knobs.num_register_tokens, knobs.num_overlapping_tokens, knobs.register_token_dim
         if not 0 < overlapping < registers:
             raise UserError(
                 f"{registers} registers cannot hold {overlapping} overlapping tokens and a complementary one; "
@@ -139,29 +147,11 @@ class RegisterModel(nn.Module, Stage2Model):
             )
         frozen = stage1 if isinstance(stage1, Stage1) else None
         object.__setattr__(self, "stage1_model", frozen)  # not registered as a submodule, so it has no parameters here
-        specs = stage1.specs if isinstance(stage1, Stage1) else dict(stage1)
-        self.num_overlapping, self.key_kind, self.causal = overlapping, keys, causal
+        self.specs = stage1.specs if isinstance(stage1, Stage1) else dict(stage1)
+        self.num_overlapping, self.causal = overlapping, causal
         self.nested_rate, self.nested_mode = knobs.nested_dropout_rate, knobs.nested_dropout_mode
-        self.registers = nn.Parameter(torch.randn(registers, knobs.register_token_dim) * 0.02)
-        self.query = nn.Linear(knobs.register_token_dim, width) if width is not None else nn.Identity()
+        self.registers = nn.Parameter(torch.randn(registers, dim) * 0.02 if starts is None else starts)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        if keys == "pooled":
-            specs = {m: FeatureSpec(spec.pooled_width, 1, spec.pooled_width) for m, spec in specs.items()}
-        self.specs = dict(specs)
-        self.readers = self._make_readers(options.dim)
-        self.groups = [slice(0, overlapping), slice(overlapping, registers)] if separate_groups else [slice(0, registers)]
-        layers = knobs.num_cross_attn_layers
-        sizes = [g.stop - g.start for g in self.groups]
-        common = 1 if share_weights == "overlapping" else len(sizes) if share_weights else 0  # leading groups
-        self.stacks = nn.ModuleDict(
-            {
-                owner: nn.ModuleList(RegisterStack(options, layers, size, causal) for size in of_owner)
-                for owner, of_owner in {"shared": sizes[:common], **dict.fromkeys(specs, sizes[common:])}.items()
-                if of_owner
-            }
-        )
-        decoders = {m: TokenDecoder(spec, knobs.register_token_dim) for m, spec in specs.items()} if preservation else {}
-        self.decoders = nn.ModuleDict(decoders)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """What `to`, `cuda`, `half` etc. call. The frozen encoders follow to another device, and keep their own dtype."""
@@ -169,10 +159,6 @@ class RegisterModel(nn.Module, Stage2Model):
         if self.stage1_model is not None:
             self.stage1_model.to(self.registers.device)
         return self
-
-    def _make_readers(self, width: int) -> nn.ModuleDict:
-        """Modules that map the tokens of a modality to keys of the blocks' width."""
-        return nn.ModuleDict({m: KeyProjection(spec, width) for m, spec in self.specs.items()})
 
     def forward(self, batch: Batch | Features, kept: Tensor | None = None, joint: bool = True) -> Output:
         """Raw inputs or stored features -> Output (tvl_align.contract).
@@ -186,37 +172,48 @@ class RegisterModel(nn.Module, Stage2Model):
             kept = torch.ones(len(features), len(self.registers), dtype=torch.bool)
             if self.training:
                 kept = self.draw_kept(len(features))
-        kept = kept.to(self.registers.device)
-        names = list(features.modalities)
-        tokens, masks = zip(*(self.inputs(name, features.modalities[name]) for name in names), strict=True)
-        keys = [self.keys(name, t) for name, t in zip(names, tokens, strict=True)]
-        key_masks = [m.expand(-1, k.shape[-2]) if m.shape[1] == 1 else m for m, k in zip(masks, keys, strict=True)]
+        kept = kept.to(self.registers.device, non_blocking=True)
         # Causal registers do not depend on later ones, so dropped registers can attend too and are zeroed below.
-        attending = torch.ones_like(kept) if self.causal else kept
-        needed = kept if self.training else None  # in training a group of dropped registers is not used
-        attended = self.attend_each(names, keys, key_masks, attending, needed)
-        split = self.num_overlapping
-        over, comp = {n: z[:, :split] for n, z in attended.items()}, {n: z[:, split:] for n, z in attended.items()}
-        over, comp, extras = self.postprocess(over, comp, dict(zip(names, tokens, strict=True)), features)
-        over = {n: z * kept[:, :split, None].to(z.dtype) for n, z in over.items()}
-        comp = {n: z * kept[:, split:, None].to(z.dtype) for n, z in comp.items()}
+        encoded = self.encode(features, torch.ones_like(kept) if self.causal else kept)
+        present, split = {name: m.present for name, m in features.modalities.items()}, self.num_overlapping
+        there = torch.stack([present[m] if m in present else torch.zeros_like(kept[:, 0]) for m in encoded.names])
+        visible = (there[..., None] & kept)[..., None]  # (M, B, N, 1)
+        over, comp = encoded.over * visible[:, :, :split], encoded.comp * visible[:, :, split:]
+
+        def of_batch(found: Mapping[str, Any]) -> dict[str, Any]:
+            return {name: found[name] for name in features.modalities if name in found}
+
         return Output(
-            overlapping_tokens=over,
-            complementary_tokens=comp,
+            overlapping_tokens=of_batch(dict(zip(encoded.names, over.unbind(0), strict=True))),
+            complementary_tokens=of_batch(dict(zip(encoded.names, comp.unbind(0), strict=True))),
             stage1_features={name: m.pooled for name, m in features.modalities.items()},
             logit_scale=self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp(),
-            present={name: m.present for name, m in features.modalities.items()},
+            present=present,
             caption_keys=features.caption_keys,
-            reconstruction={
-                n: self.reconstruct(n, over[n], comp[n], kept, t, m, features.modalities[n])
-                for n, t, m in zip(names, tokens, masks, strict=True)
-                if n in self.decoders
-            },
+            reconstruction=of_batch(self.reconstruct(encoded, over, comp, kept, features)),
             nested_dropout_mask=kept if dropping else None,
-            register_tokens=self.expand(self.attend(names, keys, key_masks, kept)) if joint else None,
+            register_tokens=self.joint(encoded, kept, features) if joint else None,
             features=features,
-            extras=extras,
+            extras=encoded.extras,
         )
+
+    @abstractmethod
+    def encode(self, features: Features, kept: Tensor) -> Encoded:
+        """Features -> tokens of every modality. kept (B, N) bool: the registers that may act on others."""
+
+    @abstractmethod
+    def joint(self, encoded: Encoded, kept: Tensor, features: Features) -> Tensor:
+        """`register_tokens` (B, N, D): registers that see all present modalities; dropped registers are zero."""
+
+    def reconstruct(
+        self, encoded: Encoded, over: Tensor, comp: Tensor, kept: Tensor, features: Features
+    ) -> dict[str, Reconstruction]:
+        """{modality: error of the frozen tokens rebuilt from the kept registers}; by default none.
+
+        over (M, B, No, D), comp (M, B, Nc, D): after nested dropout. Overlapping tokens get no gradient from this term, so
+        only complementary tokens learn what is missing.
+        """
+        return {}
 
     def draw_kept(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw a nested-dropout mask for training: (B, N) bool, True = kept."""
@@ -236,92 +233,125 @@ class RegisterModel(nn.Module, Stage2Model):
                 "this model was built for stored features; to encode raw inputs, build it with a Stage-1 model: "
                 f"{type(self).__name__}(stage1, ...)."
             )
-        unknown = [name for name in features.modalities if name not in self.readers]
+        unknown = [name for name in features.modalities if name not in self.specs]
         if unknown:
-            known = ", ".join(self.readers)
-            raise UserError(f"this model has no modality {unknown[0]!r}; give it features of {known} only.")
+            raise UserError(f"this model has no modality {unknown[0]!r}; give it features of {', '.join(self.specs)} only.")
         return checked(features, self.registers)
 
-    def inputs(self, name: str, modality: Tokens) -> tuple[Tensor, Tensor]:
-        """What registers attend to in a modality, before it is projected to keys: (B, T, W) and its mask (B, T)."""
+
+def alike(specs: Mapping[str, FeatureSpec]) -> list[tuple[str, ...]]:
+    """Sets of modalities with features of the same shape, which are computed at once."""
+    return [tuple(m for m in specs if specs[m] == spec) for spec in dict.fromkeys(specs.values())]
+
+
+class RegisterModel(NestedModel):
+    """Registers that cross-attend to the frozen features of each modality. All modalities share the registers (queries).
+
+    Modalities with features of the same shape go through their own weights at once (tvl_align.registers.copies).
+
+    Args:
+        stage1, knobs, causal: see NestedModel.
+        keys: what registers attend to: the token sequence, or one pooled vector per modality.
+        share_weights: use the same blocks for every modality.
+        preservation: build decoders that reconstruct the frozen tokens.
+    Raises:
+        UserError: D not divisible by the number of heads, and as NestedModel.
+    """
+
+    def __init__(
+        self,
+        stage1: Stage1 | Mapping[str, FeatureSpec],
+        knobs: RegisterConfig,
+        *,
+        keys: Keys = "tokens",
+        share_weights: bool = False,
+        causal: bool = False,
+        preservation: bool = False,
+    ) -> None:
+        options = knobs.block()
+        super().__init__(stage1, knobs, causal=causal)
+        self.key_kind: Keys = keys
+        if keys == "pooled":
+            self.specs = {m: FeatureSpec(spec.pooled_width, 1, spec.pooled_width) for m, spec in self.specs.items()}
+        self.sets = {"-".join(names): names for names in alike(self.specs)}
+        spec_of = {of: self.specs[names[0]] for of, names in self.sets.items()}
+        layers, count, dim = knobs.num_cross_attn_layers, len(self.registers), options.dim
+        self.readers = nn.ModuleDict({of: KeyProjection(spec, dim, len(self.sets[of])) for of, spec in spec_of.items()})
+        copies = {"shared": 1} if share_weights else {of: len(names) for of, names in self.sets.items()}
+        self.stacks = nn.ModuleDict({of: RegisterStack(options, layers, count, causal, n) for of, n in copies.items()})
+        decoded = spec_of if preservation else {}
+        self.decoders = nn.ModuleDict(
+            {of: TokenDecoder(spec, dim, copies=len(self.sets[of])) for of, spec in decoded.items()}
+        )
+        self.register_load_state_dict_pre_hook(type(self)._join_copies)
+
+    def _join_copies(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Accept checkpoints from before modalities of the same shape had their weights in one module."""
+        places = {f"stacks.{of}.": [f"stacks.{m}.0." for m in names] for of, names in self.sets.items()}
+        places |= {"stacks.shared.": ["stacks.shared.0."]}
+        for kind in ("readers", "decoders"):
+            places |= {f"{kind}.{of}.": [f"{kind}.{m}." for m in names] for of, names in self.sets.items()}
+        for new, old in (("norm", "out.0"), ("out", "out.1")):
+            places |= {f"decoders.{of}.{new}.": [f"decoders.{m}.{old}." for m in names] for of, names in self.sets.items()}
+        join_copies(self, state, prefix, places)
+
+    def inputs(self, modality: Tokens) -> tuple[Tensor, Tensor]:
+        """What registers attend to in a modality: (B, T, W) and its mask (B, T)."""
         if self.key_kind == "pooled":
             return modality.pooled[:, None], modality.present[:, None]
         return modality.tokens, modality.mask & modality.present[:, None]
 
-    def keys(self, name: str, tokens: Tensor) -> Tensor:
-        """What registers attend to, from what `inputs` gives: (B, T, D), or (B, groups, T, D) with keys for every group."""
-        return self.readers[name](tokens)
+    def encode(self, features: Features, kept: Tensor) -> Encoded:
+        """Registers attend to each modality separately. A modality that the batch lacks counts as absent in all rows.
 
-    def attend(
-        self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor, needed: Tensor | None = None
-    ) -> Tensor:
-        """Let the registers attend to all named modalities at once: (B, N, D); dropped registers are zero.
-
-        keys: per modality (B, T, D), or (B, groups, T, D) with keys of its own for every group of registers.
-        needed: (B, N) bool. In rows where no register of a group is needed, the whole group is skipped and left at zero.
+        `inputs` of the result: (set, tokens (G, B, T, W), keys (G, B, T, D), mask (G, B, T)) for sets with a modality.
         """
-        present, queries = [mask.any(1) for mask in masks], self.query(self.registers)
-        owners = [self._stacks_of(name) for name in names]
-        parts = []
-        for i, g in enumerate(self.groups):
-            stacks = [owner[i] for owner in owners]
-            group_keys = [k[:, i] if k.ndim == 4 else k for k in keys]
-            rows_needed = None if needed is None or len(self.groups) == 1 else needed[:, g].any(1)
-            if rows_needed is None or rows_needed.all():
-                parts.append(attend_jointly(stacks, queries[g], group_keys, masks, kept[:, g], present))
-                continue
-            rows_needed[0] = True  # so that every parameter has a gradient on every process
-            at = rows_needed.nonzero().squeeze(1)
-            inputs = (
-                [k.index_select(0, at) for k in group_keys],
-                [m[at] for m in masks],
-                kept[at][:, g],
-                [p[at] for p in present],
-            )
-            z = attend_jointly(stacks, queries[g], *inputs)
-            parts.append(z.new_zeros(len(kept), *z.shape[1:]).index_copy(0, at, z))
-        return torch.cat(parts, dim=1)
+        sets = []
+        for of, names in self.sets.items():
+            there = {m: self.inputs(features.modalities[m]) for m in names if m in features.modalities}
+            if there:
+                tokens, mask = side_by_side(there, names)
+                sets.append((of, tokens, self.readers[of](tokens), mask))
+        if "shared" in self.stacks:
+            longest = max(keys.shape[2] for _, _, keys, _ in sets)
+            keys = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[2])) for _, _, k, _ in sets])
+            masks = torch.cat([F.pad(m, (0, longest - m.shape[2])) for *_, m in sets])
+            found = self.stacks["shared"](self.registers, keys, masks, kept)
+        else:
+            found = torch.cat([self.stacks[of](self.registers, keys, mask, kept) for of, _, keys, mask in sets])
+        order, split = [m for of, *_ in sets for m in self.sets[of]], self.num_overlapping
+        return Encoded(order, found[:, :, :split], found[:, :, split:], sets)
 
-    def attend_each(
-        self, names: list[str], keys: list[Tensor], masks: list[Tensor], kept: Tensor, needed: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Let the registers attend to each modality separately: {modality: (B, N, D)}.
-
-        If all blocks are shared the modalities form one batch, with shorter sequences padded. needed: as in `attend`.
-        """
-        if list(self.stacks) != ["shared"] or len(names) == 1:
-            return {n: self.attend([n], [k], [m], kept, needed) for n, k, m in zip(names, keys, masks, strict=True)}
-        longest = max(k.shape[-2] for k in keys)
-        joined = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[-2])) for k in keys])
-        mask = torch.cat([F.pad(m, (0, longest - m.shape[1])) for m in masks])
-        needed = needed.repeat(len(names), 1) if needed is not None else None
-        attended = self.attend(names[:1], [joined], [mask], kept.repeat(len(names), 1), needed)
-        return dict(zip(names, attended.chunk(len(names)), strict=True))
-
-    def _stacks_of(self, modality: str) -> list[RegisterStack]:
-        """The stack of every group of registers, shared ones first."""
-        owners = (self.stacks[o] for o in ("shared", modality) if o in self.stacks)
-        return [cast(RegisterStack, stack) for owner in owners for stack in cast(nn.ModuleList, owner)]
-
-    def expand(self, z: Tensor) -> Tensor:
-        """Registers (B, N, width of the blocks) -> (B, N, D); by default unchanged."""
-        return z
-
-    def postprocess(
-        self, over: dict[str, Tensor], comp: dict[str, Tensor], inputs: dict[str, Tensor], features: Features
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """Map attended registers, overlapping (B, No, width) and complementary (B, Nc, width), to tokens of width D.
-
-        inputs: what was attended to, as from `inputs`. Also returns extra entries of the output. By default unchanged.
-        """
-        return over, comp, {}
+    def joint(self, encoded: Encoded, kept: Tensor, features: Features) -> Tensor:
+        sets, _, keys, masks = zip(*encoded.inputs, strict=True)
+        stacks = [self.stacks["shared" if "shared" in self.stacks else of] for of in sets]
+        return attend_jointly(cast(list[RegisterStack], stacks), self.registers, keys, masks, kept)
 
     def reconstruct(
-        self, name: str, over: Tensor, comp: Tensor, kept: Tensor, tokens: Tensor, mask: Tensor, frozen: Tokens
-    ) -> Reconstruction:
-        """Reconstruct the frozen tokens of a modality from all registers.
+        self, encoded: Encoded, over: Tensor, comp: Tensor, kept: Tensor, features: Features
+    ) -> dict[str, Reconstruction]:
+        found: dict[str, Reconstruction] = {}
+        if not self.decoders:
+            return found
+        z = torch.cat([over.detach(), comp], dim=2).split([len(tokens) for _, tokens, *_ in encoded.inputs])
+        for (of, tokens, _, mask), registers in zip(encoded.inputs, z, strict=True):
+            both = reconstruction_error(self.decoders[of](registers, kept, tokens.shape[2]), tokens, mask)
+            parts = zip(both.error.unbind(0), both.mask.unbind(0), strict=True)
+            found |= {m: Reconstruction(*part) for m, part in zip(self.sets[of], parts, strict=True)}
+        return found
 
-        Overlapping tokens get no gradient from this term, so only complementary tokens learn what is missing.
-        """
-        memory = torch.cat([over.detach(), comp], dim=1)
-        return reconstruction_error(self.decoders[name](memory, kept, tokens.shape[1]), tokens, mask)
+
+def side_by_side(there: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """{modality: (tokens (B, T, W), mask (B, T))} -> tokens (G, B, T, W) and masks (G, B, T) of the G modalities `names`.
+
+    Shorter sequences are padded. A modality that is not in `there` is zero, with a mask that is False.
+    """
+    tokens, mask = next(iter(there.values()))
+    if len(names) == 1:
+        return tokens[None], mask[None]
+    length = max(x.shape[1] for x, _ in there.values())
+    blank = tokens.new_zeros(len(tokens), 0, tokens.shape[2]), mask.new_zeros(len(mask), 0)
+    parts = [there.get(m, blank) for m in names]
+    padded = [F.pad(x, (0, 0, 0, length - x.shape[1])) if x.shape[1] < length else x for x, _ in parts]
+    masks = [F.pad(m, (0, length - m.shape[1])) if m.shape[1] < length else m for _, m in parts]
+    return torch.stack(padded), torch.stack(masks)

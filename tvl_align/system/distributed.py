@@ -103,14 +103,16 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
-def joint_noise(like: Tensor) -> Tensor:
-    """Standard normal noise with the shape, dtype and device of `like` (B, ...).
+def joint_noise(like: Tensor, rows: int = 0) -> Tensor:
+    """Standard normal noise with the shape, dtype and device of `like`, whose dimension `rows` counts the rows of a batch.
 
     It is drawn for the global batch and each process takes its rows, so 2 processes draw the same noise as 1. Requires that
     torch's global generator has the same state on all processes, as the engine ensures.
     """
-    drawn = torch.randn(world_size() * len(like), *like.shape[1:], dtype=like.dtype, device=like.device)
-    return drawn[rank() * len(like) : (rank() + 1) * len(like)]
+    shape = list(like.shape)
+    shape[rows] *= world_size()
+    drawn = torch.randn(shape, dtype=like.dtype, device=like.device)
+    return drawn.narrow(rows, rank() * like.shape[rows], like.shape[rows])
 
 
 def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -124,7 +126,8 @@ def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 def mean_count(count: Tensor) -> Tensor:
     """Mean of a count over all processes, without gradients. A local sum divided by it averages to the global mean."""
+    if world_size() == 1:
+        return count.detach()
     count = count.detach().clone()
-    if world_size() > 1:
-        dist.all_reduce(count)
+    dist.all_reduce(count)
     return count / world_size()

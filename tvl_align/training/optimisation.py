@@ -65,9 +65,13 @@ class Schedule:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter has weight decay: matrices do; norms, biases, scales, registers, queries and positions do not."""
-    learned_inputs = ("registers", "positions", "queries")
-    return parameter.ndim > 1 and name.rsplit(".", 1)[-1] not in learned_inputs
+    """Whether a parameter has weight decay: matrices do; norms, biases, scales, registers, queries and positions do not.
+
+    By name, since several copies of a bias are a matrix too (tvl_align.registers.copies).
+    """
+    *path, last = name.split(".")
+    is_norm = bool(path) and "norm" in path[-1]
+    return parameter.ndim > 1 and not is_norm and last not in ("bias", "registers", "positions", "queries")
 
 
 def make_adamw(
@@ -108,8 +112,6 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     """L2 norm of all gradients together (); NaN or inf if any gradient has NaN or inf."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not grads or grads[0].is_cuda:
-        return nn.utils.get_total_norm(grads)
-    flat = [(g if g.ndim < 2 or g.is_contiguous() else g.mT).flatten() for g in grads]  # transposed gradients without a copy
-    return torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()  # on a CPU twice as fast as get_total_norm
+    return nn.utils.get_total_norm(
+        [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    )
