@@ -79,7 +79,7 @@ class Supervised(TVLStage2):
         self.heads = nn.ModuleList(_mlp(units[f.shared], f.levels) for f in self.factors)
         self.adversaries = nn.ModuleList(_mlp(units[not f.shared], f.levels) for f in self.factors)
 
-    def encode(self, features: Features, kept: Tensor) -> Encoded:
+    def encode(self, features: Features, kept: Tensor | None) -> Encoded:
         encoded, labelled = super().encode(features, kept), {}
         for factor, head, adversary in zip(self.factors, self.heads, self.adversaries, strict=True):
             if factor.modality in features.modalities:

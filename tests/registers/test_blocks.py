@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tvl_align.contract import FeatureSpec
+from tvl_align.registers import blocks as blocks_module
 from tvl_align.registers.blocks import (
     Attention,
     BlockOptions,
@@ -57,6 +58,7 @@ def test_absorbed_projections_give_the_same_result(copies: int, rows: int, monke
     z, keys, mask = torch.randn(2, rows, 2, 16), torch.randn(2, 3, 20, 16), torch.rand(2, 3, 20) > 0.4
     results, absorbed_calls = [], []
     absorbed = Attention._absorbed
+    monkeypatch.setattr(blocks_module, "NARROW", 0)
     monkeypatch.setattr(Attention, "_absorbed", lambda self, *args: absorbed_calls.append(1) or absorbed(self, *args))
     mask = additive(mask)
     for given in (mask, mask[:, :, None].expand(-1, -1, 2, -1)):  # a mask per query uses the standard form
@@ -70,14 +72,18 @@ def test_absorbed_projections_give_the_same_result(copies: int, rows: int, monke
         assert torch.allclose(absorbed_form, standard_form, atol=1e-5)
 
 
-def test_wide_heads_are_not_absorbed_on_a_gpu() -> None:
-    """Where their attention would fall to a slow kernel; narrow ones are."""
-    for dim, expected in ((768, False), (64, True)):
-        layer = Attention(BlockOptions(dim))
-        z, keys = torch.empty(1, 1, 3, dim, device="meta"), torch.empty(1, 9, 17 if dim == 768 else 40, dim, device="meta")
-        assert layer._absorbing_is_cheaper(z, keys)
-        z.__class__ = type("Cuda", (torch.Tensor,), {"is_cuda": True})
-        assert layer._absorbing_is_cheaper(z, keys) == expected
+def test_projections_are_absorbed_where_that_saves_time() -> None:
+    """Not for narrow tokens, not for many queries, and not on a GPU, where wide heads fall to a slow kernel."""
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    z, keys = torch.empty(1, 1, 3, 768, device="meta"), torch.empty(1, 9, 17, 768, device="meta")
+    wide, narrow = Attention(BlockOptions(768)), Attention(BlockOptions(64))
+    assert wide._absorbing_is_cheaper(z, keys)
+    assert not wide._absorbing_is_cheaper(torch.empty(1, 9, 32, 768, device="meta"), keys)
+    assert not narrow._absorbing_is_cheaper(z[..., :64], keys[..., :64])
+    assert not wide._absorbing_is_cheaper(z.as_subclass(OnGPU), keys)
 
 
 def test_copies_are_the_modules_one_by_one() -> None:

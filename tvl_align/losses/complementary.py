@@ -15,9 +15,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def token_norm(tokens: Tensor, kept: Tensor) -> Tensor:
-    """Mean L2 norm of the kept tokens: (..., B, n, D), (..., B, n) bool -> (...)."""
-    squared = tokens.masked_fill(~kept[..., None], 1.0).square().sum(-1)  # the gradient of sqrt at 0 is infinite
-    return masked_mean(squared.clamp(min=1e-12).sqrt(), kept)  # so is it for a token that is exactly zero
+    """Mean L2 norm of the kept tokens: (..., B, n, D), (..., B, n) bool -> (...). A token of zeros has a zero gradient."""
+    return masked_mean(torch.linalg.vector_norm(tokens, dim=-1), kept)
 
 
 def diversity(tokens: Tensor, kept: Tensor) -> Tensor:

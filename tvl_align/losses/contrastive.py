@@ -33,16 +33,18 @@ def positive_mask(keys: Tensor, all_keys: Tensor) -> Tensor:
     return positives
 
 
+NEVER = -1e9  # logit of a row that is not in the gallery; its probability is exactly zero
+
+
 def similarities(queries: Tensor, gallery: Tensor, scale: Tensor | float, gallery_valid: Tensor) -> Tensor:
-    """Logits (..., B, G) of queries (..., B, D) and gallery (..., G, D); -inf where gallery_valid (..., G) is False."""
-    return (scale * queries @ gallery.mT).masked_fill(~gallery_valid[..., None, :], -torch.inf)
+    """Logits (..., B, G) of queries (..., B, D) and gallery (..., G, D); NEVER where gallery_valid (..., G) is False."""
+    return (scale * queries @ gallery.mT).masked_fill(~gallery_valid[..., None, :], NEVER)
 
 
 def cross_entropy(logits: Tensor, positives: Tensor, valid: Tensor) -> Tensor:
     """Logits (..., B, G), positives (..., B, G) bool in the valid gallery, valid queries (..., B) -> sum over rows (...)."""
-    log_probability = logits.log_softmax(-1).masked_fill(~positives, 0.0)
-    per_row = log_probability.sum(-1) / positives.sum(-1).clamp(min=1)
-    return -per_row.masked_fill(~valid, 0.0).sum(-1)
+    per_row = (logits.log_softmax(-1) * positives).sum(-1) / positives.sum(-1).clamp(min=1)
+    return -(per_row * valid).sum(-1)
 
 
 def info_nce(

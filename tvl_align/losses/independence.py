@@ -74,7 +74,6 @@ def _terms(both: Tensor, gallery: Tensor, positives: Tensor, valid: Tensor, gall
     logits = similarities(both, gallery[:, None], 1.0, gallery_valid[:, None])
     critic = cross_entropy(logits[0], positives[:, None], valid[:, None]).sum(1)
     log_probability = logits[1].log_softmax(-1)
-    finite = log_probability.masked_fill(~gallery_valid[:, None, None], 0.0)
-    negative_entropy = (log_probability.exp() * finite).sum(-1)  # (Q, C, b)
+    negative_entropy = (log_probability.exp() * log_probability).sum(-1)  # (Q, C, b)
     divergence = negative_entropy + gallery_valid.sum(1).clamp(min=1).log()[:, None, None]
-    return torch.stack([critic, divergence.masked_fill(~valid[:, None], 0.0).sum((1, 2))])
+    return torch.stack([critic, (divergence * valid[:, None]).sum((1, 2))])

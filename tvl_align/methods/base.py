@@ -359,16 +359,17 @@ class TVLStage2(NestedModel):
         """Components of the tokens, (B, K + 1); see Stage2Model."""
         return self.codes.condense(name, tokens)
 
-    def encode(self, features: Features, kept: Tensor) -> Encoded:
+    def encode(self, features: Features, kept: Tensor | None) -> Encoded:
         """Components -> codes of every modality, as tokens, and what the critics say of them."""
         leading, queries = self.num_overlapping, self.query(self.registers)
         read, rest, present = self.codes.read_all(features)
         noisy = self.codes.noisy(read)
         h = self.trunk(noisy)
         shared_keys, keys, rows = self.shared_keys(h), self.readers(noisy), present[..., None]
-        units = self.narrow(self.shared_stack(queries[:leading], shared_keys, rows, kept[:, :leading]))
+        first, last = (None, None) if kept is None else (kept[:, :leading], kept[:, leading:])
+        units = self.narrow(self.shared_stack(queries[:leading], shared_keys, rows, first))
         units = (units + self.linear(h) if self.linear is not None else units) * self.owned[:, None]
-        comp_units = self.comp_narrow(self.own_stack(queries[leading:], keys, rows, kept[:, leading:]))
+        comp_units = self.comp_narrow(self.own_stack(queries[leading:], keys, rows, last))
         comp_units = quantise(
             comp_units + self.comp_linear(noisy) if self.comp_linear is not None else comp_units, self.knobs.levels
         )
@@ -474,7 +475,7 @@ class BaseLoss(RegisterLoss):
         tokens = output.extras["before_dropout"]
         registers = sum(group[next(iter(tokens))].shape[1] for group in (tokens, output.complementary_tokens))
         weights = prefix_probabilities(registers, self.nested_rate, next(iter(tokens.values())).shape[1])
-        return prefix_alignment(tokens, output, self.pairs, weights.tolist())
+        return prefix_alignment(tokens, output, self.pairs, weights)
 
     def terms(self, output: Output) -> dict[str, Tensor]:
         numbers = super().terms(output)

@@ -114,7 +114,9 @@ class Codes(nn.Module):
 
     def noisy(self, components: Tensor) -> Tensor:
         """Components (..., B, K), with noise in training."""
-        return components + self.noise * joint_noise(components, -2) if self.training and self.noise else components
+        if not self.training or not self.noise:
+            return components
+        return torch.add(components, joint_noise(components, -2), alpha=self.noise)
 
     @staticmethod
     def tokens(units: Tensor, basis: Tensor) -> Tensor:

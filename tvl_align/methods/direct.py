@@ -29,7 +29,7 @@ class DirectModel(NestedModel):
         """Units (B, U), (B, V) -> components (B, K); None: the method does not reconstruct."""
         return None
 
-    def encode(self, features: Features, kept: Tensor) -> Encoded:
+    def encode(self, features: Features, kept: Tensor | None) -> Encoded:
         """`inputs` of the result: {modality: (components (B, K + E), the part of the features outside them (B,))}."""
         read = {name: self.codes.read(name, m) for name, m in features.modalities.items()}
         units = [self.units_of(name, self.codes.noisy(components)) for name, (components, _) in read.items()]

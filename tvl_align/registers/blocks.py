@@ -24,7 +24,7 @@ from tvl_align.contract import FeatureSpec
 from tvl_align.registers.copies import Linears, Mlps, Norms
 from tvl_align.system.console import UserError
 
-FAST_WIDTH = 256  # widest head that attention on a GPU has a fast kernel for
+NARROW = 256  # widths up to this gain nothing from absorbed projections
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Attention(nn.Module):
         drop = self.attn_drop if self.training else 0.0
         per_query = mask is not None and mask.ndim == 4
         if mask is not None:
-            mask = mask.flatten(0, 1)[:, None] if per_query else mask.flatten(0, 1)[:, None, None]
+            mask = mask.expand(*keys.shape[:2], *mask.shape[2:]).flatten(0, 1)
+            mask = mask[:, None] if per_query else mask[:, None, None]
         if not per_query and not drop and self._absorbing_is_cheaper(z, keys):
             return self.out(self._absorbed(q, keys, mask))
         k, v = rearrange(self.key_value(keys), "g b m (two h d) -> two (g b) h m d", two=2, h=self.heads)
@@ -77,10 +78,11 @@ class Attention(nn.Module):
     def _absorbing_is_cheaper(self, z: Tensor, keys: Tensor) -> bool:
         """Compare multiplications per row, divided by 2 D: query projections + wide attention < token projections.
 
-        Registers that are the same in all rows are projected once. On a GPU wide heads have no fast kernel.
+        Registers that are the same in all rows are projected once. On a GPU heads as wide as the tokens have no fast kernel,
+        and narrow tokens are projected faster than the calls for it take.
         """
         dim, queries, tokens = z.shape[-1], z.shape[-2], keys.shape[-2]
-        if z.is_cuda and dim > FAST_WIDTH:
+        if z.is_cuda or dim <= NARROW:
             return False
         projections = dim if z.shape[1] == keys.shape[1] else dim / 2
         return queries * (projections + tokens * self.heads) < tokens * dim
@@ -160,26 +162,28 @@ class RegisterStack(nn.Module):
         )
         self.norm = Norms(copies, options.dim)
 
-    def forward(self, registers: Tensor, keys: Tensor, mask: Tensor, kept: Tensor) -> Tensor:
+    def forward(self, registers: Tensor, keys: Tensor, mask: Tensor, kept: Tensor | None = None) -> Tensor:
         """Let registers (N, D) attend to each of G modalities -> (G, B, N, D).
 
         Results of dropped registers, and of rows without any key, are of no use. mask: (G, B, T), or (G, B, 1) for whole
         rows.
         """
         seen = visible(mask)[1]
-        among = self.self_mask(kept, len(keys))
+        among = self.self_mask(kept, len(registers), len(keys))
         z = registers.expand(len(keys), 1, *registers.shape)
         for block in self.blocks:
             z = block(z, keys, seen, among)
         return self.norm(z).expand(*keys.shape[:2], -1, -1)
 
-    def self_mask(self, kept: Tensor, modalities: int) -> Tensor | None:
-        """Which registers see which others, as `Attention` takes it; None without self-attention."""
-        if len(self.blocks) < 2 or kept.shape[1] < 2:
+    def self_mask(self, kept: Tensor | None, registers: int, modalities: int) -> Tensor | None:
+        """Which registers see which others, as `Attention` takes it; None: all, or there is no self-attention."""
+        if len(self.blocks) < 2 or registers < 2 or (kept is None and not self.causal):
             return None
-        mask = kept | ~kept.any(1, keepdim=True)  # a row without any key would give NaN; its result is zero anyway
+        device = self.norm.weight.device
+        mask = torch.ones(1, registers, dtype=torch.bool, device=device) if kept is None else kept
+        mask = mask | ~mask.any(1, keepdim=True)  # a row without any key would give NaN; its result is zero anyway
         if self.causal:
-            mask = mask[:, None] & torch.ones(kept.shape[1], kept.shape[1], dtype=torch.bool, device=kept.device).tril()
+            mask = mask[:, None] & torch.ones(registers, registers, dtype=torch.bool, device=device).tril()
         return additive(mask).expand(modalities, *mask.shape)
 
 
@@ -211,7 +215,7 @@ def attend_jointly(
     seen = [visible(mask) for mask in masks]
     total = torch.stack([present.sum(0) for present, _ in seen]).sum(0).clamp(min=1)  # (B,)
     weights = [(present / total)[..., None, None].to(registers.dtype) for present, _ in seen]
-    among = [stack.self_mask(kept, len(k)) for stack, k in zip(stacks, keys, strict=True)]
+    among = [stack.self_mask(kept, len(registers), len(k)) for stack, k in zip(stacks, keys, strict=True)]
     z = registers.expand(len(kept), *registers.shape)
 
     def averaged(parts: Sequence[Tensor]) -> Tensor:

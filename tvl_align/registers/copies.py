@@ -44,7 +44,7 @@ class Norms(nn.Module):
         if len(self.weight) == 1:
             return F.layer_norm(x, shape, self.weight.squeeze(0), self.bias.squeeze(0))
         weight, bias = (p.view(len(p), *[1] * (x.ndim - 2), -1) for p in (self.weight, self.bias))
-        return torch.addcmul(bias, F.layer_norm(x, shape), weight)
+        return F.layer_norm(x, shape) * weight + bias
 
 
 class Mlps(nn.Module):

@@ -23,6 +23,7 @@ from tvl_align.registers.nested import NestedMode, draw_kept
 from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 
+MOST_PADDING = 1.5  # times the tokens of all modalities; with more padding they are not attended to at once
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (Radford et al. 2021, arXiv:2103.00020) clamps the logit scale at 100
 
 
@@ -174,7 +175,7 @@ class NestedModel(nn.Module, Stage2Model):
                 kept = self.draw_kept(len(features))
         kept = kept.to(self.registers.device, non_blocking=True)
         # Causal registers do not depend on later ones, so dropped registers can attend too and are zeroed below.
-        encoded = self.encode(features, torch.ones_like(kept) if self.causal else kept)
+        encoded = self.encode(features, None if self.causal else kept)
         present, split = {name: m.present for name, m in features.modalities.items()}, self.num_overlapping
         there = torch.stack([present[m] if m in present else torch.zeros_like(kept[:, 0]) for m in encoded.names])
         visible = (there[..., None] & kept)[..., None]  # (M, B, N, 1)
@@ -198,8 +199,8 @@ class NestedModel(nn.Module, Stage2Model):
         )
 
     @abstractmethod
-    def encode(self, features: Features, kept: Tensor) -> Encoded:
-        """Features -> tokens of every modality. kept (B, N) bool: the registers that may act on others."""
+    def encode(self, features: Features, kept: Tensor | None) -> Encoded:
+        """Features -> tokens of every modality. kept (B, N) bool: the registers that may act on others; None: all."""
 
     @abstractmethod
     def joint(self, encoded: Encoded, kept: Tensor, features: Features) -> Tensor:
@@ -277,7 +278,11 @@ class RegisterModel(NestedModel):
         spec_of = {of: self.specs[names[0]] for of, names in self.sets.items()}
         layers, count, dim = knobs.num_cross_attn_layers, len(self.registers), options.dim
         self.readers = nn.ModuleDict({of: KeyProjection(spec, dim, len(self.sets[of])) for of, spec in spec_of.items()})
-        copies = {"shared": 1} if share_weights else {of: len(names) for of, names in self.sets.items()}
+        longest, total = max(s.tokens for s in self.specs.values()), sum(s.tokens for s in self.specs.values())
+        self.at_once = share_weights or longest * len(self.specs) <= MOST_PADDING * total
+        copies = (
+            {"all": 1 if share_weights else len(self.specs)} if self.at_once else {o: len(m) for o, m in self.sets.items()}
+        )
         self.stacks = nn.ModuleDict({of: RegisterStack(options, layers, count, causal, n) for of, n in copies.items()})
         decoded = spec_of if preservation else {}
         self.decoders = nn.ModuleDict(
@@ -288,7 +293,8 @@ class RegisterModel(NestedModel):
     def _join_copies(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
         """Accept checkpoints from before modalities of the same shape had their weights in one module."""
         places = {f"stacks.{of}.": [f"stacks.{m}.0." for m in names] for of, names in self.sets.items()}
-        places |= {"stacks.shared.": ["stacks.shared.0."]}
+        own = [f"stacks.{m}.0." for names in self.sets.values() for m in names]
+        places["stacks.all."] = ["stacks.shared.0."] if f"{prefix}stacks.shared.0.norm.weight" in state else own
         for kind in ("readers", "decoders"):
             places |= {f"{kind}.{of}.": [f"{kind}.{m}." for m in names] for of, names in self.sets.items()}
         for new, old in (("norm", "out.0"), ("out", "out.1")):
@@ -301,7 +307,7 @@ class RegisterModel(NestedModel):
             return modality.pooled[:, None], modality.present[:, None]
         return modality.tokens, modality.mask & modality.present[:, None]
 
-    def encode(self, features: Features, kept: Tensor) -> Encoded:
+    def encode(self, features: Features, kept: Tensor | None) -> Encoded:
         """Registers attend to each modality separately. A modality that the batch lacks counts as absent in all rows.
 
         `inputs` of the result: (set, tokens (G, B, T, W), keys (G, B, T, D), mask (G, B, T)) for sets with a modality.
@@ -309,23 +315,25 @@ class RegisterModel(NestedModel):
         sets = []
         for of, names in self.sets.items():
             there = {m: self.inputs(features.modalities[m]) for m in names if m in features.modalities}
-            if there:
-                tokens, mask = side_by_side(there, names)
+            if there or self.at_once:
+                tokens, mask = side_by_side(there, names, features, self.specs[names[0]])
                 sets.append((of, tokens, self.readers[of](tokens), mask))
-        if "shared" in self.stacks:
-            longest = max(keys.shape[2] for _, _, keys, _ in sets)
-            keys = torch.cat([F.pad(k, (0, 0, 0, longest - k.shape[2])) for _, _, k, _ in sets])
-            masks = torch.cat([F.pad(m, (0, longest - m.shape[2])) for *_, m in sets])
-            found = self.stacks["shared"](self.registers, keys, masks, kept)
-        else:
-            found = torch.cat([self.stacks[of](self.registers, keys, mask, kept) for of, _, keys, mask in sets])
+        found = torch.cat([stack(self.registers, keys, mask, kept) for stack, keys, mask in self._attended(sets)])
         order, split = [m for of, *_ in sets for m in self.sets[of]], self.num_overlapping
         return Encoded(order, found[:, :, :split], found[:, :, split:], sets)
 
     def joint(self, encoded: Encoded, kept: Tensor, features: Features) -> Tensor:
-        sets, _, keys, masks = zip(*encoded.inputs, strict=True)
-        stacks = [self.stacks["shared" if "shared" in self.stacks else of] for of in sets]
-        return attend_jointly(cast(list[RegisterStack], stacks), self.registers, keys, masks, kept)
+        stacks, keys, masks = zip(*self._attended(encoded.inputs), strict=True)
+        return attend_jointly(stacks, self.registers, keys, masks, kept)
+
+    def _attended(self, sets: Sequence[tuple[str, Tensor, Tensor, Tensor]]) -> list[tuple[RegisterStack, Tensor, Tensor]]:
+        """Stacks with the keys and masks that they attend to: all modalities at once, shorter ones padded, or set by set."""
+        if not self.at_once:
+            return [(cast(RegisterStack, self.stacks[of]), keys, mask) for of, _, keys, mask in sets]
+        longest = max(keys.shape[2] for _, _, keys, _ in sets)
+        keys = [F.pad(k, (0, 0, 0, longest - k.shape[2])) if k.shape[2] < longest else k for _, _, k, _ in sets]
+        masks = [F.pad(m, (0, longest - m.shape[2])) if m.shape[2] < longest else m for *_, m in sets]
+        return [(cast(RegisterStack, self.stacks["all"]), torch.cat(keys), torch.cat(masks))]
 
     def reconstruct(
         self, encoded: Encoded, over: Tensor, comp: Tensor, kept: Tensor, features: Features
@@ -341,17 +349,19 @@ class RegisterModel(NestedModel):
         return found
 
 
-def side_by_side(there: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> tuple[Tensor, Tensor]:
+def side_by_side(
+    there: Mapping[str, tuple[Tensor, Tensor]], names: Sequence[str], features: Features, spec: FeatureSpec
+) -> tuple[Tensor, Tensor]:
     """{modality: (tokens (B, T, W), mask (B, T))} -> tokens (G, B, T, W) and masks (G, B, T) of the G modalities `names`.
 
     Shorter sequences are padded. A modality that is not in `there` is zero, with a mask that is False.
     """
-    tokens, mask = next(iter(there.values()))
-    if len(names) == 1:
-        return tokens[None], mask[None]
-    length = max(x.shape[1] for x, _ in there.values())
-    blank = tokens.new_zeros(len(tokens), 0, tokens.shape[2]), mask.new_zeros(len(mask), 0)
+    if len(names) == len(there) == 1:
+        return next((tokens[None], mask[None]) for tokens, mask in there.values())
+    rows, device = len(features), features.rows.device
+    length = max((mask.shape[1] for _, mask in there.values()), default=1)
+    blank = torch.zeros(rows, 0, spec.width, device=device), torch.zeros(rows, 0, dtype=torch.bool, device=device)
     parts = [there.get(m, blank) for m in names]
-    padded = [F.pad(x, (0, 0, 0, length - x.shape[1])) if x.shape[1] < length else x for x, _ in parts]
+    tokens = [F.pad(x, (0, 0, 0, length - x.shape[1])) if x.shape[1] < length else x for x, _ in parts]
     masks = [F.pad(m, (0, length - m.shape[1])) if m.shape[1] < length else m for _, m in parts]
-    return torch.stack(padded), torch.stack(masks)
+    return torch.stack(tokens), torch.stack(masks)

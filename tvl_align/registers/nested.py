@@ -4,6 +4,8 @@ Source: Rippel et al. 2014, arXiv:1402.0915. Register i of N is dropped with pro
 and 50% for N = 4 and rate = 0.5. The first register is never dropped.
 """
 
+from functools import cache
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -30,10 +32,11 @@ def draw_kept(
     return draws >= drop_probabilities(registers, rate)
 
 
-def prefix_probabilities(registers: int, rate: float, leading: int) -> Tensor:
-    """(leading,) float64 probabilities that nested dropout keeps 1, 2, ..., or all of the leading registers."""
-    survival = 1 - drop_probabilities(registers, rate)[:leading]
-    return survival - torch.cat([survival[1:], survival.new_zeros(1)])
+@cache
+def prefix_probabilities(registers: int, rate: float, leading: int) -> tuple[float, ...]:
+    """The probabilities that nested dropout keeps 1, 2, ..., or all of the leading registers."""
+    survival = [*(1 - drop_probabilities(registers, rate)[:leading]).tolist(), 0.0]
+    return tuple(longer - shorter for longer, shorter in pairwise(survival))
 
 
 def prefix(batch: int, registers: int, length: int) -> Tensor:
