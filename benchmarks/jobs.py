@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ def random_features(specs: dict[str, FeatureSpec], rows: int) -> Features:
         for m, s in specs.items()
     }
     return Features(modalities, torch.arange(rows)[:, None], torch.arange(rows))
+
+
+def condensed(model: Any, features: Features) -> Features:
+    """The features as the engine gives them to a model that condenses them."""
+    found = {}
+    for m, t in features.modalities.items():
+        small = model.condense(m, t.float())
+        blank = {"mask": t.present[:, None], "pooled": t.pooled[:, :0], "condensed": True}
+        found[m] = t if small is None else replace(t, tokens=small[:, None], **blank)
+    return replace(features, modalities=found)
 
 
 def write_store(out: Path, specs: dict[str, FeatureSpec], rows: int, validation: int = MAX_VALIDATION) -> None:

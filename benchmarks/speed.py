@@ -41,7 +41,6 @@ from tvl_align.inference.registers import PICTURES, Registers
 from tvl_align.inference.search import ROWS, Found, Index
 from tvl_align.methods.registry import METHODS
 from tvl_align.metrics.retrieval import retrieval
-from tvl_align.registers.blocks import Attention
 from tvl_align.report.plots import growth_curves
 from tvl_align.synthetic.world import write_world
 from tvl_align.system.bounds import at_least
@@ -165,6 +164,21 @@ def compare(name: str, ours: Callable[[], Any], reference: Callable[[], Any], tu
     return Figure(name, best[0], best[1], best[0] / best[1], "s")
 
 
+class Operators(TorchDispatchMode):
+    """Counts the operators inside the context: on a GPU kernels to launch. Views launch nothing and do not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        aliases = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        is_view = aliases or func is torch.ops.aten._unsafe_view.default or func.namespace == "profiler"
+        self.count += not is_view
+        return func(*args, **(kwargs or {}))
+
+
 class MatrixProducts(TorchDispatchMode):
     """Records the operand shapes of every matrix product inside the context, including those of fused attention."""
 
@@ -208,14 +222,18 @@ class MatrixProducts(TorchDispatchMode):
         return run
 
 
-def _training(name: str, config: BenchConfig, specs: Any = SMALL, features: Features | None = None) -> Callable[[], None]:
-    """A training step of a method on one batch in memory."""
+def _training(
+    name: str, config: BenchConfig, specs: Any = SMALL, features: Features | None = None, condensed: bool = False
+) -> Callable[[], None]:
+    """A training step of a method on one batch in memory; condensed: as the engine gives it to the model."""
     features = random_features(specs, config.batch) if features is None else features
     method = METHODS[name]
     knobs = method.knobs(register_token_dim=config.width)
     torch.manual_seed(0)
     model, loss = method.model(knobs, specs).train(), method.loss(knobs, list(specs))
     optimizer = make_adamw(model.named_parameters(), 0.05)
+    if condensed:
+        features = jobs.condensed(model, features)
     return lambda: backward_and_step(loss(model(features, joint=False))["total_loss"], optimizer, 1e-5)
 
 
@@ -243,17 +261,13 @@ def _step(config: BenchConfig) -> Iterator[Figure]:
             step()
         for what, cold in (("its matrix products", False), ("the same on operands of their own", True)):
             yield compare(f"step of {name} ({size}) / {what}", step, products.replay(cold), config.turns)
-    original = Attention._absorbing_is_cheaper
-    step = _training("base", config)
-
-    def projecting_step() -> None:
-        Attention._absorbing_is_cheaper = lambda *_: False  # type: ignore[method-assign]
-        try:
+    for name in METHODS:
+        step = _training(name, config, condensed=True)
+        step()
+        with Operators() as operators, MatrixProducts() as products:
             step()
-        finally:
-            Attention._absorbing_is_cheaper = original  # type: ignore[method-assign]
-
-    yield compare(f"step of base ({size}) / with every token projected", step, projecting_step, config.turns)
+        count = len(products.shapes)
+        yield Figure(f"step of {name}: operators / matrix products", operators.count, count, operators.count / count, "")
 
 
 def _engine(config: BenchConfig) -> Iterator[Figure]:

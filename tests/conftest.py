@@ -1,6 +1,8 @@
 """Shared fixtures: a tiny synthetic data set and a tiny Stage 1 trained on it, made once for all test processes."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from tvl_align.synthetic.pretrain import PretrainConfig, pretrain
 from tvl_align.synthetic.world import write_world
 from tvl_align.system.files import lock_folder
 
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tests run on the CPU; those marked cuda start processes that see the GPUs
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("any machine", deadline=None)  # no test depends on how fast a machine is
 hypothesis.settings.load_profile("any machine")
@@ -58,3 +62,21 @@ def stage1_checkpoint(once: Once, world: Path) -> Path:
 def feature_dir(once: Once) -> Path:
     """Feature stores of `world`, shared by all tests that encode it."""
     return once("features", lambda folder: folder.mkdir())
+
+
+@pytest.fixture(scope="session")
+def on_gpu() -> Callable[..., str]:
+    """on_gpu(code, *arguments): what Python code prints in a process that sees the GPUs. Skips where there is none."""
+    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    if GPUS is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = GPUS
+
+    def run(code: str, *arguments: object, expected: int = 0) -> str:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == expected, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    if "True" not in run("import torch; print(torch.cuda.is_available())"):
+        pytest.skip("PyTorch finds no GPU on this machine")
+    return run

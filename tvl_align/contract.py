@@ -71,6 +71,11 @@ class Features:
         content = {name: function(keys) for name, keys in self.content_keys.items()}
         return Features(tokens, function(self.caption_keys), function(self.rows), content)
 
+    def tensors(self) -> list[Tensor]:
+        """All its tensors."""
+        found = [self.caption_keys, self.rows, *self.content_keys.values()]
+        return found + [t for m in self.modalities.values() for t in (m.tokens, m.mask, m.pooled, m.present)]
+
     def to(self, device: torch.device | str) -> "Features":
         """Copy to a device, asynchronously from pinned memory."""
         return self.map(lambda t: t.to(device, non_blocking=True))

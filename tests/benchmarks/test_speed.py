@@ -19,7 +19,7 @@ def test_figures_are_written_with_their_reference(tmp_path: Path) -> None:
     parts = ("startup", "step", "engine", "accumulation", "retrieval", "probes", "memory")
     figures = bench(BenchConfig(tmp_path / "bench.json", parts=parts, **sizes))
     *records, metadata = json.loads((tmp_path / "bench.json").read_text())
-    assert len(records) == len(figures) == 21
+    assert len(records) == len(figures) == 27
     assert all({"name", "ours", "reference", "ratio", "unit"} == f.keys() for f in records)
     assert "commit" in metadata["made_by"]
     with pytest.raises(UserError, match="unknown part 'speed'"):

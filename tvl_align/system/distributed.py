@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tvl_align.system.console import UserError
+
 _single_process = False
 
 
@@ -48,20 +50,33 @@ def barrier() -> None:
         dist.barrier()
 
 
-def rejoin_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Initialise the process group after a restart by torchrun (`--max_restarts`).
+def join_process_group(device: torch.device, timeout: timedelta) -> None:
+    """Initialise the process group that torchrun or Slurm has described in the environment; without one, nothing.
 
-    torchrun keeps its store between restarts, so the default initialisation reads the addresses of dead processes. Here the
-    keys in the store get a prefix per restart. Does nothing before the first restart: accelerate initialises that group.
+    On GPUs it is NCCL, told which GPU is whose, and each process needs a GPU of its own. torchrun keeps its store between
+    restarts (`--max_restarts`), so the default initialisation would read the addresses of dead processes; here the keys in
+    the store get a prefix per restart. Raises UserError if there are more processes than GPUs.
     """
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if attempt == "0" or dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 2 or dist.is_initialized():
         return
-    size, own_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(address, port, size, is_master=False, timeout=timeout))
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=timeout)
+    options: dict[str, Any] = {"timeout": timeout}
+    if device.type == "cuda":
+        own, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if own >= gpus:
+            needed = int(os.environ.get("LOCAL_WORLD_SIZE", own + 1))
+            raise UserError(
+                f"{needed} processes on this machine have {gpus} GPU{'s' if gpus > 1 else ''}, and each needs its own; "
+                f"start {gpus} (--nproc_per_node {gpus}), or train on CPUs with --device cpu."
+            )
+        options["device_id"] = torch.device("cuda", own)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        whole = dist.TCPStore(address, port, size, is_master=False, timeout=timeout)
+        options |= {"store": dist.PrefixStore(f"attempt{attempt}", whole), "rank": int(os.environ["RANK"])}
+        options["world_size"] = size
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
 
 
 class _Gather(torch.autograd.Function):

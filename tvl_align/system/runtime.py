@@ -12,7 +12,10 @@ from tvl_align.system.console import UserError
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device; None: cuda if available, else cpu. Raises UserError for an unknown or unavailable device."""
+    """The named device; None: cuda if available, else cpu. Raises UserError for an unknown or unavailable device.
+
+    float32 is float32 on a GPU too: convolutions, which cuDNN computes in TF32 otherwise, change features by 2e-3 then.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -24,6 +27,7 @@ def pick_device(name: str | None) -> torch.device:
         if count <= (device.index or 0):
             found, remedy = (f"{count} GPUs, numbered from 0,", "cuda") if count else ("no GPU", "cpu")
             raise UserError(f"--device {name}: PyTorch finds {found} on this machine; use --device {remedy}.")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device
 
 

@@ -6,6 +6,8 @@ import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import count
 from multiprocessing.context import SpawnProcess
 from typing import Any, TypeVar
 
@@ -37,6 +39,15 @@ def run_in_threads(work: Iterable[Callable[[], T]], lanes: int | None = None) ->
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error, running tasks end on their own
         torch.set_num_threads(threads)
+
+
+def read_ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items; the next two are made by a thread while the caller uses one. Raises what making an item raises."""
+    source, end = iter(items), object()
+    for item in run_in_threads((partial(next, source, end) for _ in count()), lanes=1):
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
 
 
 def run_in_processes(jobs: Mapping[str, tuple[Any, ...]], at_once: int, threads: int) -> None:

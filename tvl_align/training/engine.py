@@ -28,15 +28,16 @@ from tvl_align.system.console import progress as progress_bar
 from tvl_align.system.distributed import (
     gather,
     is_main,
+    join_process_group,
     mean_over_processes,
     rank,
-    rejoin_process_group,
     single_process,
     world_size,
 )
 from tvl_align.system.files import lock_folder
 from tvl_align.system.runtime import generator, keep_freed_memory, pick_device, seed_everything
 from tvl_align.system.signals import StopSignals
+from tvl_align.system.workers import read_ahead
 from tvl_align.training.accumulation import large_batch_gradient
 from tvl_align.training.optimisation import Schedule, backward_and_step, gradient_norm, make_adamw, optimizer_step
 from tvl_align.training.run import Progress, Run, find_checkpoint, recorded_identity, restore
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 EVAL_BATCH = 256  # rows per batch in validation and calibration
+BUCKET = 200  # MB of gradients that processes exchange at a time: all of a model of ordinary size in one call
 CALIBRATION_ROWS = 20_000  # most training rows that calibration reads
 log = logging.getLogger(__name__)
 
@@ -54,13 +56,13 @@ log = logging.getLogger(__name__)
 def make_accelerator(settings: Settings[Any]) -> "Accelerator":
     """Set up device and process group. Precision is left to `training_precision`."""
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
     device = pick_device(settings.run.device)
     if device.index is not None and device.type == "cuda" and world_size() == 1:
         torch.cuda.set_device(device)  # accelerate takes the current device
     timeout = timedelta(hours=6)  # long enough for a process that encodes much more than the others
-    rejoin_process_group(device, timeout)
+    join_process_group(device, timeout)
     if device.type == "cpu":
         keep_freed_memory()
     return Accelerator(
@@ -69,7 +71,9 @@ def make_accelerator(settings: Settings[Any]) -> "Accelerator":
         kwargs_handlers=[
             DistributedDataParallelKwargs(
                 find_unused_parameters=settings.run.find_unused_parameters,
+                bucket_cap_mb=BUCKET,
                 gradient_as_bucket_view=True,
+                comm_hook=DDPCommunicationHookType.BF16 if settings.run.bf16_gradients else DDPCommunicationHookType.NO,
                 broadcast_buffers=False,  # closed forms are fitted alike on all processes, and no step changes them
             ),
             InitProcessGroupKwargs(timeout=timeout),
@@ -207,7 +211,7 @@ def train_one_epoch(
     updates = math.ceil(len(rows) / accum)
     wrapped.train()
     done = progress.step * accum
-    batches = source.batches(list(rows[done:]), list(views[done:]), accelerator.device)
+    batches = _fetched(source.batches(list(rows[done:]), list(views[done:]), accelerator.device), accelerator.device)
     with progress_bar(len(rows), f"epoch {epoch + 1}", "step", quiet=not is_main(), initial=done) as bar:
         for group in range(progress.step, updates):
             parts = []
@@ -235,6 +239,28 @@ def train_one_epoch(
             if stopping:
                 return None
     return {name: total / max(1, progress.counted) for name, total in progress.sums.items()}
+
+
+def _fetched(batches: Iterator[Features], device: torch.device) -> Iterator[Features]:
+    """On a GPU, batches are read, pinned and copied by a thread, on a stream of their own, while a step runs."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+
+    def copied() -> Iterator[Features]:
+        while True:
+            with torch.cuda.stream(stream):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    for batch in read_ahead(copied()):
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for tensor in batch.tensors():
+            tensor.record_stream(torch.cuda.current_stream(device))
+        yield batch
 
 
 def _gradients(

@@ -39,6 +39,8 @@ class RunConfig:
     dist_eval: tyro.conf.Suppress[Annotated[bool, Ignored("validation always runs on all processes")]] = False
     compile: bool = False
     """Compile the model with torch.compile, which takes a minute or more at the start."""
+    bf16_gradients: bool = False
+    """Several processes exchange their gradients in bf16: half the bytes, rounded to 3 digits."""
     find_unused_parameters: bool = False
     """Option of DistributedDataParallel; needed only if the loss of a pair is disabled."""
     world_size: tyro.conf.Suppress[Annotated[int, Ignored("torchrun sets the number of processes")]] = 1
