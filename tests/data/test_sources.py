@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tvl_align.cli.encode import run
@@ -190,7 +191,8 @@ def test_video(tmp_path: Path) -> None:
 
 def write_lerobot(folder: Path, version: str, **about: Any) -> None:
     """Three episodes of 4 frames, of touch images in parquet and photos in videos: one file each, or one file of all."""
-    features = {"cam": {"dtype": "video"}, "gel": {"dtype": "image"}, "force": {"dtype": "float32"}}
+    features = {"cam": {"dtype": "video"}, "gel": {"dtype": "image"}}
+    features |= {"force": {"dtype": "float32"}, "state": {"dtype": "float32"}}
     info = {"fps": 10, "features": features, "splits": {"train": "0:3"}} | (V2 if version == "v2.1" else V3) | about
     (folder / "meta").mkdir(parents=True)
     (folder / "meta/info.json").write_text(json.dumps(info))
@@ -202,6 +204,7 @@ def write_lerobot(folder: Path, version: str, **about: Any) -> None:
             "timestamp": i / 10,
             "task_index": e,
             "force": [float(i)],
+            "state": [i + e / 2 for i in range(12)],
             "gel": {"bytes": png(4 * e + i), "path": None},
         }
         for e in range(3)
@@ -346,9 +349,56 @@ def test_the_command(stage1_checkpoint: Path, tmp_path: Path, capsys: pytest.Cap
     assert images["photo_mean"] == [0.5, 0.5, 0.5] and images["touch_crop"] == "none" and "touch_turn" not in images  # TVL's
 
 
+def test_further_modalities_of_a_robot(tmp_path: Path) -> None:
+    """Depth is a video, the state a list of numbers; without an encoder of text the tasks are left out."""
+    write_lerobot(tmp_path / "r", "v2.1")
+    flags = ["--source", f"lerobot:{tmp_path / 'r'}", "--more_keys", "depth=cam", "state=state", "--device", "cpu"]
+    flags += ["--more_encoders", "depth=own_encoders:Colours", "state=own_encoders:Curves"]
+    run([*flags, "--out", str(tmp_path / "store")])
+    store = FeatureStore(tmp_path / "store")
+    assert list(store.specs) == ["depth", "state"]
+    found = {}
+    for split in store.splits.values():
+        features = split.read(torch.arange(len(split))).modalities
+        for i, name in enumerate(split.names):
+            found[name] = [features[m].tokens[i].float().flatten() for m in ("depth", "state")]
+    assert len(found) == 12
+    depth, state = found["episode_000002/1"]
+    assert torch.allclose(state, torch.arange(12) + 1.0, atol=1e-2)
+    shade = 2 * ((20 * 9 + 10) / 255 - 0.5) / 0.5
+    assert torch.allclose(depth, torch.full((12,), shade), atol=0.1)  # compression changes shades a little
+    with pytest.raises(UserError, match="has no 'gone'"):
+        run([*flags[:2], "--more_keys", "depth=cam", "state=gone", *flags[5:], "--out", str(tmp_path / "x")])
+    with pytest.raises(UserError, match="state has no encoder; give --more_encoders state="):
+        run([*flags[:7], "--more_encoders", "depth=own_encoders:Colours", "--out", str(tmp_path / "x")])
+    with pytest.raises(UserError, match="--more_keys 'state' names no modality and value"):
+        run([*flags[:2], "--more_keys", "depth=cam", "state", "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_file_of_sound_is_given_as_its_bytes(tmp_path: Path) -> None:
+    """And a list of JSON as an array."""
+    wds = pytest.importorskip("webdataset", reason="needs the extra webdataset")
+    with wds.TarWriter(str(tmp_path / "s.tar")) as tar:
+        tar.write({"__key__": "a", "wav": b"RIFF", "json": {"curve": [1.0, 2.0], "kind": [3]}})
+    keys = Keys(labels=("json.kind",), more={"sound": "wav", "force": "json.curve"})
+    (sample,) = open_source(f"webdataset:{tmp_path / 's.tar'}", keys).samples
+    assert sample["sound"] == b"RIFF" and sample["labels"] == {"json.kind": [3]}
+    assert isinstance(sample["force"], np.ndarray) and sample["force"].tolist() == [1.0, 2.0]
+    assert keys.modalities == ("sound", "force")
+
+
+def test_sound_of_a_dataset_is_not_decoded(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="needs the extra datasets")
+    rows = datasets.Dataset.from_dict({"sound": [{"bytes": b"RIFF", "path": None}], "curve": [[1, 2, 3]]})
+    rows.cast_column("sound", datasets.Audio(decode=False)).save_to_disk(tmp_path / "d")
+    (sample,) = open_source(f"datasets:{tmp_path / 'd'}", Keys(more={"sound": "sound", "curve": "curve"})).samples
+    assert sample["sound"] == b"RIFF" and sample["curve"].tolist() == [1, 2, 3] and sample["curve"].dtype.kind == "i"
+
+
 REFUSED = {
     "--vision_key cam --every 0": "--every 0 is out of range",
-    "--vision_key cam --touch_norm measured": "--touch_norm measured needs two passes, and a stream is read once",
+    "--vision_key cam --views -1": "--views -1 is out of range",
     "--label_keys force": "registers align two or more modalities, and there are keys of text",
     "--vision_key cam": "encoding needs the Stage-1 encoders of vision, text",
 }

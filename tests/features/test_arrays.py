@@ -109,6 +109,9 @@ BAD = {
     "b.views has NaN or inf in row 4": GOOD
     | {"b.views": np.where(np.arange(6)[:, None, None] == 4, np.nan, np.ones((6, 2, 4)))},
     "b.views has values up to 1e\\+06": GOOD | {"b.views": np.full((6, 2, 4), 1e6)},
+    "b.views_pooled needs b.views and b.pooled": GOOD | {"b.views_pooled": np.ones((6, 2, 4))},
+    r"b.views_pooled must have the shape \(6, 2, 4\), not \(6, 2, 5\)": GOOD
+    | {"b.views": np.ones((6, 2, 4)), "b.pooled": np.ones((6, 4)), "b.views_pooled": np.ones((6, 2, 5))},
     "b.pooled cannot be given with b.views": GOOD | {"b.views": np.ones((6, 2, 4)), "b.pooled": np.ones((6, 4))},
     "label.x is inf in row 3": GOOD30 | {"label.x": np.where(np.arange(30) == 3, np.inf, np.arange(30.0))},
     "label.x must have one entry": GOOD | {"label.x": np.ones(2)},

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tvl_align.data.samples import Samples, TextOptions
 from tvl_align.data.text import Sentence
 from tvl_align.data.transforms import picture_tensor
-from tvl_align.data.tvl import Tolerance
+from tvl_align.data.tvl import Row, Tolerance
 from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import Stage1, Stage1Config, load_stage1
 from tvl_align.evaluation.labels import read_labels
@@ -194,6 +195,50 @@ def test_bad_pictures_are_absent_and_counted(stage1: Stage1, tmp_path: Path, cap
     with pytest.raises(UserError, match="of s(3|9|12|20): .*, and --strict allows no bad row"):
         encode_stream(rows, stage1, tmp_path / "strict", tolerance=Tolerance(strict=True), quiet=True)
     assert not any((tmp_path / "strict").iterdir())
+
+
+def test_views_are_those_of_rows_of_a_table(stage1: Stage1, tmp_path: Path) -> None:
+    """The same pictures in files give the same views; validation rows have none."""
+    rows = [sample(i, split="train" if i < 6 else "val", vision=png(i), tactile=png(1000 + i)) for i in range(8)]
+    rows[2]["tactile"] = None
+    store = encode_stream(rows, stage1, tmp_path / "store", views=2, seed=5, quiet=True)
+    assert (store.splits["train"].views, store.splits["val"].views) == (2, 0)
+    assert store.manifest["ingredients"]["views"] == 2 and store.manifest["ingredients"]["seed"] == 5
+    for i in range(8):
+        (tmp_path / f"s{i}").write_bytes(png(i))
+        (tmp_path / f"t{i}").write_bytes(png(1000 + i))
+    table = [Row("pairs", f"s{i}", None if i == 2 else f"t{i}", None, None, "g") for i in range(6)]
+    expected = Samples(tmp_path, table, plain_images(stage1), TextOptions(), seed=5)
+    train = store.splits["train"]
+    for view in range(3):
+        found = train.read(torch.arange(6), torch.full((6,), view)).modalities
+        assert found["tactile"].present.tolist() == [i != 2 for i in range(6)]
+        for i, name in enumerate(train.names):
+            for m, image in expected[int(name[1:]), view].images.items():
+                encoded = stage1.encode({m: image[None]}).modalities[m]
+                assert torch.allclose(found[m].tokens[i].float(), encoded.tokens[0], atol=2e-2)
+                assert torch.allclose(found[m].pooled[i], encoded.pooled[0], atol=1e-4)
+    first, second = (train.read(torch.arange(6), torch.full((6,), v)).modalities["vision"].pooled for v in (0, 1))
+    assert (first - second).abs().amax(1).min() > 1e-3
+    again = encode_stream(rows, stage1, tmp_path / "again", views=2, seed=6, quiet=True)
+    assert again.key != store.key
+
+
+def test_colours_measured_on_training_samples(stage1: Stage1) -> None:
+    """Half of the training pictures have 51 (0.2), half 153 (0.6); others, and pictures that are bad, do not count."""
+    shades = [51, 153, 51, 153, 255]
+    rows = [
+        {"name": f"s{i}", "vision": np.full((16, 16, 3), shade, np.uint8), "split": "train" if i < 4 else "test"}
+        for i, shade in enumerate(shades)
+    ]
+    rows.insert(1, {"name": "bad", "vision": b"none", "split": "train"})
+    images = stream.measured_colours(iter(rows), plain_images(stage1), ["vision"])
+    assert (images.photo_mean, images.photo_std) == ((0.4,) * 3, (0.2,) * 3)
+    assert images.touch_mean == plain_images(stage1).touch_mean
+    with pytest.raises(UserError, match=r"and s0 has no split; name the key of the splits, or the colours"):
+        stream.measured_colours([sample(0)], plain_images(stage1), ["vision"])
+    with pytest.raises(UserError, match="no training sample has a picture of tactile; name its colours"):
+        stream.measured_colours(rows, plain_images(stage1), ["tactile"])
 
 
 WRONG = {

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from tvl_align.config import parse
+from tvl_align.encoders.names import by_modality
 from tvl_align.evaluation.labels import read_labels
 from tvl_align.inference.files import picture_rows, write_npz
 from tvl_align.inference.registers import BATCH, Embeddings, Precision, Registers, load
@@ -18,6 +19,7 @@ from tvl_align.system.console import UserError
 EXAMPLES = (
     "tvl-align embed output_dir/mine --vision photos --tactile touches --out tokens.npz",
     "tvl-align embed output_dir/mine --tactile a.png b.png --text 'soft, woven' 'hard' --out tokens.npz",
+    "tvl-align embed output_dir/mine --vision photos --more depth=depths audio=sounds --out tokens.npz",
     "tvl-align embed output_dir/mine --split test --out test.npz",
 )
 
@@ -31,11 +33,13 @@ class EmbedConfig:
     out: Path
     """The .npz file to write."""
     vision: tuple[Path, ...] = ()
-    """Photos: one folder, or files. In folders, photos and touch images of the same name are a row."""
+    """Photos: one folder, or files. In folders, files of the same name but for their suffix are a row."""
     tactile: tuple[Path, ...] = ()
     """Touch images: one folder, or files."""
     text: tuple[str, ...] = ()
     """Captions of adjectives, 'soft, woven', one per row."""
+    more: tuple[str, ...] = ()
+    """Further modalities of the run, each one folder, or files: depth=FOLDER, or depth=a.png depth=b.png."""
     sentences: bool = False
     """Texts are sentences, used as they are, without the prompt of the run; default: as in the run."""
     split: str | None = None
@@ -63,8 +67,15 @@ class EmbedConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "batch_size", "keep")
-        if bool(self.split) == bool(self.vision or self.tactile or self.text):
-            raise UserError("nothing to embed, or two kinds; give --vision, --tactile and --text, or --split alone.")
+        if bool(self.split) == bool(self.files or self.text):
+            raise UserError("nothing to embed, or two kinds; give --vision, --tactile, --text and --more, or --split alone.")
+
+    @property
+    def files(self) -> dict[str, list[Path]]:
+        """{modality: its folder or files}, of those that are given."""
+        more = {m: [Path(value) for value in values] for m, values in by_modality("more", self.more).items()}
+        given = {"vision": list(self.vision), "tactile": list(self.tactile), **more}
+        return {m: paths for m, paths in given.items() if paths}
 
 
 def run(argv: Sequence[str]) -> None:
@@ -86,10 +97,12 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _of_files(config: EmbedConfig, registers: Registers) -> tuple[list[str], Embeddings, dict[str, Any]]:
-    given = {m: paths for m, paths in (("vision", config.vision), ("tactile", config.tactile)) if paths}
-    names, pictures = picture_rows(given) if given else (list(config.text), {})
+    given: dict[str, Any] = {}
+    names = list(config.text)
+    if config.files:
+        names, given = picture_rows(config.files, registers.takes_pictures)
     out = registers.embed(
-        **pictures,
+        **given,
         text=list(config.text) or None,
         keep=config.keep,
         attention=config.attention,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +10,16 @@ import tyro
 
 from tvl_align.cli.train import read_settings
 from tvl_align.config import parse
-from tvl_align.contract import MODALITIES
 from tvl_align.data.sources import Keys, open_source
 from tvl_align.data.text import PROMPT
 from tvl_align.data.transforms import Crop, Turn
 from tvl_align.data.tvl import Tolerance
+from tvl_align.encoders.names import check_modalities, one_each
 from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features.encode import open_or_encode
-from tvl_align.features.inputs import NORMS, load_samples
-from tvl_align.features.stream import encode_stream, plain_images
+from tvl_align.features.inputs import MEASURED, NORMS, load_samples
+from tvl_align.features.stream import encode_stream, measured_colours, plain_images
 from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import is_main
@@ -44,7 +44,7 @@ SOURCE_EXAMPLES = (
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Encode a stream of samples, read once, into a feature store for `train --store`. Views are the plain ones."""
+    """Encode a stream of samples, read once, into a feature store for `train --store`."""
 
     source: str
     """datasets:FOLDER (save_to_disk, .parquet or .arrow), webdataset:SHARDS, lerobot:FOLDER or video:FOLDER."""
@@ -58,6 +58,8 @@ class SourceConfig:
     """Key of adjectives, separated by commas; they get TVL's prompt."""
     sentence_key: str | None = None
     """Key of sentences that are used as they are; default with lerobot: task."""
+    more_keys: tuple[str, ...] = ()
+    """Keys of further modalities: depth=observation.images.depth audio=wav. Each needs an encoder, see --more_encoders."""
     group_key: str | None = None
     """Key of groups (object, trajectory) that are never split apart; default: every sample, episode or video is one."""
     split_key: str | None = None
@@ -73,9 +75,16 @@ class SourceConfig:
     touch_turn: Turn = 0
     """Degrees by which touch images are turned counterclockwise."""
     photo_norm: Literal["clip", "imagenet", "half", "measured"] | None = None
-    """Colours for the normalisation of photos: clip, imagenet or half (0.5); default: those of the encoder (TVL's: clip)."""
+    """Colours for the normalisation of photos: clip, imagenet, half (0.5), or measured on training samples, for which the
+    stream is read twice; default: those of the encoder (TVL's: clip)."""
     touch_norm: Literal["tvl", "clip", "imagenet", "half", "measured"] | None = None
     """Colours for the normalisation of touch images; default: those of the encoder (TVL's: tvl)."""
+    views: int = 0
+    """Augmented views of the photo and the touch image of each training sample; without splits, of every sample."""
+    randomize_crop: bool = False
+    """Shift the photo's crop by up to 5% of its side in augmented views."""
+    shared_geometry: bool = True
+    """Same flips and rotation for photo and touch image; --no_shared_geometry samples them independently, as TVL does."""
     no_text_prompt: tyro.conf.FlagCreatePairsOff[bool] = False
     """Omit the prompt "This image gives tactile feelings of" before the adjectives."""
     strict: bool = False
@@ -83,35 +92,38 @@ class SourceConfig:
     max_skipped: float = 0.05
     """Stop if more than this fraction of the samples cannot be used (0.05 = 5%)."""
     seed: int = 0
-    """Seed of the random split; used if there are no splits."""
+    """Seed of the augmented views, and of the random split if there are no splits."""
     device: str | None = None
     """cuda or cpu; default: cuda if available, else cpu."""
     stage1: tyro.conf.OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
     def __post_init__(self) -> None:
         at_least(1, self, "every")
+        at_least(0, self, "views")
         between(0, 1, self, "max_skipped")
-        for name in ("photo_norm", "touch_norm"):
-            if getattr(self, name) == "measured":
-                raise UserError(f"--{name} measured needs two passes, and a stream is read once; name the colours.")
+        check_modalities(self.modalities)
         if len(self.modalities) < 2:
             given = ", ".join(self.modalities) or "nothing"
             raise UserError(
                 f"registers align two or more modalities, and there are keys of {given}; give --vision_key, --tactile_key, "
-                "--text_key or --sentence_key."
+                "--text_key, --sentence_key or --more_keys."
             )
 
     @property
     def keys(self) -> Keys:
         """Where the parts of a sample are."""
         single = (self.vision_key, self.tactile_key, self.text_key, self.sentence_key, self.group_key, self.split_key)
-        return Keys(*single, self.label_keys)
+        return Keys(*single, self.label_keys, one_each("more_keys", self.more_keys))
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Those to encode; a LeRobot dataset has the sentences of its tasks."""
-        text = ("text",) if self.source.startswith("lerobot:") else ()
-        return tuple(m for m in MODALITIES if m in {*self.keys.modalities, *text})
+        """Those to encode. A LeRobot dataset has the sentences of its tasks too. Beside two other modalities they are left
+        out if text has no encoder.
+        """
+        found, encoders = self.keys.modalities, (self.stage1.stage1_checkpoint, self.stage1.text_encoder)
+        if self.source.startswith("lerobot:") and (len(found) < 2 or encoders != (None, None)):
+            return replace(self.keys, sentence="task").modalities
+        return found
 
 
 def run(argv: Sequence[str]) -> None:
@@ -138,14 +150,19 @@ def _encode_source(config: SourceConfig) -> None:
     source = open_source(config.source, config.keys, config.every)
     stage1 = load_encoders(config.stage1, config.modalities).to(pick_device(config.device))
     images = plain_images(stage1, config.photo_crop, config.touch_crop, config.touch_turn)
-    for modality, norm in (("vision", config.photo_norm), ("tactile", config.touch_norm)):
-        images = images if norm is None else images.normalised_by(modality, NORMS[norm])
+    images = replace(images, randomize_crop=config.randomize_crop, shared_geometry=config.shared_geometry)
+    norms = {"vision": config.photo_norm, "tactile": config.touch_norm}
+    for modality, norm in norms.items():
+        images = images.normalised_by(modality, NORMS[norm]) if norm in NORMS else images
+    if measured := [m for m, norm in norms.items() if norm == MEASURED and m in config.modalities]:
+        images = measured_colours(open_source(config.source, config.keys, config.every).samples, images, measured)
     store = encode_stream(
         source.samples,
         stage1,
         config.out,
         images,
         prompt="" if config.no_text_prompt else PROMPT,
+        views=config.views,
         tolerance=Tolerance(config.strict, config.max_skipped),
         total=source.total,
         seed=config.seed,

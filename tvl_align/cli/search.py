@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
 from tvl_align.config import parse
+from tvl_align.encoders.names import by_modality
 from tvl_align.inference.registers import Registers, load
 from tvl_align.inference.search import Index, find_pictures
 from tvl_align.system.bounds import at_least
@@ -18,8 +19,8 @@ EXAMPLES = (
     "tvl-align search output_dir/mine --tactile t.png --gallery photos --top 5",
     "tvl-align search output_dir/mine --text 'soft, woven' --gallery photos --index photos.index --json",
     "tvl-align search output_dir/mine --tactile t.png --gallery captions.txt --gallery_modality text",
+    "tvl-align search output_dir/mine --more depth=d.png --gallery photos",
 )
-Modality = Literal["vision", "tactile", "text"]
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,16 @@ class SearchConfig:
     """Run folder, folder written by `tvl-align export`, or model id of a hub."""
     gallery: Path | None = None
     """Folder of pictures, or a text file with a caption per line; default: the saved --index."""
-    gallery_modality: Modality = "vision"
-    """Modality of the gallery."""
+    gallery_modality: str = "vision"
+    """Modality of the gallery: vision, tactile, text, or a further one of the run."""
     vision: tuple[Path, ...] = ()
     """Photos to search with."""
     tactile: tuple[Path, ...] = ()
     """Touch images to search with."""
     text: tuple[str, ...] = ()
     """Captions of adjectives to search with, 'soft, woven'."""
+    more: tuple[str, ...] = ()
+    """Files of a further modality to search with: depth=a.png depth=b.png."""
     top: int = 5
     """Number of results per query."""
     index: Path | None = None
@@ -57,22 +60,27 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "top")
-        given = [m for m in ("vision", "tactile", "text") if getattr(self, m)]
-        if len(given) != 1 or given[0] == self.gallery_modality:
+        if len(self.queries) != 1 or self.gallery_modality in self.queries:
             raise UserError(
-                f"the gallery is of {self.gallery_modality}; give queries of one other modality (--vision, --tactile or "
-                "--text), or another --gallery_modality."
+                f"the gallery is of {self.gallery_modality}; give queries of one other modality (--vision, --tactile, "
+                "--text or --more), or another --gallery_modality."
             )
         if self.gallery is None and self.index is None:
             raise UserError("there is nothing to search in; give --gallery FOLDER, or an --index that was saved.")
+
+    @property
+    def queries(self) -> dict[str, Any]:
+        """{modality: what to search with}."""
+        given: dict[str, Any] = {"vision": self.vision, "tactile": self.tactile, "text": self.text}
+        given |= by_modality("more", self.more)
+        return {m: list(items) for m, items in given.items() if items}
 
 
 def run(argv: Sequence[str]) -> None:
     config = parse(SearchConfig, argv, "tvl-align search", examples=EXAMPLES)
     registers = load(config.run, stage1_checkpoint=config.stage1_checkpoint, method=config.method, device=config.device)
     index = _open_index(config, registers)
-    modality = next(m for m in ("vision", "tactile", "text") if getattr(config, m))
-    queries: dict[str, Any] = {modality: list(getattr(config, modality))}
+    (modality,), queries = config.queries, config.queries
     out = registers.embed(**queries, dataset=config.dataset, quiet=False)
     found = index.search(out.pooled[modality], config.top, approximate=config.approximate)
     results: list[dict[str, Any]] = [
@@ -94,12 +102,12 @@ def _open_index(config: SearchConfig, registers: Registers) -> Index:
         index = Index.load(config.index, made_by=registers.key)
         if index.modality != config.gallery_modality:
             raise UserError(f"{config.index} is an index of {index.modality}; give --gallery_modality {index.modality}.")
-        if config.gallery is not None and list(index.names) != _gallery(config.gallery, config.gallery_modality)[0]:
+        if config.gallery is not None and list(index.names) != _gallery(config, config.gallery, registers)[0]:
             raise UserError(f"{config.index} is an index of another gallery than {config.gallery}; give another --index.")
         return index
     if config.gallery is None:
         raise UserError(f"there is no index {config.index}; give --gallery FOLDER to make it.")
-    names, items = _gallery(config.gallery, config.gallery_modality)
+    names, items = _gallery(config, config.gallery, registers)
     gallery: dict[str, Any] = {config.gallery_modality: items}
     out = registers.embed(**gallery, dataset=config.dataset, quiet=False)
     index = Index.build(out.pooled[config.gallery_modality], names, made_by=registers.key, modality=config.gallery_modality)
@@ -108,11 +116,14 @@ def _open_index(config: SearchConfig, registers: Registers) -> Index:
     return index
 
 
-def _gallery(path: Path, modality: Modality) -> tuple[list[str], list[Any]]:
-    if modality == "text":
+def _gallery(config: SearchConfig, path: Path, registers: Registers) -> tuple[list[str], list[Any]]:
+    if config.gallery_modality not in registers.modalities:
+        known = ", ".join(registers.modalities)
+        raise UserError(f"this run has no modality {config.gallery_modality!r}; give --gallery_modality one of {known}.")
+    if config.gallery_modality == "text":
         if not path.is_file():
             raise UserError(f"{path} is no text file; give --gallery a file with a caption per line.")
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         return lines, lines
-    pictures = find_pictures(path)
+    pictures = find_pictures(path, of_any_kind=not registers.takes_pictures(config.gallery_modality))
     return [str(picture) for picture in pictures], list(pictures)

@@ -7,7 +7,7 @@ from torch import Tensor
 ONE_COLOUR = 0.005  # largest standard deviation of a colour channel in an image of one colour; 1 is the range of a pixel
 THE_SAME = 0.002  # largest difference of two statistics of images that look the same
 SHARE = 0.5  # of the images of a modality
-NAMES = {"vision": "photos", "tactile": "touch images"}
+NAMES = {"vision": "photos", "tactile": "touch images"}  # others are named "pictures of depth"
 
 
 def constant_modalities(statistics: Mapping[str, Tensor]) -> list[str]:
@@ -27,5 +27,5 @@ def constant_modalities(statistics: Mapping[str, Tensor]) -> list[str]:
         count, what = max((plain, "are of one colour each"), (same, "look the same"))
         if count > SHARE * len(images):
             share = "all" if count == len(images) else f"{count} of"
-            found.append(f"{share} {len(images)} {NAMES[modality]} {what}")
+            found.append(f"{share} {len(images)} {NAMES.get(modality, f'pictures of {modality}')} {what}")
     return found

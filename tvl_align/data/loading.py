@@ -34,8 +34,8 @@ RowViews = list[tuple[int, int]]
 class ImageBatch:
     """The images of a batch.
 
-    images: {modality: (positions in the batch that have an image, (n, 3, S, S) float32 images)}. faults: (position,
-    modality, reason) of every image that cannot be used.
+    images: {modality: (positions in the batch that have an image, (n, 3, S, S) float32 images)}; inputs of further
+    modalities are (n, their shape). faults: (position, modality, reason) of every image that cannot be used.
     """
 
     images: dict[str, tuple[list[int], Tensor]]
@@ -88,9 +88,7 @@ def _workers_that_fit(samples: Samples, batches: Sequence[RowViews], num_workers
     wanted = min(num_workers, os.cpu_count() or 1, len(batches))
     if not wanted:
         return 0, None
-    options = samples.images.options
-    image_bytes = 3 * torch.float32.itemsize * (options.photo_size**2 + options.touch_size**2)
-    batch_bytes = image_bytes * max(1, *map(len, batches))
+    batch_bytes = samples.view_bytes * max(1, *map(len, batches))
     try:
         memory = os.statvfs(SHARED_MEMORY)
     except OSError:  # not Linux
@@ -121,7 +119,7 @@ class _Batches(Dataset[ImageBatch | UserError]):
         except UserError as error:
             return error
         images: dict[str, tuple[list[int], Tensor]] = {}
-        for modality in ("vision", "tactile"):
+        for modality in self.samples.loaded:
             positions = [i for i, item in enumerate(items) if modality in item.images]
             if positions:
                 images[modality] = positions, torch.stack([items[i].images[modality] for i in positions])

@@ -1,11 +1,13 @@
 """Read pairs of one's own: a table with one row per sample -> rows of training, validation and test.
 
-A sample has a photo, a touch image and a text, or two of them. Columns are found by their header, or named. Tables may have
-all that `tvl_align.data.tvl` accepts: semicolons or tabs, an index column, capitals, words for "no value".
+A sample has two or more of a photo, a touch image, a text, and files of further modalities (depth, sound ...), whose columns
+are named; the other columns are named or found by their header. Tables may have all that `tvl_align.data.tvl` accepts:
+semicolons or tabs, an index column, capitals, words for "no value".
 """
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from tvl_align.data.split import file_keys, grouped_split
@@ -49,7 +51,7 @@ class Columns:
 
     photo, touch: paths relative to the data folder. caption: adjectives, separated by commas. sentence: a text that is used
     as it is; where it is empty the caption is used. group: rows of a group are never split apart. split: train, val or test.
-    labels: factors that probes predict.
+    labels: factors that probes predict. more: {further modality: column of its files}.
     """
 
     photo: str | None = None
@@ -59,6 +61,7 @@ class Columns:
     group: str | None = None
     split: str | None = None
     labels: tuple[str, ...] = ()
+    more: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_pairs(
@@ -87,7 +90,7 @@ def read_pairs(
             named[split].append(_row(row, columns))
     rows = {name: sorted(usable(split, data), key=repr) for name, split in named.items()}
     every = [row for split in rows.values() for row in split]
-    paths = sorted({p for row in every for p in (row.vision, row.tactile) if p})
+    paths = sorted({path for row in every for path in row.files.values()})
     data.pictures = file_keys({p: file_of(root, p) for p in paths})
     joined = iter(joined_groups(every, data.pictures))
     rows = {name: [next(joined) for _ in split] for name, split in rows.items()}
@@ -115,24 +118,27 @@ def _read(path: Path, columns: Columns) -> tuple[Columns, list[dict[str, str] | 
     if not path.is_file():
         raise UserError(f"no such table: {path}; --pairs takes a CSV file with one row per sample.")
     labels = tuple(label.strip().lower() for label in columns.labels)
+    more = {modality: column.strip().lower() for modality, column in columns.more.items()}
     given = {name: column.strip().lower() for name in NAMES if (column := getattr(columns, name)) is not None}
-    taken = {*given.values(), *(label for label in labels if label not in NAMES["group"])}  # groups may be labels too
+    labelled = (label for label in labels if label not in NAMES["group"])  # groups may be labels too
+    taken = {*given.values(), *more.values(), *labelled}
     names = {name: (given[name],) if name in given else [c for c in NAMES[name] if c not in taken] for name in NAMES}
-    header = read_header(path, [*labels, *(c for some in names.values() for c in some)])
+    header = read_header(path, [*labels, *more.values(), *(c for some in names.values() for c in some)])
     found = {name: given.get(name) or next((c for c in some if c in header), None) for name, some in names.items()}
-    columns = Columns(**found, labels=labels)
-    used = [c for c in found.values() if c is not None]
+    columns = Columns(**found, labels=labels, more=more)
+    used = [*(c for c in found.values() if c is not None), *more.values()]
     twice = next((c for c in used if used.count(c) > 1), None)
     if twice is not None:
         raise UserError(f"the column {twice!r} of {path} is used twice; give every --..._column another one.")
-    kinds = (columns.photo, columns.touch, columns.caption or columns.sentence)
-    if kinds.count(None) > 1:
+    of_files = [c for c in (columns.photo, columns.touch, *more.values()) if c is not None]
+    if len(of_files) + bool(columns.caption or columns.sentence) < 2:
         raise UserError(
             f"{path} needs columns of two of photos, touch images and texts (its header: {', '.join(header) or 'empty'}); "
-            "name them with --photo_column, --touch_column, --caption_column or --sentence_column."
+            "name them with --photo_column, --touch_column, --caption_column or --sentence_column, or further modalities "
+            "with --more_columns."
         )
     used = [*used, *labels]
-    return columns, read_table(path, used, used, [c for c in (columns.photo, columns.touch) if c is not None])
+    return columns, read_table(path, used, used, of_files)
 
 
 def _row(cells: dict[str, str], columns: Columns) -> Row:
@@ -140,8 +146,9 @@ def _row(cells: dict[str, str], columns: Columns) -> Row:
         return cells[column] if column is not None else ""
 
     photo, touch = (str(PurePosixPath(cell(c))) if cell(c) else None for c in (columns.photo, columns.touch))
+    more = {m: str(PurePosixPath(cell(c))) for m, c in sorted(columns.more.items()) if cell(c)}
     text = Sentence(cell(columns.sentence)) if cell(columns.sentence) else caption_of(cell(columns.caption))
-    row = Row(PAIRS, photo, touch, None, text, cell(columns.group))
+    row = Row(PAIRS, photo, touch, None, text, cell(columns.group), more=more)
     return row if row.group else replace(row, group=row.name)
 
 

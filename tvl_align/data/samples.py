@@ -5,21 +5,23 @@ augmentation of a view depends only on the seed, the name of the row and the num
 number of workers and the number of processes do not change it.
 """
 
+import copy
 import logging
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tvl_align.data.split import copies_across, repeats, row_keys
+from tvl_align.data.further import FurtherInput
+from tvl_align.data.split import copies_across, repeats
 from tvl_align.data.text import PROMPT, caption_key, evaluation_text, read_synonyms, training_text
-from tvl_align.data.transforms import ImageLoader, ImageOptions
-from tvl_align.data.tvl import Row, TVLData, locate
+from tvl_align.data.transforms import BadImage, Colours, ImageLoader, ImageOptions
+from tvl_align.data.tvl import PICTURES, Row, TVLData, content_keys, file_of, locate
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,9 @@ def find_synonyms(root: Path, keep: int | None) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Views:
-    """One view of a row. images: {modality: (3, S, S)}. faults: {modality: reason} of every image that cannot be used."""
+    """One view of a row. images: {modality: (3, S, S)}, of a further modality (its shape). faults: {modality: reason} of
+    every file that cannot be used.
+    """
 
     images: dict[str, Tensor]
     faults: dict[str, str]
@@ -50,8 +54,9 @@ class Samples(Dataset[Views]):
     """Images and sentences of the rows of a split.
 
     `samples[row, view]` loads the images of one view. Row -1 has no images. `dropped` counts the rows that the reader of the
-    data folder removed, by reason. `content_keys` {modality: (N,) int64}: rows with the same key have the same picture; a
-    modality whose pictures all differ is not in it. pictures: {path: key of its content}; default: all pictures differ.
+    data folder removed, by reason. `content_keys` {modality: (N,) int64}: rows with the same key have the same file; a
+    modality whose files all differ is not in it. pictures: {path: key of its content}; default: all files differ. further:
+    {further modality: what makes its inputs}; they are not augmented, so all views of a row are the same.
     """
 
     def __init__(
@@ -63,10 +68,13 @@ class Samples(Dataset[Views]):
         seed: int,
         dropped: Mapping[str, int] | None = None,
         pictures: Mapping[str, int] | None = None,
+        further: Mapping[str, FurtherInput] | None = None,
     ) -> None:
         self.root, self.rows, self.text, self.seed = root, list(rows), text, seed
         self.images, self.dropped = ImageLoader(root, images), dict(dropped or {})
-        keys = picture_keys(self.rows, pictures) if pictures else {}
+        self.further = dict(further or {})
+        self.loaded: tuple[str, ...] = (*PICTURES, *self.further)
+        keys = content_keys(self.rows, pictures) if pictures else {}
         self.content_keys = {m: torch.from_numpy(column) for m, column in keys.items() if repeats(column)}
 
     def __len__(self) -> int:
@@ -76,7 +84,36 @@ class Samples(Dataset[Views]):
         row, view = index
         if row < 0:
             return Views({}, {})
-        return Views(*self.images(self.rows[row], self._view_seed(row, view, "picture") if view else None))
+        images: dict[str, Tensor] = {}
+        faults: dict[str, str] = {}
+        if not set(PICTURES).isdisjoint(self.loaded):  # both: the touch image's random draws come after the photo's
+            images, faults = self.images(self.rows[row], self._view_seed(row, view, "picture") if view else None)
+        for modality, path in self.rows[row].more.items():
+            if modality in self.loaded:
+                try:
+                    images[modality] = self.further[modality](file_of(self.root, path))
+                except BadImage as error:
+                    faults[modality] = str(error)
+        return Views(images, faults)
+
+    def only(self, modalities: Iterable[str]) -> "Samples":
+        """These samples, whose views have no images of other modalities; photo and touch image are loaded together."""
+        result = copy.copy(self)
+        result.loaded = tuple(m for m in self.loaded if m in set(modalities))
+        return result
+
+    def colours(self, modality: str) -> Colours:
+        """The numbers by which the pictures of a modality are normalised."""
+        further = self.further[modality].colours if modality in self.further else None
+        return further or self.images.options.colours(modality)
+
+    @property
+    def view_bytes(self) -> int:
+        """Bytes of the images of a row that has all modalities."""
+        options = self.images.options
+        pictures = 0 if set(PICTURES).isdisjoint(self.loaded) else 3 * (options.photo_size**2 + options.touch_size**2)
+        further = sum(math.prod(self.further[m].shape) for m in self.loaded if m in self.further)
+        return torch.float32.itemsize * (pictures + further)
 
     def sentence(self, row: int, view: int) -> str | None:
         """The sentence of a view, None if the row has no caption."""
@@ -95,28 +132,30 @@ class Samples(Dataset[Views]):
         return torch.tensor([ids.setdefault(key, len(ids)) for key in keys], dtype=torch.int64)
 
     def _view_seed(self, row: int, view: int, purpose: str) -> int:
-        return random.Random(f"{self.seed}|{purpose}|{self.rows[row].name}|{view}").getrandbits(62)
+        return view_seed(self.seed, purpose, self.rows[row].name, view)
 
 
-def picture_keys(rows: Sequence[Row], pictures: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """{"vision": (N,) int64, "tactile": (N,)}: rows with the same key have the same picture. pictures: {path: key}."""
-    paths = {"vision": [row.vision for row in rows], "tactile": [row.tactile for row in rows]}
-    return {m: row_keys(None if path is None else pictures[path] for path in column) for m, column in paths.items()}
+def view_seed(seed: int, purpose: str, name: str, view: int) -> int:
+    """The seed of an augmented view of a row, by its name. purpose: "picture" or "text"."""
+    return random.Random(f"{seed}|{purpose}|{name}|{view}").getrandbits(62)
 
 
-def make_samples(data: TVLData, images: ImageOptions, text: TextOptions, seed: int) -> dict[str, Samples]:
-    """The samples of the splits train, val and test. `seed` determines the augmented views.
+def make_samples(
+    data: TVLData, images: ImageOptions, text: TextOptions, seed: int, further: Mapping[str, FurtherInput] | None = None
+) -> dict[str, Samples]:
+    """The samples of the splits train, val and test. `seed` determines the augmented views. further: see Samples.
 
     Rows with the same picture as another row are counted in the log, those of the test split and of training as well.
     """
     rows = {name: data.split(name) for name in ("train", "val", "test")}
     every = [row for split in rows.values() for row in split]
-    made = {name: Samples(data.root, split, images, text, seed, data.dropped, data.pictures) for name, split in rows.items()}
+    shared = images, text, seed, data.dropped, data.pictures, further
+    made = {name: Samples(data.root, split, *shared) for name, split in rows.items()}
     for name, samples in made.items():
         for modality, keys in samples.content_keys.items():
             log.warning("%s: %d rows repeat the %s of another row", name, repeats(keys.numpy()), modality)
     sides = ["test" if name == "test" else "train and val" for name, split in rows.items() for _ in split]
-    across = copies_across(picture_keys(every, data.pictures), sides)
+    across = copies_across(content_keys(every, data.pictures), sides)
     if across:
         log.warning("%d rows have a picture that is on both sides of the test split", across)
     return made

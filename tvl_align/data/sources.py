@@ -13,7 +13,7 @@ import math
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 
 from tvl_align.data.pairs import SPLITS
 from tvl_align.data.text import Sentence, is_absent
+from tvl_align.data.tvl import PICTURES
 from tvl_align.system.console import UserError
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
@@ -32,7 +33,7 @@ RATE_TOLERANCE = 0.01  # relative, between the frame rates of videos recorded to
 @dataclass(frozen=True)
 class Keys:
     """Where the parts of a sample are; None: nowhere. text: adjectives. sentence: a text that is used as it is; where a
-    sample has none its adjectives are used. labels: factors that probes predict."""
+    sample has none its adjectives are used. labels: factors that probes predict. more: {further modality: its key}."""
 
     vision: str | None = None
     tactile: str | None = None
@@ -41,18 +42,25 @@ class Keys:
     group: str | None = None
     split: str | None = None
     labels: tuple[str, ...] = ()
+    more: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """{modality: key} of pictures and of further modalities."""
+        keys = {"vision": self.vision, "tactile": self.tactile, **self.more}
+        return {m: key for m, key in keys.items() if key is not None}
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that have a key."""
-        has = {"vision": self.vision, "tactile": self.tactile, "text": self.text or self.sentence}
-        return tuple(m for m, key in has.items() if key is not None)
+        text = ("text",) if self.text is not None or self.sentence is not None else ()
+        return (*(m for m in PICTURES if m in self.files), *text, *self.more)
 
     @property
     def used(self) -> list[str]:
         """All keys that are given."""
-        single = [getattr(self, f.name) for f in fields(self) if f.name != "labels"]
-        return list(dict.fromkeys(key for key in (*single, *self.labels) if key is not None))
+        single = [getattr(self, f.name) for f in fields(self) if f.name not in ("labels", "more")]
+        return list(dict.fromkeys(key for key in (*single, *self.labels, *self.more.values()) if key is not None))
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,10 @@ def _sample(name: str, keys: Keys, value: Callable[[str], Any], **known: Any) ->
     sentence = _text(value(keys.sentence)) if keys.sentence is not None else None
     text = _text(value(keys.text)) if keys.text is not None else None
     sample: dict[str, Any] = {"name": name, "text": text if sentence is None else Sentence(sentence)}
-    for part in ("vision", "tactile", "group", "split"):
+    for modality, key in keys.files.items():
+        found = value(key)
+        sample[modality] = np.asarray(found) if isinstance(found, list) else found
+    for part in ("group", "split"):
         key = getattr(keys, part)
         sample[part] = value(key) if key is not None else None
     sample["labels"] = {factor: value(factor) for factor in keys.labels}
@@ -132,16 +143,17 @@ def _readable(path: Path | str, *errors: type[Exception]) -> Iterator[None]:
 def read_datasets(place: str, keys: Keys, every: int = 1) -> Source:
     """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or one with .parquet or .arrow files.
 
-    Keys are columns: of pictures, an Image, bytes, a path (relative to the folder) or an array of values from 0 to 255.
-    Classes of a ClassLabel get their names. Without a split column the splits are those of the DatasetDict, or of files that
-    begin with their name, as in train-00000-of-00002.parquet, where there are two or more.
+    Keys are columns: of pictures, an Image, bytes, a path (relative to the folder) or an array of values from 0 to 255; of
+    further modalities also an Audio, which is given as the bytes or the path of its file, or a list of numbers. Classes of a
+    ClassLabel get their names. Without a split column the splits are those of the DatasetDict, or of files that begin with
+    their name, as in train-00000-of-00002.parquet, where there are two or more.
     """
     library, folder = _library("datasets", "datasets"), _folder(place, "datasets")
     with _readable(folder):
         parts = _parts(library, folder)
     for part in parts:
         _check_keys(keys.used, part.features, folder)
-    splits, pictures = {part.split for part in parts}, (keys.vision, keys.tactile)
+    splits, of_files = {part.split for part in parts}, list(keys.files.values())
     named = len(splits) > 1 and "" not in splits and keys.split is None
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -149,7 +161,7 @@ def read_datasets(place: str, keys: Keys, every: int = 1) -> Source:
             with _readable(folder):
                 for i, row in enumerate(part.rows(keys.used)):
                     known = {"split": part.split} if named else {}
-                    yield _sample(f"{part.name}/{i}", keys, partial(part.value, row, pictures), **known)
+                    yield _sample(f"{part.name}/{i}", keys, partial(part.value, row, of_files), **known)
 
     return Source(samples(), sum(part.count for part in parts))
 
@@ -165,19 +177,21 @@ class _Part:
     rows: Callable[[Sequence[str]], Iterator[dict[str, Any]]]
     folder: Path
 
-    def value(self, row: Mapping[str, Any], pictures: Sequence[str | None], key: str) -> Any:
-        """A value of a row as a part of a sample. Text of a column of pictures is a path, a list an array of 0 to 255."""
+    def value(self, row: Mapping[str, Any], of_files: Sequence[str], key: str) -> Any:
+        """A value of a row as a part of a sample. Text of a column of files is a path, and a list an array: a picture of
+        0 to 255 if it has two or three axes.
+        """
         value, names = row[key], getattr(self.features[key], "names", None)
         if isinstance(value, dict) and value.keys() == {"bytes", "path"}:
             value = value["path"] if value["bytes"] is None else value["bytes"]
         if names is not None and isinstance(value, int):
             return names[value] if 0 <= value < len(names) else None  # -1: not known
-        if key not in pictures:
+        if key not in of_files:
             return value
         if isinstance(value, list):
             array = np.asarray(value)
             whole = array.dtype.kind in "iu" and 0 <= array.min(initial=0) <= array.max(initial=0) <= 255
-            return array.astype(np.uint8) if whole else array
+            return array.astype(np.uint8) if whole and array.ndim > 1 else array
         if isinstance(value, str):
             return None if is_absent(value) else self.folder / value
         return value
@@ -203,13 +217,14 @@ def _parts(library: Any, folder: Path) -> list[_Part]:
 
 
 def _table(library: Any, name: str, split: str, table: Any, folder: Path) -> _Part:
-    """Memory-mapped rows. Pictures are not decoded here, so that one that is damaged does not end the stream."""
-    images = [column for column, feature in table.features.items() if isinstance(feature, library.Image)]
+    """Memory-mapped rows. Pictures and sound are not decoded here, so that one that is damaged does not end the stream."""
+    kinds = library.Image, library.Audio
+    coded = {column: type(feature) for column, feature in table.features.items() if isinstance(feature, kinds)}
 
     def rows(columns: Sequence[str]) -> Iterator[dict[str, Any]]:
         chosen = table.with_format(None).select_columns(list(columns))
-        for column in set(images) & set(columns):
-            chosen = chosen.cast_column(column, library.Image(decode=False))
+        for column in coded.keys() & set(columns):
+            chosen = chosen.cast_column(column, coded[column](decode=False))
         return iter(chosen)
 
     return _Part(name, split, table.features, len(table), rows, folder)
@@ -232,8 +247,9 @@ def _parquet(library: Any, name: str, split: str, file: Path, folder: Path) -> _
 def read_webdataset(place: str, keys: Keys, every: int = 1) -> Source:
     """Shards: `shards-{000..009}.tar`, or several such, separated by `::`; files, or addresses that webdataset reads.
 
-    Keys are the extensions of a sample's files, such as jpg or touch.png, and what a JSON file has: json.material. A sample
-    may lack any. Shards are read in their order. Samples are named by shard and key.
+    Keys are the extensions of a sample's files, such as jpg or touch.png, and what a JSON file has: json.material. Files of
+    further modalities are given as bytes, lists of JSON as arrays. A sample may lack any. Shards are read in their order.
+    Samples are named by shard and key.
     """
     library = _library("webdataset", "webdataset")
     tar = importlib.import_module("webdataset.tariterators")
@@ -241,22 +257,22 @@ def read_webdataset(place: str, keys: Keys, every: int = 1) -> Source:
     missing = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
     if missing or not shards:
         raise UserError(f"no such shard: {missing[0] if missing else place}; give the .tar files of webdataset: in quotes.")
-    pictures = [key for key in (keys.vision, keys.tactile) if key is not None]
+    of_files = list(keys.files.values())
 
     def samples() -> Iterator[dict[str, Any]]:
         for shard in shards:
             with _readable(shard, tarfile.TarError), library.gopen(shard) as stream:
                 for files in tar.group_by_keys(tar.tar_file_expander([{"url": shard, "stream": stream}])):
                     name = f"{Path(shard).stem}/{files['__key__']}"
-                    yield _sample(name, keys, partial(_member, files, pictures))
+                    yield _sample(name, keys, partial(_member, files, of_files))
 
     return Source(samples())
 
 
-def _member(files: Mapping[str, Any], pictures: Sequence[str], key: str) -> Any:
+def _member(files: Mapping[str, Any], of_files: Sequence[str], key: str) -> Any:
     """The file with this extension, as bytes or text, or an entry of a JSON file, EXTENSION.NAME; None without it."""
     if key.lower() in files:  # extensions are read in lower case
-        return files[key.lower()] if key in pictures else files[key.lower()].decode("utf-8").strip()
+        return files[key.lower()] if key in of_files else files[key.lower()].decode("utf-8").strip()
     extension, _, name = key.rpartition(".")
     if (extension := extension.lower()) in files and extension.rpartition(".")[2] == "json":
         content = json.loads(files[extension])
@@ -268,13 +284,14 @@ def _member(files: Mapping[str, Any], pictures: Sequence[str], key: str) -> Any:
 
 
 def read_video(place: str, keys: Keys, every: int = 1) -> Source:
-    """A folder whose sub-folders are the keys: photos in KEY/NAME.mp4, touch in its own, texts and labels in KEY/NAME.txt.
+    """A folder whose sub-folders are the keys: photos in KEY/NAME.mp4, touch and further modalities in their own, texts and
+    labels in KEY/NAME.txt.
 
     Videos of the same name were recorded together, at the same frame rate: frame i of each is a sample, up to the shortest.
     A name may lack any of them. Without --group_key a name is a group.
     """
     av, folder = _library("av", "video"), _folder(place, "video")
-    of_pictures = [key for key in (keys.vision, keys.tactile) if key is not None]
+    of_pictures = list(keys.files.values())
     _check_keys(keys.used, sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
     videos: dict[str, dict[str, Path]] = {}
     for key in of_pictures:
@@ -284,7 +301,8 @@ def read_video(place: str, keys: Keys, every: int = 1) -> Source:
     if not videos:
         wanted = " or ".join(f"{folder / key}" for key in of_pictures) or "any folder"
         raise UserError(
-            f"there is no video ({', '.join(VIDEOS)}) in {wanted}; name the folders by --vision_key and --tactile_key."
+            f"there is no video ({', '.join(VIDEOS)}) in {wanted}; name the folders by --vision_key, --tactile_key and "
+            "--more_keys."
         )
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -330,15 +348,15 @@ def _frames(av: Any, file: Path, every: int) -> Iterator[np.ndarray]:
 def read_lerobot(place: str, keys: Keys, every: int = 1) -> Source:
     """A LeRobotDataset folder of version 2 or 3: meta/info.json, parquet files, and videos or pictures inside of parquet.
 
-    Keys are features: of pictures, those of type image or video; "task" is the sentence of a frame's task, the default of
-    --sentence_key unless --text_key is given. Episodes are groups, and the splits are those of info.json where it names two
-    or more.
+    Keys are features: of pictures, those of type image or video; of further modalities also numbers, such as forces, given
+    as arrays. "task" is the sentence of a frame's task, the default of --sentence_key unless --text_key is given. Episodes
+    are groups, and the splits are those of info.json where it names two or more.
     """
     folder = _folder(place, "lerobot")
     _library("pyarrow", "lerobot")
     table, av = importlib.import_module("pyarrow.parquet"), _library("av", "lerobot")
     if keys.text is None and keys.sentence is None:
-        keys = Keys(**{f.name: getattr(keys, f.name) for f in fields(keys)} | {"sentence": "task"})
+        keys = replace(keys, sentence="task")
     info_file = folder / "meta/info.json"
     with _readable(info_file):
         info = json.loads(info_file.read_text(encoding="utf-8"))
@@ -347,8 +365,9 @@ def read_lerobot(place: str, keys: Keys, every: int = 1) -> Source:
     if version[:3] not in ("v2.", "v3."):
         raise UserError(f"{folder} has the LeRobot version {version}; convert it to version 2 or 3.")
     _check_keys(keys.used, [*features, "task"], info_file)
-    kinds = {key: str(features[key].get("dtype")) for key in (keys.vision, keys.tactile) if key is not None}
-    if wrong := [key for key, kind in kinds.items() if kind not in ("image", "video")]:
+    kinds = {key: str(features.get(key, {}).get("dtype")) for key in keys.files.values()}
+    of_pictures = [key for m, key in keys.files.items() if m in PICTURES]
+    if wrong := [key for key in of_pictures if kinds[key] not in ("image", "video")]:
         raise UserError(f"{wrong[0]} of {folder} is {kinds[wrong[0]]}, not pictures; name a feature of type image or video.")
     with _readable(folder / "meta"):
         episodes = (_episodes_v2 if version.startswith("v2.") else _episodes_v3)(folder, info, kinds, table)

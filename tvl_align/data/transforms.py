@@ -8,17 +8,18 @@ image, so the contrastive loss aligns a surface with its mirror image and the sh
 Shapes: images are (3, S, S) float32, normalised. All randomness derives from the `seed` argument.
 """
 
+import io
 import logging
 import math
 import random
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from tvl_align.data.tvl import CROP_FRACTION, PAIRS, Row, TVLData, background_file, file_of
+from tvl_align.data.tvl import CROP_FRACTION, PAIRS, PICTURES, Row, TVLData, background_file, file_of
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import is_main
 
@@ -65,8 +66,8 @@ class ImageOptions:
     sensor, by data set; "centre", the largest square in the centre; "none", the whole picture, resized to a square.
     touch_crop: "tvl", padded with black to a square; "centre" and "none" as for photos. touch_turn: degrees
     counterclockwise. photo_mean ... touch_std: of each colour channel, values in [0, 1], for the normalisation; with
-    `subtract_background` TVL's numbers for touch images stand for its numbers for differences. Raises UserError for a value
-    that is none of these.
+    `subtract_background` TVL's numbers for touch images stand for its numbers for differences. more_bits: {further modality:
+    bits of its 16-bit grey files}, where they are not 16. Raises UserError for a value that is none of these.
     """
 
     photo_size: int = 224
@@ -85,6 +86,7 @@ class ImageOptions:
     photo_std: Channels = PHOTO_STD
     touch_mean: Channels = TOUCH_MEAN
     touch_std: Channels = TOUCH_STD
+    more_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, choices in (("photo_crop", Crop), ("touch_crop", Crop), ("touch_turn", Turn)):
@@ -167,32 +169,8 @@ class ImageLoader:
         seed does. Otherwise the augmentation depends on the seed alone. Raises UserError if background subtraction is on and
         the row has no background image.
         """
-        if seed is None or not self.options.augment:
-            return self._views(row, None, PLAIN, PLAIN)
-        rng = random.Random(seed)
-        photo = Geometry.sample(rng)
-        # TVL samples them independently and applies only the horizontal flip to photos.
-        touch = photo if self.options.shared_geometry else Geometry.sample(rng)
-        photo = photo if self.options.shared_geometry else Geometry(horizontal_flip=photo.horizontal_flip)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.getrandbits(62))
-            return self._views(row, rng, photo, touch)
-
-    def _views(
-        self, row: Row, rng: random.Random | None, photo: Geometry, touch: Geometry
-    ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        views: dict[str, Tensor] = {}
-        faults: dict[str, str] = {}
-        for modality, path, load, geometry in (
-            ("vision", row.vision, self._photo, photo),
-            ("tactile", row.tactile, self._touch, touch),
-        ):
-            if path is not None:
-                try:
-                    views[modality] = load(row, rng, geometry)
-                except BadImage as error:
-                    faults[modality] = str(error)
-        return views, faults
+        load = {"vision": partial(self._photo, row), "tactile": partial(self._touch, row)}
+        return _views({m: load[m] for m in PICTURES if m in row.files}, self.options, seed)
 
     def _photo(self, row: Row, rng: random.Random | None, geometry: Geometry) -> Tensor:
         assert row.vision is not None
@@ -211,6 +189,61 @@ class ImageLoader:
                 )
             background = _open(path, bits)
         return _touch_view(image, self.options, background, rng, geometry)
+
+
+def source_views(
+    sources: Mapping[str, Any], options: ImageOptions, seeds: Sequence[int | None]
+) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
+    """Views of pictures that are no files of a data folder: one for each seed, as `ImageLoader` gives them.
+
+    sources: {"vision": a photo, "tactile": a touch image}, or one of them, each as `as_source` takes it; cropped as SSVTP's.
+    Returns the images of each view, and {modality: reason} of pictures that cannot be used.
+    """
+    pixels: dict[str, Tensor] = {}
+    faults: dict[str, str] = {}
+    for modality, bits in zip(PICTURES, (options.photo_bits, options.touch_bits), strict=True):
+        if modality in sources:
+            try:
+                pixels[modality] = _pixels(as_source(sources[modality]), bits)
+            except BadImage as error:
+                faults[modality] = str(error)
+
+    def load(modality: str, rng: random.Random | None, geometry: Geometry) -> Tensor:
+        if modality == "vision":
+            return _photo_view(pixels[modality], options, Row("ssvtp", "photo", None, None, None, ""), rng, geometry)
+        return _touch_view(pixels[modality], options, None, rng, geometry)
+
+    views = []
+    for seed in seeds:
+        images, unusable = _views({m: partial(load, m) for m in pixels}, options, seed)
+        views.append(images)
+        faults |= unusable
+    return views, faults
+
+
+def _views(
+    load: Mapping[str, Callable[[random.Random | None, Geometry], Tensor]], options: ImageOptions, seed: int | None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """One view of the pictures of a row, each by its function of random draws and geometry; see `ImageLoader`."""
+    rng, photo, touch = None, PLAIN, PLAIN
+    if seed is not None and options.augment:
+        rng = random.Random(seed)
+        photo = Geometry.sample(rng)
+        # TVL samples them independently and applies only the horizontal flip to photos.
+        touch = photo if options.shared_geometry else Geometry.sample(rng)
+        photo = photo if options.shared_geometry else Geometry(horizontal_flip=photo.horizontal_flip)
+    views: dict[str, Tensor] = {}
+    faults: dict[str, str] = {}
+    with nullcontext() if rng is None else torch.random.fork_rng(devices=[]):
+        if rng is not None:
+            torch.manual_seed(rng.getrandbits(62))
+        for modality, geometry in (("vision", photo), ("tactile", touch)):
+            if modality in load:
+                try:
+                    views[modality] = load[modality](rng, geometry)
+                except BadImage as error:
+                    faults[modality] = str(error)
+    return views, faults
 
 
 def _photo_view(
@@ -272,7 +305,7 @@ def picture_tensor(
     Raises BadImage, with the reason, for a picture that cannot be used, and UserError for another modality or data set and
     for a background that is missing.
     """
-    if modality not in ("vision", "tactile"):
+    if modality not in PICTURES:
         raise UserError(f"{modality!r} has no pictures; give the modality vision or tactile.")
     if dataset not in PLACES:
         raise UserError(f"unknown data set {dataset!r}: give one of {', '.join(PLACES)}.")
@@ -284,6 +317,29 @@ def picture_tensor(
     if background is None:
         raise UserError("a touch image from which the background is subtracted needs it; give background.")
     return _touch_view(_pixels(source, options.touch_bits), options, _pixels(background, options.touch_bits))
+
+
+def whole_picture(source: Source, size: int, colours: Colours, bits: int = 16) -> Tensor:
+    """All of a picture, resized to a square and normalised -> (3, size, size) float32. source: as for `picture_tensor`.
+
+    Raises BadImage, with the reason, for a picture that cannot be used.
+    """
+    image = F.resize(_pixels(source, bits), [size, size], antialias=True)
+    return _normalized(F.to_dtype(image, torch.float32, scale=True), *colours)
+
+
+def as_source(given: Any) -> Source:
+    """A picture as `picture_tensor` takes it, from one or from the bytes of an image file. Raises BadImage for others."""
+    if isinstance(given, bytes):
+        try:
+            given = Image.open(io.BytesIO(given))
+        except UnidentifiedImageError as error:
+            raise BadImage("not an image") from error
+        except DECODER_ERRORS as error:
+            raise BadImage("corrupt or truncated") from error
+    if not isinstance(given, Source):
+        raise BadImage(f"a {type(given).__name__}, not a picture")
+    return given
 
 
 class BadImage(Exception):
@@ -399,23 +455,55 @@ def _significant_bits(path: Path) -> int | None:
     return None
 
 
-def inspect_images(options: ImageOptions, data: TVLData) -> ImageOptions:
-    """These options with the number of bits of the values in 16-bit grey files, one for photos, one for touch images.
+def inspect_images(options: ImageOptions, data: TVLData, more: Sequence[str] = ()) -> ImageOptions:
+    """These options with the number of bits of the values in 16-bit grey files, one for each modality of pictures.
 
     Cameras of 10, 12 or 14 bits write files of 16 bits, which would keep few grey levels if read as such. The number follows
     from the largest value in evenly spaced files of the data folder, so that no single dark picture is brightened; it is
-    logged if it is not 16. A copy of HCT's data3 whose images seem to be resized is named in a warning.
+    logged if it is not 16. A copy of HCT's data3 whose images seem to be resized is named in a warning. more: further
+    modalities of pictures.
     """
     rows = [*data.train, *data.val, *data.test]
-    photos, touches = (sorted({getattr(row, m) for row in rows} - {None}) for m in ("vision", "tactile"))
+    paths = {m: sorted({row.files[m] for row in rows if m in row.files}) for m in (*PICTURES, *more)}
     first = next((row.tactile for row in rows if row.dataset != PAIRS and _in_data3(row.tactile)), None)
     with suppress(*DECODER_ERRORS):  # counted with its reason when it is used
         if first is not None and (size := _image_size(file_of(data.root, first))) not in (TOUCH_SIZE, TOUCH_SIZE[::-1]):
             sizes = "{} x {} pixels, not {} x {}".format(*size, *TOUCH_SIZE)
             what = f"if the photos were resized too, their crop at row {DATA3_TOP} misses the sensor"
             log.warning("touch images of hct/data3 in %s have %s; %s", data.root, sizes, what)
-    photo_bits, touch_bits = _grey_bits("photos", data.root, photos), _grey_bits("touch images", data.root, touches)
-    return replace(options, photo_bits=photo_bits, touch_bits=touch_bits)
+    whats = {"vision": "photos", "tactile": "touch images", **{m: f"pictures of {m}" for m in more}}
+    bits = {m: _grey_bits(what, data.root, paths[m]) for m, what in whats.items()}
+    photo_bits, touch_bits = bits.pop("vision"), bits.pop("tactile")
+    more_bits = {m: n for m, n in bits.items() if n != 16}
+    return replace(options, photo_bits=photo_bits, touch_bits=touch_bits, more_bits=more_bits)
+
+
+def raw_colours(options: ImageOptions, modality: str) -> ImageOptions:
+    """These options without normalisation of a modality's pictures, whose values are then in [0, 1]."""
+    return options.normalised_by(modality, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+
+
+class ColourSums:
+    """Mean and standard deviation of each colour channel of all pixels of pictures, one picture in memory at a time."""
+
+    def __init__(self) -> None:
+        self.sums, self.count = torch.zeros(2, 3, dtype=torch.float64), 0
+
+    def add(self, picture: Tensor) -> None:
+        """Add a picture (3, S, S), values in [0, 1]."""
+        self.sums += torch.stack([(picture.double() ** power).mean((1, 2)) for power in (1, 2)])
+        self.count += 1
+
+    def colours(self, modality: str, place: object) -> Colours | None:
+        """The numbers, rounded to 4 digits, which are logged; None without any picture. place: where they are from."""
+        if not self.count:
+            return None
+        mean, square = self.sums / self.count
+        std = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)  # above 0 also where all are of one colour
+        (r, g, b), (r_std, g_std, b_std) = ([round(x, 4) for x in numbers.tolist()] for numbers in (mean, std))
+        found = (r, g, b), (r_std, g_std, b_std)
+        log.warning("colours of %d %s pictures in %s: mean %s, standard deviation %s", self.count, modality, place, *found)
+        return found
 
 
 def measure_colours(data: TVLData, modality: str, options: ImageOptions) -> Colours:
@@ -424,26 +512,17 @@ def measure_colours(data: TVLData, modality: str, options: ImageOptions) -> Colo
     They are those of all pixels of at most 2,000 plain pictures, values in [0, 1], rounded to 4 digits, and are logged. The
     pictures are drawn with a fixed seed; those that cannot be used do not count. Without any, the options' own are returned.
     """
-    rows = {row.vision if modality == "vision" else row.tactile: row for row in data.train}
-    paths = sorted(path for path in rows if path is not None)
-    raw = ImageLoader(data.root, options.normalised_by(modality, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))))
-    sums, count = torch.zeros(2, 3, dtype=torch.float64), 0
+    rows = {row.files[modality]: row for row in data.train if modality in row.files}
+    paths = sorted(rows)
+    raw, sums = ImageLoader(data.root, raw_colours(options, modality)), ColourSums()
     with progress(min(len(paths), MEASURED), f"measure colours of {modality}", "image", quiet=not is_main()) as bar:
         for path in random.Random(0).sample(paths, min(len(paths), MEASURED)):
             row = rows[path]
             row = replace(row, tactile=None) if modality == "vision" else replace(row, vision=None)
             if (picture := raw(row)[0].get(modality)) is not None:
-                sums += torch.stack([(picture.double() ** power).mean((1, 2)) for power in (1, 2)])
-                count += 1
+                sums.add(picture)
             bar.update()
-    if not count:
-        return options.colours(modality)
-    mean, square = sums / count
-    std = (square - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)  # above 0 also where all are of one colour
-    (r, g, b), (r_std, g_std, b_std) = ([round(x, 4) for x in numbers.tolist()] for numbers in (mean, std))
-    found = (r, g, b), (r_std, g_std, b_std)
-    log.warning("colours of %d %s pictures in %s: mean %s, standard deviation %s", count, modality, data.root, *found)
-    return found
+    return sums.colours(modality, data.root) or options.colours(modality)
 
 
 def _grey_bits(what: str, root: Path, paths: Sequence[str]) -> int:

@@ -14,9 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
+
+import numpy as np
 
 from tvl_align.data.split import file_keys, grouped_split, join_groups, row_keys
 from tvl_align.data.text import adjectives, is_absent
@@ -24,6 +26,7 @@ from tvl_align.system.console import UserError
 
 DATASETS = ("ssvtp", "hct")
 PAIRS = "pairs"  # the data set of rows of one's own table
+PICTURES = ("vision", "tactile")  # the modalities whose images have views: they are cropped and augmented
 CROP_FRACTION = math.sqrt(2) * 0.18  # side of the crop / longer side of the photo
 VAL_FRACTION = 0.1
 NOT_CONTACT_CAPTION = "background"
@@ -41,7 +44,7 @@ class Row:
 
     vision, tactile, background: POSIX paths relative to the data folder, None if the row has no such image. background: the
     touch image without contact. caption: adjectives, separated by commas, or a `Sentence`. group: rows of a group are never
-    split apart. contact: whether the sensor touches something.
+    split apart. contact: whether the sensor touches something. more: {further modality: path of its file}, sorted by name.
     """
 
     dataset: str
@@ -51,11 +54,28 @@ class Row:
     caption: str | None
     group: str
     contact: bool = True
+    more: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __repr__(self) -> str:
+        """With `more` only where there is any: stores are identified by it, also those from before further modalities."""
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "more" or self.more]
+        return f"Row({', '.join(shown)})"
 
     @property
     def name(self) -> str:
-        """The identifier of the row in feature stores and label files: the path of its photo, else of its touch image."""
-        return self.vision or self.tactile or ""
+        """The identifier of the row in feature stores and label files: the path of its first file, see `files`."""
+        return next(iter(self.files.values()), "")
+
+    @property
+    def files(self) -> dict[str, str]:
+        """{modality: path} of the files that the row has: photo, touch image, then those of further modalities."""
+        paths = {"vision": self.vision, "tactile": self.tactile, **self.more}
+        return {modality: path for modality, path in paths.items() if path}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the row has."""
+        return (*self.files, *(("text",) if self.caption is not None else ()))
 
 
 @dataclass
@@ -184,7 +204,7 @@ def read_tvl(
             not_contact += usable(_read_not_contact(root, sub), data) if use_not_contact else []
     for rows in (train_val, data.test, not_contact):
         rows.sort(key=lambda row: (row.dataset, row.name, row.tactile or "", row.caption or ""))
-    paths = {path for row in (*train_val, *data.test, *not_contact) for path in (row.vision, row.tactile) if path}
+    paths = {path for row in (*train_val, *data.test, *not_contact) for path in row.files.values()}
     data.pictures = file_keys({path: file_of(root, path) for path in sorted(paths)})
     test_names = {row.name for row in data.test}
     kept = [row for row in train_val if row.name not in test_names]
@@ -215,10 +235,18 @@ def check_dropped(data: TVLData, source: Path, tolerance: Tolerance) -> None:
 
 
 def joined_groups(rows: Sequence[Row], pictures: Mapping[str, int]) -> list[Row]:
-    """The rows, with the groups joined that have a picture in common."""
-    paths = [row.vision for row in rows], [row.tactile for row in rows]
-    groups = join_groups([row.group for row in rows], [row_keys(pictures.get(p or "") for p in column) for column in paths])
+    """The rows, with the groups joined that have a picture, or a file of a further modality, in common."""
+    groups = join_groups([row.group for row in rows], content_keys(rows, pictures).values())
     return [replace(row, group=group) for row, group in zip(rows, groups, strict=True)]
+
+
+def content_keys(rows: Sequence[Row], pictures: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """{modality: (N,) int64} for every modality with files: rows with the same key have files of the same bytes.
+
+    pictures: {path: key}, see `TVLData`.
+    """
+    names = dict.fromkeys((*PICTURES, *sorted({m for row in rows for m in row.more})))
+    return {m: row_keys(pictures.get(row.files.get(m, "")) for row in rows) for m in names}
 
 
 def usable(rows: Iterable[Row | str], data: TVLData) -> list[Row]:
@@ -239,15 +267,12 @@ def usable(rows: Iterable[Row | str], data: TVLData) -> list[Row]:
 
 
 def _reject_reason(row: Row, root: Path) -> str | None:
-    present = (row.vision is not None) + (row.tactile is not None) + (row.caption is not None)
-    if present < 2:
+    if len(row.modalities) < 2:
         return "fewer than two modalities"
-    for kind, path in (("vision", row.vision), ("tactile", row.tactile), ("background", row.background)):
+    for kind, path in (row.files | {"background": row.background}).items():
         if path is not None and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
             return f"{kind} path is outside the data folder"
-    for modality, path in (("vision", row.vision), ("tactile", row.tactile)):
-        if path is None:
-            continue
+    for modality, path in row.files.items():
         if "\0" in path:
             return f"{modality} path contains a NUL character"
         try:

@@ -1,7 +1,8 @@
 """Frozen encoders of one's own: any timm, OpenCLIP, transformers or sentence-transformers model, or a class, per modality.
 
 `load_encoder` gives one from its name, `load_encoders` the whole Stage 1 from its options. An encoder is an nn.Module with
-the attributes and methods of `ImageEncoder` or `TextEncoder`; weights are loaded strictly, so that none stays random.
+the attributes and methods of `ImageEncoder`, `TextEncoder` or `InputEncoder`. Weights are loaded strictly, so that none
+stays random. Modalities beside vision, tactile and text (depth, sound ...) have an `ImageEncoder` or an `InputEncoder`.
 
 Token sequences are those of TVL's encoders: for images the pooled token, then the grid average-pooled to at most 4 x 4; for
 text one token per word piece. Pooled widths may differ between modalities.
@@ -52,12 +53,12 @@ Encoded = tuple[Tensor, Tensor, Tensor]
 
 
 class ImageEncoder(Protocol):
-    """An encoder of photos or touch images; an nn.Module.
+    """An encoder of photos, touch images or pictures of a further modality; an nn.Module.
 
     size: side of its square input in pixels. mean, std: of each colour channel, values in [0, 1], for the normalisation.
     These three stand for a transform: tvl_align.data.transforms crops, turns, augments, resizes and normalises the images of
     all encoders, so that photo and touch image keep the same geometry and a feature store knows what was done to them. name:
-    what it is beside its weights (optional); in the fingerprint.
+    what it is beside its weights (optional); in the fingerprint. Pictures of a further modality are used as a whole.
     """
 
     size: int
@@ -66,6 +67,27 @@ class ImageEncoder(Protocol):
 
     def encode(self, images: Tensor) -> Encoded:
         """Normalised images (B, 3, S, S) -> tokens, mask, pooled, see `Encoded`; T is the same for every batch."""
+
+
+class InputEncoder(Protocol):
+    """An encoder of a further modality whose inputs are no pictures, such as sound, force curves or point clouds; an
+    nn.Module.
+
+    shape: of one input; all inputs have it. name: what it is beside its weights, such as the version of `transform`
+    (optional); in the fingerprint.
+    """
+
+    shape: tuple[int, ...]
+
+    def transform(self, source: Any) -> Tensor:
+        """A path, an array, a tensor, or, from a stream, the bytes of a file -> one input, finite floats of `shape`.
+
+        It must give equal inputs for equal sources, and use no weights: it is called in other processes. A source for which
+        it raises an error, of any kind, cannot be used; its row lacks the modality and the error is the reason.
+        """
+
+    def encode(self, inputs: Tensor) -> Encoded:
+        """Inputs (B, *shape) -> tokens, mask, pooled, see `Encoded`; T is the same for every batch."""
 
 
 class TextEncoder(Protocol):
@@ -84,8 +106,12 @@ def load_encoders(config: Stage1Config, modalities: Sequence[str] = MODALITIES, 
     never_from: a folder that no module is imported from, such as a run folder. Raises UserError if TVL's are needed and
     there is no Stage-1 checkpoint, and for encoders that cannot be loaded.
     """
-    names = {m: getattr(config, f"{m}_encoder") for m in modalities}
+    names = {m: getattr(config, f"{m}_encoder", None) for m in modalities}
     lacking = [m for m, name in names.items() if name is None]
+    if further := [m for m in lacking if m not in MODALITIES]:
+        raise UserError(
+            f"{further[0]} has no encoder; give --more_encoders {further[0]}=timm:NAME or {further[0]}=package.module:NAME."
+        )
     if lacking and config.stage1_checkpoint is None:
         raise UserError(
             f"encoding needs the Stage-1 encoders of {', '.join(lacking)}; give --stage1_checkpoint FILE, or "
@@ -107,24 +133,27 @@ def load_encoders(config: Stage1Config, modalities: Sequence[str] = MODALITIES, 
 
 
 def load_encoder(name: str, modality: str, never_from: Path | None = None) -> Any:
-    """An `ImageEncoder` or, for text, a `TextEncoder`, frozen and checked with one input.
+    """An `ImageEncoder`, for text a `TextEncoder`, for a further modality also an `InputEncoder`; frozen, and checked with
+    one input.
 
     name: timm:NAME, timm:NAME:FILE, open_clip:NAME:TAG_OR_FILE, hf:NAME_OR_FOLDER (transformers), st:NAME_OR_FOLDER
     (sentence-transformers, text), anytouch:FILE (touch), or package.module:NAME, a class or function without arguments that
-    gives one. modality: vision, tactile or text. never_from: a folder that no module is imported from. Raises UserError for
-    any other name, for a missing package, for weights that cannot be downloaded or do not fit, and for an encoder that gives
-    something else than the protocol says.
+    gives one. modality: vision, tactile, text, or any other name. never_from: a folder that no module is imported from.
+    Raises UserError for any other name, for a missing package, for weights that cannot be downloaded or do not fit, and for
+    an encoder that gives something else than the protocol says.
     """
-    option = f"--{modality}_encoder {name}"
+    further = modality not in MODALITIES
+    option = f"--more_encoders {modality}={name}" if further else f"--{modality}_encoder {name}"
     prefix, colon, rest = name.partition(":")
     if not (colon and rest):
         raise UserError(f"{option} names no encoder; give {', '.join(f'{p}:...' for p in LOADERS)} or package.module:NAME.")
     if prefix in LOADERS:
         takes, load = LOADERS[prefix]
-        if modality not in takes:
+        kind = "vision" if further else modality  # what these libraries encode beside text are pictures
+        if kind not in takes:
             raise UserError(f"{option}: {prefix} encodes {' and '.join(takes)} only; give an encoder of {modality}.")
         try:
-            encoder = load(rest, modality, option)
+            encoder = load(rest, kind, option)
         except ModuleNotFoundError as error:
             raise UserError(f"{option} needs {error.name}; run pip install 'tvl-align[encoders]'.") from error
     else:
@@ -139,8 +168,14 @@ def load_encoder(name: str, modality: str, never_from: Path | None = None) -> An
 @torch.no_grad()
 def _check(encoder: Any, modality: str, option: str) -> None:
     """Encode one input. Raises UserError unless the encoder has the attributes and results of its protocol."""
-    lacking = [a for a in ("size", "mean", "std") if modality != "text" and not hasattr(encoder, a)]
-    lacking += [a for a in ("encode", "tokenize")[: 1 + (modality == "text")] if not callable(getattr(encoder, a, None))]
+    own_inputs = modality not in MODALITIES and hasattr(encoder, "transform")
+    protocol: tuple[str, ...] = ("size", "mean", "std", "encode")
+    if modality == "text":
+        protocol = ("encode", "tokenize")
+    elif own_inputs:
+        protocol = ("shape", "transform", "encode")
+    calls = ("encode", "tokenize", "transform")
+    lacking = [a for a in protocol if not hasattr(encoder, a) or (a in calls and not callable(getattr(encoder, a)))]
     if lacking:
         raise UserError(f"{option} has no {' and no '.join(lacking)}; see tvl_align.encoders.own for what it needs.")
     try:
@@ -148,6 +183,11 @@ def _check(encoder: Any, modality: str, option: str) -> None:
             given = encoder.tokenize(["blank"])
             if not isinstance(given, Tensor) or given.dtype != torch.int64 or given.ndim != 2 or len(given) != 1:
                 raise UserError(f"{option}: tokenize must give token ids (B, L) int64, and gives {_described(given)}.")
+        elif own_inputs:
+            shape = tuple(encoder.shape)
+            if not shape or not all(isinstance(n, int) and n > 0 for n in shape):
+                raise UserError(f"{option}: shape must be whole numbers above 0, those of one input, not {shape}.")
+            given = torch.linspace(-1, 1, math.prod(shape)).view(1, *shape)
         else:
             numbers = [*encoder.mean, *encoder.std]
             if len(encoder.mean) != 3 or len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(encoder.std) <= 0:
@@ -397,8 +437,8 @@ def _open_clip(rest: str, modality: str, option: str) -> nn.Module:
     name, _, weights = rest.partition(":")
     if not weights:
         raise UserError(f"{option} names no weights; give open_clip:NAME:TAG or open_clip:NAME:FILE.")
-    flag = option.split()[0]
-    clip: Any = load_clip(name, weights, f"{flag} open_clip:", f"{flag} open_clip:{name}:")
+    flag = option.removesuffix(rest)
+    clip: Any = load_clip(name, weights, flag, f"{flag}{name}:")
     if modality != "text":
         if not hasattr(clip.visual, "forward_intermediates"):
             raise UserError(f"{option}: the vision tower of {name} has no forward_intermediates; give another model.")

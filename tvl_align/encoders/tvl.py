@@ -1,6 +1,6 @@
 """The frozen Stage-1 encoders: OpenCLIP for vision and text, a timm model for touch, loaded from a TVL checkpoint.
 
-An encoder of one's own (tvl_align.encoders.own) takes the place of any of the three.
+An encoder of one's own (tvl_align.encoders.own) takes the place of any of the three, and encodes further modalities.
 
 Checkpoints are loaded strictly: a missing or unexpected key is an error that names the key, so no weight stays random.
 
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from tvl_align.config import Ignored
 from tvl_align.contract import MODALITIES, Batch, Features, FeatureSpec, Tokens
+from tvl_align.encoders.names import one_each
 from tvl_align.encoders.small import register_small_clip, touch_overrides
 from tvl_align.system.checkpoint import check_weights, load_safely
 from tvl_align.system.console import UserError
@@ -80,13 +81,32 @@ class Stage1Config:
     text_encoder: str | None = None
     """Encoder of one's own for sentences: open_clip:NAME:TAG_OR_FILE, hf:NAME_OR_FOLDER, st:NAME_OR_FOLDER
     (sentence-transformers), or package.module:NAME; default: TVL's."""
+    more_encoders: tuple[str, ...] | None = None
+    """Encoders of further modalities: depth=timm:NAME audio=package.module:NAME ..., as for photos."""
     enable_flash_attention2: tyro.conf.Suppress[Annotated[bool, Ignored("PyTorch's fused attention is always used")]] = False
 
     def __post_init__(self) -> None:
-        for option in ("vision_encoder", "tactile_encoder", "text_encoder"):  # with an absolute path, as a Path would have
-            before, colon, file = (getattr(self, option) or "").rpartition(":")
-            if before.partition(":")[0] in FILE_ENCODERS and Path(file).exists():
-                object.__setattr__(self, option, f"{before}{colon}{Path(file).resolve()}")
+        for option in ("vision_encoder", "tactile_encoder", "text_encoder"):
+            if (name := getattr(self, option)) is not None:
+                object.__setattr__(self, option, _with_absolute_path(name))
+        if self.more_encoders is not None:
+            named = one_each("more_encoders", self.more_encoders)
+            object.__setattr__(self, "more_encoders", tuple(f"{m}={_with_absolute_path(x)}" for m, x in named.items()))
+
+    def __getattr__(self, name: str) -> str:
+        """`depth_encoder` is that of the further modality depth, as `vision_encoder` is that of vision."""
+        found = one_each("more_encoders", self.__dict__.get("more_encoders"))
+        if (modality := name.removesuffix("_encoder")) == name or modality not in found:
+            raise AttributeError(name)
+        return found[modality]
+
+
+def _with_absolute_path(encoder: str) -> str:
+    """The name of an encoder; a path at its end becomes absolute, so that a run can be loaded from any folder."""
+    before, colon, file = encoder.rpartition(":")
+    if before.partition(":")[0] in FILE_ENCODERS and Path(file).exists():
+        return f"{before}{colon}{Path(file).resolve()}"
+    return encoder
 
 
 def touch_model_name(name: str) -> str:
@@ -103,8 +123,8 @@ class Stage1(nn.Module):
     clip: an OpenCLIP model. tokenizer: its tokenizer. tactile_encoder: a timm model. common_latent_dim: width of a linear
     head per modality on top of the pooled features, None for no heads. features: "tokens", or "pooled" for sequences that
     consist of the pooled vector only. modalities: those that `encode` computes. own: {modality: encoder} of encoders that
-    take the place of TVL's, see tvl_align.encoders.own; where each modality has one, the first three are None. Raises
-    UserError for a modality without an encoder.
+    take the place of TVL's, and of those of further modalities, see tvl_align.encoders.own; where each modality has one, the
+    first three are None. Raises UserError for a modality without an encoder.
     """
 
     clip: Any  # torch types the attributes of a submodule as Tensor | Module
@@ -134,7 +154,7 @@ class Stage1(nn.Module):
         self.to(memory_format=torch.channels_last)  # 10% faster convolutions in the small encoders
         self.own: Any = nn.ModuleDict(dict(own or {}))
         parts = {"vision": clip, "tactile": tactile_encoder, "text": clip}
-        if lacking := [m for m in self.modalities if m not in self.own and parts[m] is None]:
+        if lacking := [m for m in self.modalities if m not in self.own and parts.get(m) is None]:
             raise UserError(f"there is no encoder of {' and '.join(lacking)}; give one in `own`, or TVL's models.")
 
     def freeze(self) -> "Stage1":
@@ -162,12 +182,29 @@ class Stage1(nn.Module):
         embed = getattr(self.tactile_encoder, "patch_embed", None)
         return int(embed.img_size[0]) if embed is not None else 224
 
+    @property
+    def further(self) -> dict[str, nn.Module]:
+        """{modality: encoder} of the modalities beside vision, tactile and text."""
+        return {m: self.own[m] for m in self.modalities if m not in MODALITIES}
+
+    def takes_pictures(self, modality: str) -> bool:
+        """Whether the inputs of a modality are pictures: not for text, nor for encoders with a `transform` of their own."""
+        return modality in ("vision", "tactile") or (modality != "text" and not hasattr(self.own[modality], "transform"))
+
+    def input_shape(self, modality: str) -> tuple[int, ...]:
+        """Shape of an input of any modality but text, without the axis of the batch; (3, S, S) for pictures."""
+        if not self.takes_pictures(modality):
+            return tuple(self.own[modality].shape)
+        sizes = {"vision": self.photo_size, "tactile": self.touch_size}
+        size = sizes[modality] if modality in sizes else int(self.own[modality].size)
+        return (3, size, size)
+
     def picture_norm(self, modality: str) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
         """(mean, std) of each colour channel, values in [0, 1], that an image encoder of one's own takes for normalisation.
 
-        None without an encoder of one's own: then the numbers are those of the image options.
+        None without an encoder of one's own, whose numbers are those of the image options, and where no pictures are taken.
         """
-        if modality not in self.own or modality == "text":
+        if modality not in self.own or not self.takes_pictures(modality):
             return None
         return tuple(self.own[modality].mean), tuple(self.own[modality].std)
 
@@ -175,14 +212,11 @@ class Stage1(nn.Module):
     def specs(self) -> dict[str, FeatureSpec]:
         """{modality: shapes of its features}, found by encoding one blank row. For text `tokens` is the context length."""
         device = self.logit_scale.device
-        blank: dict[str, Tensor] = {
-            "vision": torch.zeros(1, 3, self.photo_size, self.photo_size, device=device),
-            "tactile": torch.zeros(1, 3, self.touch_size, self.touch_size, device=device),
-        }
+        blank = {m: torch.zeros(1, *self.input_shape(m), device=device) for m in self.modalities if m != "text"}
         if "text" in self.modalities:
             blank["text"] = self.tokenize(["blank"]).to(device)
         specs = {}
-        for name, encoded in self.encode({name: blank[name] for name in self.modalities}).modalities.items():
+        for name, encoded in self.encode(blank).modalities.items():
             length = (blank["text"] if name == "text" and self.features == "tokens" else encoded.tokens).shape[1]
             specs[name] = FeatureSpec(encoded.tokens.shape[2], length, encoded.pooled.shape[1])
         return specs
@@ -202,7 +236,7 @@ class Stage1(nn.Module):
             raise UserError(f"the batch has none of {', '.join(self.modalities)}; it has {', '.join(batch)}.")
         encoders: dict[str, Any] = {"vision": self.encode_vision, "tactile": self.encode_touch, "text": self.encode_text}
         encoders |= {name: encoder.encode for name, encoder in self.own.items()}
-        inputs = {name: self._text(batch[name]) if name == "text" else self._images(name, batch[name]) for name in names}
+        inputs = {name: self._text(batch[name]) if name == "text" else self._inputs(name, batch[name]) for name in names}
         lengths = {name: len(x) for name, x in inputs.items()}
         if len(set(lengths.values())) > 1:
             raise UserError(f"the modalities of the batch differ in their rows, {lengths}; give each the same number.")
@@ -216,21 +250,18 @@ class Stage1(nn.Module):
             keys = (_hash(inputs["text"]) if "text" in inputs else rows)[:, None]
         return Features(tokens, keys, rows)
 
-    def _images(self, name: str, images: Any) -> Tensor:
-        """Check images (B, 3, S, S), normalised floats, and convert them to the type of the encoders."""
-        size = self.photo_size if name == "vision" else self.touch_size
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise UserError(
-                f"the {name} images are {kind}; give a float tensor, scaled to [0, 1] and normalised as in "
-                "tvl_align.data.transforms."
-            )
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise UserError(
-                f"the {name} images have the shape {tuple(images.shape)}, but the encoder takes (B, 3, {size}, {size}); "
-                "resize them first."
-            )
-        return images.to(self.logit_scale.dtype)
+    def _inputs(self, name: str, inputs: Any) -> Tensor:
+        """Check images (B, 3, S, S), normalised floats, or other inputs, and convert them to the type of the encoders."""
+        shape, pictures = self.input_shape(name), self.takes_pictures(name)
+        what = f"the {name} {'images' if pictures else 'inputs'}"
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+            kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
+            how = "scaled to [0, 1] and normalised as in tvl_align.data.transforms" if pictures else "as its transform does"
+            raise UserError(f"{what} are {kind}; give a float tensor, {how}.")
+        if inputs.shape[1:] != shape or not inputs.ndim:
+            taken, remedy = ", ".join(map(str, shape)), "resize them first" if pictures else "use its transform"
+            raise UserError(f"{what} have the shape {tuple(inputs.shape)}, but the encoder takes (B, {taken}); {remedy}.")
+        return inputs.to(self.logit_scale.dtype)
 
     def _text(self, text: Any) -> Tensor:
         """Token ids (B, L) of sentences; token ids are returned as they are."""
@@ -291,7 +322,11 @@ class Stage1(nn.Module):
         digest = hashlib.sha256(f"{self.features} {self.modalities} {GRID}".encode())
         for name, encoder in sorted(self.own.items()):
             kind = f"{type(encoder).__module__}.{type(encoder).__qualname__} {getattr(encoder, 'name', '')}"
-            inputs = self.tokenize([PANGRAM]).tolist() if name == "text" else (encoder.size, self.picture_norm(name))
+            if name == "text":
+                inputs: Any = self.tokenize([PANGRAM]).tolist()
+            else:
+                norm = self.picture_norm(name)
+                inputs = self.input_shape(name) if norm is None else (encoder.size, norm)
             digest.update(f"{name} {kind} {inputs}".encode())
         for name, value in sorted(self.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

@@ -10,6 +10,7 @@ any name:
     <modality>.captions   (N,) strings or integers, optional: for a modality that holds sentences or classes, the one of
                           each row ("" or -1: not known)
     <modality>.views      (N, V, T, W) or (N, V, W) float, optional: V augmented versions of the tokens, for training only
+    <modality>.views_pooled  (N, V, E) float, needed with .views and .pooled: the pooled features of the views
     label.<name>          (N,) integers or strings, optional: a factor to probe; floats of more than 20 distinct values are
                           numbers (NaN: unknown), everything else is a class
     owners.<name>         names of the modalities that carry this factor, optional: required to report retention and leakage
@@ -22,8 +23,8 @@ with equal numbers are kept on one side of the split: their groups are joined. T
 captions, nor for one that is named `text`, because a few sentences describe many rows.
 
 View v of two modalities shares its augmentation, so V is the same in all modalities that have views; a modality without
-views repeats its plain tokens. Views have the mask of the row, and the normalised mean of their tokens as pooled features.
-Only the views of training rows are read; those of other rows may have any values.
+views repeats its plain tokens. Views have the mask of the row, and without .views_pooled the mean of their tokens as pooled
+features. Only the views of training rows are read; those of other rows may have any values.
 """
 
 import csv
@@ -36,18 +37,18 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from tvl_align.contract import FeatureSpec
 from tvl_align.data.split import copies_across, join_groups, repeats, row_keys
 from tvl_align.data.text import decoded, is_absent
+from tvl_align.encoders.names import check_modalities
 from tvl_align.features.tables import FORMAT, empty_table, release_if_mapped, unfinished, write_rows
 from tvl_align.system.console import UserError
 from tvl_align.system.provenance import provenance
@@ -60,8 +61,7 @@ KINDS = {  # what is read, and what writes it, by suffix; any other suffix is re
     ".zarr": ("a zarr folder", "zarr.open_group"),
 }
 MAX_UNPACKED_BYTES, MAX_COMPRESSION_RATIO = 2**26, 200  # a file above both is refused as a zip bomb
-NUMBERS = ("pooled", "mask", "present", "views")  # what a modality may have besides its tokens
-RESERVED_NAMES = ("index", "caption_keys")  # names inside a store
+NUMBERS = ("pooled", "mask", "present", "views", "views_pooled")  # what a modality may have besides its tokens
 MAX_CLASSES = 20  # float labels of more distinct values are numbers
 MAX_TOKEN = 60_000  # the largest value of half precision is 65,504
 MAX_LOSS = 0.1  # of half precision: error / standard deviation over the rows
@@ -84,7 +84,8 @@ class Rows(Protocol):
 class ModalityArrays:
     """One modality: tokens (N, T, W) float32, mask (N, T) bool, pooled (N, E) float32 of unit norm, present (N,) bool.
 
-    views: (N, V, T, W) of any float dtype, as given, which may be a memory map; None: no augmented views.
+    views: (N, V, T, W) of any float dtype, as given, which may be a memory map; None: no augmented views. views_pooled:
+    (N, V, E) of unit norm; None: the mean of the views' tokens.
     """
 
     tokens: Rows
@@ -92,6 +93,7 @@ class ModalityArrays:
     pooled: Rows
     present: np.ndarray
     views: Rows | None = None
+    views_pooled: Rows | None = None
 
     def contents(self) -> Iterator[bytes | None]:
         """A hash of the numbers that are stored of each row, None for a row that lacks the modality."""
@@ -104,6 +106,12 @@ class ModalityArrays:
         """The tokens of the views of `rows`, (B,) int64: (B, V, T, W) float32, padding zeroed."""
         assert self.views is not None
         return np.where(self.mask[rows][:, None, :, None], self.views[rows], 0).astype(np.float32)
+
+    def view_pooled(self, rows: np.ndarray) -> np.ndarray:
+        """The pooled features of the views of `rows`, (B,) int64: (B, V, E) float32 of unit norm."""
+        if self.views_pooled is not None:
+            return _normalise(self.views_pooled[rows])
+        return _normalise(_mean(self.view_tokens(rows), self.mask[rows][:, None]))
 
 
 def in_chunks(rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -229,7 +237,8 @@ def arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     unknown = sorted(dotted.keys() - {"label", "owners", "captions", *NUMBERS})
     if unknown:
         raise UserError(
-            f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask, .present, .captions or .views."
+            f"{path} has arrays with the unknown suffix .{unknown[0]}; use .pooled, .mask, .present, .captions, .views or "
+            ".views_pooled."
         )
     plain = {k: v for k, v in content.items() if "." not in k}
     columns: dict[str, Any] = {k: _in_memory(plain.pop(k)) for k in ("split", "groups", "names") if k in plain}
@@ -287,6 +296,7 @@ def check_arrays(
     mask: Mapping[str, Any] | None = None,
     present: Mapping[str, Any] | None = None,
     views: Mapping[str, Any] | None = None,
+    views_pooled: Mapping[str, Any] | None = None,
     captions: Mapping[str, Any] | None = None,
     split: Any = None,
     groups: Any = None,
@@ -295,13 +305,13 @@ def check_arrays(
 ) -> Arrays:
     """Check the arrays of N rows and fill in defaults. The module's docstring describes the arguments.
 
-    labels, owners, pooled, mask, present, views and captions are dicts by factor or modality name. Views are read in chunks
-    of rows and kept as given, so that they may be memory maps or in half precision. Raises UserError for fewer than two
-    modalities, different numbers of rows or views, wrong shapes, and NaN or inf in a present row.
+    labels, owners, pooled, mask, present, views, views_pooled and captions are dicts by factor or modality name. Views are
+    read in chunks of rows and kept as given, so that they may be memory maps or in half precision. Raises UserError for
+    fewer than two modalities, different numbers of rows or views, wrong shapes, and NaN or inf in a present row.
     """
     check_names(list(arrays))
-    given = {"pooled": pooled, "mask": mask, "present": present, "views": views, "captions": captions}
-    check_belonging(given, list(arrays))
+    given = {"pooled": pooled, "mask": mask, "present": present, "views": views, "views_pooled": views_pooled}
+    check_belonging(given | {"captions": captions}, list(arrays))
     count = len(np.asarray(next(iter(arrays.values()))))
     modalities = {}
     for name, x in arrays.items():
@@ -367,21 +377,12 @@ def check_belonging(given: Mapping[str, Mapping[str, Any] | None], modalities: S
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Names of modalities become names of modules and of tables, and pairs are named by joining two with an underscore."""
+    """Raise UserError unless these are names of two or more modalities."""
     if len(names) < 2:
         raise UserError(
             f"registers align two or more modalities, got {', '.join(names) or 'none'}; give arrays of at least two."
         )
-    for name in names:
-        if not name.isidentifier():
-            raise UserError(f"modality {name!r} is not a valid name; use letters, digits and underscores.")
-        if name in RESERVED_NAMES or hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
-            raise UserError(f"modality {name!r} has a reserved name; give it another name.")
-    pairs: dict[str, tuple[str, str]] = {}
-    for pair in combinations(sorted(names), 2):
-        other = pairs.setdefault("_".join(pair), pair)
-        if other != pair:
-            raise UserError(f"the pairs {other} and {pair} would both be named {'_'.join(pair)}; rename a modality.")
+    check_modalities(names)
 
 
 def check_modality(
@@ -392,6 +393,7 @@ def check_modality(
     mask: Any = None,
     present: Any = None,
     views: Any = None,
+    views_pooled: Any = None,
     first_row: int = 0,
 ) -> ModalityArrays:
     """Check the numbers of `count` rows of a modality, numbered from `first_row` in messages, and fill in defaults."""
@@ -420,10 +422,10 @@ def check_modality(
         raise UserError(
             f"{name} has values up to {np.abs(tokens).max():.3g}, beyond the range of half precision; scale it down."
         )
-    if views is not None and pooled is not None:
-        raise UserError(
-            f"{name}.pooled cannot be given with {name}.views, which are pooled as the mean of their tokens; remove one."
-        )
+    if (views_pooled is not None) != (views is not None and pooled is not None):
+        alone = f"{name}.views_pooled needs {name}.views and {name}.pooled; give all three."
+        given = f"{name}.pooled cannot be given with {name}.views alone; give {name}.views_pooled too, or remove it."
+        raise UserError(given if views_pooled is None else alone)
     if pooled is None:
         vectors = _mean(tokens, real)
     else:
@@ -431,7 +433,11 @@ def check_modality(
         if len(vectors) != count or not np.isfinite(vectors).all():
             raise UserError(f"{name}.pooled must be finite numbers of shape ({count}, width), not {np.shape(pooled)}.")
     seen = None if views is None else _view_tokens(name, views, tokens.shape)
-    return ModalityArrays(tokens, real, _normalise(vectors), has, seen)
+    if views_pooled is not None and seen is not None:
+        expected = (*seen.shape[:2], vectors.shape[1])
+        if np.shape(views_pooled) != expected:
+            raise UserError(f"{name}.views_pooled must have the shape {expected}, not {np.shape(views_pooled)}.")
+    return ModalityArrays(tokens, real, _normalise(vectors), has, seen, views_pooled)
 
 
 class RowDifferences:
@@ -516,7 +522,8 @@ def _check_views(name: str, arrays: Arrays) -> None:
     """Raise UserError for a training row whose views are not finite or beyond half precision."""
     for rows in in_chunks(arrays.rows_with_views(name)):
         largest = np.abs(arrays.modalities[name].view_tokens(rows)).max((1, 2, 3))
-        bad = np.flatnonzero(~np.isfinite(largest))  # the maximum of NaN and anything is NaN
+        finite = np.isfinite(arrays.modalities[name].view_pooled(rows)).all((1, 2))
+        bad = np.flatnonzero(~np.isfinite(largest) | ~finite)  # the maximum of NaN and anything is NaN
         if len(bad):
             raise UserError(f"{name}.views has NaN or inf in row {rows[bad[0]]}; fix it or mark it in {name}.present.")
         if largest.max() > MAX_TOKEN:
@@ -632,6 +639,8 @@ def arrays_key(arrays: Arrays) -> str:
         for rows in in_chunks(arrays.rows_with_views(name)):
             views = modality.view_tokens(rows)
             digest.update(repr(("views", views.shape)).encode() + views.tobytes())
+            if modality.views_pooled is not None:
+                digest.update(modality.view_pooled(rows).tobytes())
     for name, column in arrays.labels.items():
         digest.update(repr((name, column.tolist(), *(["number"] if name in arrays.numbers else []))).encode())
     for name, keys in arrays.content_keys.items():
@@ -701,10 +710,8 @@ def _write_split(
                 by_row["mask"][to].copy_(torch.from_numpy(modality.mask[chunk])[:, None])
                 by_row["pooled"][to, 0].copy_(torch.from_numpy(modality.pooled[chunk]))
                 if stored > 1:
-                    tokens = modality.view_tokens(chunk)
-                    pooled = _normalise(_mean(tokens, modality.mask[chunk][:, None]))
-                    by_row["tokens"][to, 1:].copy_(torch.from_numpy(tokens))
-                    by_row["pooled"][to, 1:].copy_(torch.from_numpy(pooled))
+                    by_row["tokens"][to, 1:].copy_(torch.from_numpy(modality.view_tokens(chunk)))
+                    by_row["pooled"][to, 1:].copy_(torch.from_numpy(modality.view_pooled(chunk)))
                 for column in ("tokens", "mask", "pooled"):
                     release_if_mapped(table[column])
     keys = captions[:, None, None].expand(-1, views + 1, 2).contiguous()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tvl_align.data.loading import ImageBatch, RowViews, load_images
 from tvl_align.data.samples import Samples
 from tvl_align.data.swapped import swapped_groups
 from tvl_align.data.transforms import Colours
-from tvl_align.data.tvl import Tolerance
+from tvl_align.data.tvl import PICTURES, Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.identity import Identity, identify, rows_digests
 from tvl_align.features.store import FeatureStore
@@ -35,8 +35,8 @@ from tvl_align.system.provenance import provenance
 from tvl_align.system.workers import run_in_threads
 
 ENCODE_BATCH = 64  # rows
+LOOK = "look_"  # begins the names of the files of colour statistics in an unfinished store
 MIN_BATCHES = 8  # smaller batches for small splits, so that no core idles long during the last batch
-COLOUR_STATISTICS = {"vision": "look_vision", "tactile": "look_tactile"}  # names of the files in an unfinished store
 log = logging.getLogger(__name__)
 
 
@@ -132,7 +132,7 @@ def _encode(
             if faults:
                 row, modality, reason = faults[0]
                 counts = Counter(f"{m}: {r}" for _, m, r in faults)
-                log.warning("%s: images that cannot be used, by reason: %s", name, dict(counts))
+                log.warning("%s: files that cannot be used, by reason: %s", name, dict(counts))
                 tolerance.check(len(bad_rows), len(samples[name]), f"{modality} of {samples[name].rows[row].name}: {reason}")
         if rows_digests(samples, folder.parent) != identity.ingredients["rows"]:
             shutil.rmtree(unfinished)
@@ -140,7 +140,8 @@ def _encode(
         looks = _looks(unfinished, list(splits))
         for clause in constant_modalities(looks):
             log.warning("%s; nothing can be learned from them", clause)
-        swapped = swapped_groups([row.group for name in splits for row in samples[name].rows], *looks.values())
+        groups = [row.group for name in splits for row in samples[name].rows]
+        swapped = swapped_groups(groups, *(looks[m] for m in PICTURES))
         if swapped:
             examples = ", ".join(swapped[:3]) + (" and more" if len(swapped) > 3 else "")
             log.warning("photos and touch images seem to be swapped in %d groups: %s", len(swapped), examples)
@@ -178,27 +179,32 @@ class _Plan:
     """The images and sentences of a split to encode, and their rows in the tables.
 
     index: {modality: (N, V+1) int64} table row of every view, -1 = absent. keys: (N, V+1, 2) int64 ids of the caption and of
-    the sentence. sizes: {modality: number of rows of its table}. texts: the distinct sentences. views: number of image views
-    per row, including the plain one.
+    the sentence. sizes: {modality: number of rows of its table}. texts: the distinct sentences. passes: {name: (modalities
+    with files that are loaded together, number of their views per row, including the plain one)}. looks: the modalities of
+    pictures, whose colours are described.
     """
 
     index: dict[str, Tensor]
     keys: Tensor
     sizes: dict[str, int]
     texts: list[str]
-    views: int
+    passes: dict[str, tuple[list[str], int]]
+    looks: list[str]
 
     @classmethod
     def make(cls, samples: Samples, views: int, modalities: Sequence[str]) -> "_Plan":
         count = len(samples)
         image_views = views + 1 if samples.images.options.augment else 1  # sentences differ between views in any case
         index = {m: torch.full((count, views + 1), -1, dtype=torch.int64) for m in modalities}
+        passes = {"images": ([m for m in PICTURES if m in index], image_views)}
+        passes["further"] = [m for m in samples.further if m in index], 1
+        passes = {name: (of_pass, n) for name, (of_pass, n) in passes.items() if of_pass}
         sizes: dict[str, int] = {}
-        for modality in ("vision", "tactile"):
-            if modality in index:
-                has_image = torch.tensor([getattr(row, modality) is not None for row in samples.rows])
-                sizes[modality] = int(has_image.sum()) * image_views
-                index[modality][has_image] = torch.arange(sizes[modality]).view(-1, image_views)
+        for of_pass, views_of_pass in passes.values():
+            for modality in of_pass:
+                has_file = torch.tensor([modality in row.files for row in samples.rows])
+                sizes[modality] = int(has_file.sum()) * views_of_pass
+                index[modality][has_file] = torch.arange(sizes[modality]).view(-1, views_of_pass)
         sentences: dict[str, int] = {}
         ids = torch.full((count, views + 1), -1, dtype=torch.int64)
         for row, view in product(range(count), range(views + 1)):
@@ -210,7 +216,8 @@ class _Plan:
         captions = samples.caption_ids()[:, None].expand_as(ids)
         unique = -1 - torch.arange(count)[:, None].expand_as(ids)  # rows without a sentence have no positives in text
         keys = torch.stack([captions, torch.where(ids >= 0, ids, unique)], dim=-1)
-        return cls(index, keys, sizes, list(sentences) if "text" in index else [], image_views)
+        looks = [*PICTURES, *(m for m, take in samples.further.items() if take.colours is not None)]
+        return cls(index, keys, sizes, list(sentences) if "text" in index else [], passes, looks)
 
     def create_files(self, folder: Path, specs: Mapping[str, FeatureSpec]) -> None:
         """Create the index, the tables filled with zeros, and the flags of what has been encoded."""
@@ -220,9 +227,9 @@ class _Plan:
         for modality, size in self.sizes.items():
             if size:
                 empty_table(size, specs[modality]).memmap_like(folder / modality)
-        flags = {"images": count * self.views, "text": len(self.texts)}
+        flags = {"text": len(self.texts), **{name: count * views for name, (_, views) in self.passes.items()}}
         done = {what: torch.zeros(size, dtype=torch.bool) for what, size in flags.items()}
-        done |= {file: torch.full((count, 6), torch.nan) for file in COLOUR_STATISTICS.values()}
+        done |= {f"{LOOK}{m}": torch.full((count, 6), torch.nan) for m in self.looks}
         TensorDict(done).memmap(folder / "begun")
         os.replace(folder / "begun", folder / "done")  # the folder "done" exists only if all files above do
 
@@ -237,13 +244,16 @@ def _encode_split(
     workers: int,
     tolerance: Tolerance,
 ) -> None:
-    """Encode one split. Each process fills its own rows of the shared tables. Batches that are done are skipped."""
+    """Encode one split. Each process fills its own rows of the shared tables. Batches that are done are skipped.
+
+    Photos and touch images are encoded once for each view, files of further modalities, which are not augmented, once.
+    """
     count, device, plan = len(samples), stage1.logit_scale.device, _Plan.make(samples, views, stage1.modalities)
     if is_main() and not (folder / "done").is_dir():
         plan.create_files(folder, specs)
     barrier()
     done = TensorDict.load_memmap(folder / "done")
-    image_batches, text_batches = (_remaining_batches(done[what]) for what in ("images", "text"))
+    batches = {what: _remaining_batches(done[what]) for what in ("text", *plan.passes)}
     barrier()  # all processes have read the flags before one sets any
     tables = {m: TensorDict.load_memmap(folder / m) for m, size in plan.sizes.items() if size}
     index = TensorDict.load_memmap(folder / "index")
@@ -255,38 +265,37 @@ def _encode_split(
         done["text"].numpy()[batch.numpy()] = True
         return len(batch)
 
-    def write_images(batch: Tensor, row_views: RowViews, loaded: ImageBatch) -> int:
+    def write_images(name: str, batch: Tensor, row_views: RowViews, loaded: ImageBatch) -> int:
         for modality, (positions, images) in loaded.images.items():
             encoded = stage1.encode({modality: images.to(device)}).modalities
             table_rows = torch.stack([plan.index[modality][row_views[i]] for i in positions])
             _write(tables[modality], table_rows, encoded[modality])
             plain = [i for i, position in enumerate(positions) if row_views[position][1] == 0]
-            if plain:
+            if plain and modality in plan.looks:
                 rows = [row_views[positions[i]][0] for i in plain]
-                done[COLOUR_STATISTICS[modality]][rows] = _colour_statistics(
-                    images[plain], samples.images.options.colours(modality)
-                )
-        done["images"].numpy()[batch.numpy()] = True
+                done[f"{LOOK}{modality}"][rows] = _colour_statistics(images[plain], samples.colours(modality))
+        done[name].numpy()[batch.numpy()] = True
         return len(batch)
 
-    def record_faults(row_views: RowViews, faults: Sequence[tuple[int, str, str]]) -> None:
+    def record_faults(row_views: RowViews, faults: Sequence[tuple[int, str, str]], views: int) -> None:
         for position, modality, reason in faults:
             row, view = row_views[position]
-            if modality in plan.index:
-                index[modality][row, slice(view, view + 1) if plan.views > 1 else slice(None)] = -1
-                _append_fault(folder, row, modality, reason)
-                bad_rows.add(row)
-                tolerance.check(len(bad_rows), count, f"{modality} of {samples.rows[row].name}: {reason}")
+            index[modality][row, slice(view, view + 1) if views > 1 else slice(None)] = -1
+            _append_fault(folder, row, modality, reason)
+            bad_rows.add(row)
+            tolerance.check(len(bad_rows), count, f"{modality} of {samples.rows[row].name}: {reason}")
 
-    def image_jobs() -> Iterator[Callable[[], int]]:
-        batches = [[divmod(i, plan.views) for i in batch.tolist()] for batch in image_batches]  # (row, view)
-        images = load_images(samples, batches, workers, stage1.modalities)
-        for batch, row_views, loaded in zip(image_batches, batches, images, strict=True):
-            record_faults(row_views, loaded.faults)
-            yield partial(write_images, batch, row_views, loaded)
+    def image_jobs(name: str, modalities: Sequence[str], views: int) -> Iterator[Callable[[], int]]:
+        pairs = [[divmod(i, views) for i in batch.tolist()] for batch in batches[name]]  # (row, view)
+        images = load_images(samples.only(modalities), pairs, workers, modalities)
+        for batch, row_views, loaded in zip(batches[name], pairs, images, strict=True):
+            record_faults(row_views, loaded.faults, views)
+            yield partial(write_images, name, batch, row_views, loaded)
 
-    with progress(sum(map(len, image_batches + text_batches)), f"encode {name}", "view", quiet=not is_main()) as bar:
-        for jobs in ((partial(write_text, batch) for batch in text_batches), image_jobs()):
+    texts = (partial(write_text, batch) for batch in batches["text"])
+    images = (image_jobs(what, *of_pass) for what, of_pass in plan.passes.items())
+    with progress(sum(map(len, chain(*batches.values()))), f"encode {name}", "view", quiet=not is_main()) as bar:
+        for jobs in (texts, *images):
             for finished in run_in_threads(jobs):
                 bar.update(finished)
 
@@ -322,9 +331,10 @@ def _colour_statistics(images: Tensor, colours: Colours) -> Tensor:
 
 
 def _looks(folder: Path, splits: Sequence[str]) -> dict[str, Tensor]:
-    """Colour statistics of the images of all splits: {"vision": (N, 6), "tactile": (N, 6)}, NaN where a row has no image."""
+    """Colour statistics of the pictures of all splits: {modality: (N, 6)}, NaN where a row has no picture."""
     done = [TensorDict.load_memmap(folder / name / "done") for name in splits]
-    return {m: torch.cat([d[file] for d in done]) for m, file in COLOUR_STATISTICS.items()}
+    files = [file for file in map(str, done[0].keys()) if file.startswith(LOOK)]
+    return {file.removeprefix(LOOK): torch.cat([d[file] for d in done]) for file in files}
 
 
 def _write(table: TensorDict, rows: Tensor, tokens: Tokens) -> None:

@@ -28,7 +28,10 @@ from tvl_align.system.provenance import FEATURE_PACKAGES, package_versions
 HASHES = "hashes.json"  # in the folder of the stores
 LATER_OPTIONS = {  # of images: {name: default}
     name: getattr(ImageOptions(), name)
-    for name in ("photo_crop", "touch_crop", "touch_turn", "photo_mean", "photo_std", "touch_mean", "touch_std")
+    for name in (
+        *("photo_crop", "touch_crop", "touch_turn", "photo_mean", "photo_std", "touch_mean", "touch_std"),
+        "more_bits",
+    )
 }
 GONE = "gone"  # stands for the hash of a file that cannot be read
 
@@ -118,9 +121,9 @@ def rows_digests(samples: Mapping[str, Samples], feature_dir: Path) -> dict[str,
 
 
 def _files(samples: Samples) -> Iterator[str]:
-    """The image files of a split, relative to the data folder; backgrounds where they are subtracted."""
+    """The files of a split, relative to the data folder; backgrounds where they are subtracted."""
     for row in samples.rows:
-        yield from filter(None, (row.vision, row.tactile))
+        yield from row.files.values()
         if samples.images.options.subtract_background and (path := background_file(samples.root, row)) is not None:
             yield name_of(path.relative_to(samples.root))
 

@@ -11,6 +11,7 @@ import tyro
 
 from tvl_align.config import Ignored, from_plain
 from tvl_align.contract import MODALITIES, FeatureSpec
+from tvl_align.data.further import further_inputs
 from tvl_align.data.pairs import Columns, read_pairs
 from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
 from tvl_align.data.text import PROMPT, read_synonyms
@@ -29,6 +30,7 @@ from tvl_align.data.transforms import (
     measure_colours,
 )
 from tvl_align.data.tvl import Tolerance, TVLData, read_tvl
+from tvl_align.encoders.names import check_modalities, one_each
 from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import Stage1, Stage1Config
 from tvl_align.features.encode import changed_features, open_or_encode
@@ -42,7 +44,7 @@ from tvl_align.system.console import UserError
 log = logging.getLogger(__name__)
 COLUMNS = (
     *("photo_column", "touch_column", "caption_column", "sentence_column", "group_column", "split_column"),
-    "label_columns",
+    *("label_columns", "more_columns"),
 )  # of --pairs
 MEASURED = "measured"
 NORMS: dict[str, Colours] = {
@@ -63,7 +65,8 @@ class DataConfig:
     """Data sets to use."""
     pairs: Path | None = None
     """Your own data instead: a CSV file with one row per sample. --datasets_dir, default the folder of this file, has its
-    pictures. At least two of photo, touch and text; columns are found by their names, or named by the next flags."""
+    files. At least two of photo, touch, text and further modalities; columns are found by their names, or named by the next
+    flags."""
     photo_column: str | None = None
     """Column of photos, paths below --datasets_dir; default: photo, vision, image ..."""
     touch_column: str | None = None
@@ -78,6 +81,9 @@ class DataConfig:
     """Column with train, val or test; default: split, else 10% of the rows are drawn for test, and then 10% for val."""
     label_columns: tuple[str, ...] | None = None
     """Columns of labels that evaluate probes; default: none."""
+    more_columns: tuple[str, ...] | None = None
+    """Columns of the files of further modalities, of any names: depth=depth_path audio=wav. Each needs an encoder, see
+    --more_encoders."""
     photo_crop: Crop | None = None
     """Part of a photo: tvl (under the sensor), centre (largest square) or none (all); default: tvl, with --pairs none."""
     touch_crop: Crop | None = None
@@ -89,7 +95,8 @@ class DataConfig:
     touch_norm: Literal["tvl", "clip", "imagenet", "half", "measured"] | None = None
     """Colours for the normalisation of touch images; default: tvl, with --pairs measured."""
     active_modality_names: tuple[str, ...] = MODALITIES
-    """Modalities to use: two or three of vision, tactile, text; with --store: two or more of the store's, default: all."""
+    """Modalities to use: two or more of vision, tactile, text and --more_columns; with --store: two or more of the store's;
+    default: all."""
     views: int = 4
     """Augmented views per training row in the feature store; 0: no store, encode every batch on the fly."""
     store: Path | None = None
@@ -139,13 +146,20 @@ class DataConfig:
         self.image_options(ImageOptions.photo_size, ImageOptions.touch_size)  # refuses what does not go together
         at_least(0, self, "views", "keep_k_synonyms", "probe_rows", "num_workers")
         between(0, 1, self, "percent_not_contact", "max_skipped")
+        more = one_each("more_columns", self.more_columns)
+        if self.active_modality_names == MODALITIES:
+            object.__setattr__(self, "active_modality_names", (*MODALITIES, *more))
         for name in self.active_modality_names:
-            if self.store is None and name not in MODALITIES:
+            if self.store is None and name not in (*MODALITIES, *more):
+                known = ", ".join((*MODALITIES, *more))
                 raise UserError(
-                    f"modality {name!r} is not supported: --active_modality_names takes {', '.join(MODALITIES)}."
+                    f"modality {name!r} is not supported: --active_modality_names takes {known}, and modalities whose files "
+                    f"a table lists, --more_columns {name}=COLUMN."
                 )
         if len(set(self.active_modality_names)) < 2:
             raise UserError("registers align modalities: give --active_modality_names at least two of them.")
+        if self.store is None:
+            check_modalities(self.active_modality_names)
 
     def _check_pairs(self) -> None:
         if self.pairs is None:
@@ -162,8 +176,8 @@ class DataConfig:
     @property
     def columns(self) -> Columns:
         """Columns of the table of pairs."""
-        given = {name.removesuffix("_column"): getattr(self, name) for name in COLUMNS if name != "label_columns"}
-        return Columns(**given, labels=self.label_columns or ())
+        given = {name.removesuffix("_column"): getattr(self, name) for name in COLUMNS if name.endswith("_column")}
+        return Columns(**given, labels=self.label_columns or (), more=one_each("more_columns", self.more_columns))
 
     @property
     def norms(self) -> dict[str, str]:
@@ -295,7 +309,8 @@ def load_samples(
         not_contact = data.use_not_contact, data.percent_not_contact
         rows = read_tvl(data.datasets_dir, data.datasets, seed, *not_contact, tolerance)
     stage1 = load_encoders(frozen, data.active_modality_names, never_from).to(device)
-    images = inspect_images(data.image_options(stage1.photo_size, stage1.touch_size), rows)
+    of_pictures = [m for m in stage1.further if stage1.takes_pictures(m)]
+    images = inspect_images(data.image_options(stage1.photo_size, stage1.touch_size), rows, of_pictures)
     recorded = expected.ingredients.get("images", {}) if expected is not None else {}
     images = _with_colours(images, rows, data, stage1, recorded)
     synonyms = {}
@@ -304,12 +319,12 @@ def load_samples(
     elif data.replace_synonyms:
         synonyms = find_synonyms(rows.root, data.keep_k_synonyms)
     text = TextOptions("" if data.no_text_prompt else PROMPT, data.shuffle_text, synonyms)
-    return stage1, make_samples(rows, images, text, seed)
+    return stage1, make_samples(rows, images, text, seed, further_inputs(stage1.further, images.more_bits))
 
 
 def _check_modalities(rows: TVLData, data: DataConfig) -> None:
-    columns = {"vision": "vision", "tactile": "tactile", "text": "caption"}
-    there = [m for m in data.active_modality_names if any(getattr(row, columns[m]) is not None for row in rows.train)]
+    found = {m for row in rows.train for m in row.modalities}
+    there = [m for m in data.active_modality_names if m in found]
     absent = [m for m in data.active_modality_names if m not in there]
     if absent:
         remedy = f"give --active_modality_names {' '.join(there)}" if len(there) > 1 else "name their columns"

@@ -44,7 +44,8 @@ class LiveSplit:
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         """Yield the Features of every (rows, views) pair on `device`. See FeatureSource."""
         batches = [list(zip(r.tolist(), v.tolist(), strict=True)) for r, v in zip(rows, views, strict=True)]
-        images = load_images(self.samples, batches, self.num_workers, self.stage1.modalities)
+        samples = self.samples.only(self.stage1.modalities)
+        images = load_images(samples, batches, self.num_workers, self.stage1.modalities)
         for batch, loaded in zip(batches, images, strict=True):
             yield self._encode(batch, loaded, device)
 
@@ -57,9 +58,10 @@ class LiveSplit:
         self._record_faults(row_views, loaded.faults)
         raw: dict[str, Any] = {}
         present: dict[str, Tensor] = {}
-        for modality, size in (("vision", self.stage1.photo_size), ("tactile", self.stage1.touch_size)):
-            if modality in self.stage1.modalities:
-                positions, images = loaded.images.get(modality, ([], torch.empty(0, 3, size, size)))
+        for modality in self.stage1.modalities:
+            if modality != "text":
+                empty = torch.empty(0, *self.stage1.input_shape(modality))
+                positions, images = loaded.images.get(modality, ([], empty))
                 has_image = torch.zeros(len(row_views), dtype=torch.bool)
                 has_image[positions] = True
                 padded = images.new_zeros(len(row_views), *images.shape[1:])

@@ -216,7 +216,7 @@ class FeatureStore:
     def from_arrays(cls, arrays: Mapping[str, Any] | Arrays, out: Path, **options: Any) -> "FeatureStore":
         """Write arrays of two or more modalities, {name: (N, T, W) or (N, W)}, to the folder `out` and open it as a store.
 
-        options: labels, owners, pooled, mask, present, views, captions, split, groups, names and seed of
+        options: labels, owners, pooled, mask, present, views, views_pooled, captions, split, groups, names and seed of
         `tvl_align.features.arrays.check_arrays`. If `out` is a store of the same arrays, it is only opened. Raises UserError
         for invalid arrays and if `out` has other content.
         """

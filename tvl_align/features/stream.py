@@ -5,19 +5,21 @@ A sample is a mapping; what it lacks may be left out or None:
     name      unique in the stream; required
     vision    a photo: a path, a PIL image, the bytes of an image file, or an array as `picture_tensor` takes it
     tactile   a touch image, likewise
+    <other>   of a further modality, such as depth: a picture, or whatever its encoder's `transform` takes
     text      adjectives, separated by commas, or a `Sentence`, which is used as it is
     group     samples of a group (object, episode) are never split apart; default: every sample is its own
     split     train, val or test, for every sample or for none; default: groups are drawn, 80%, 10%, 10%
     labels    {factor: class or number} for the probes of evaluation; floats are numbers, everything else is a class
 
-Only plain views are encoded: a stream has no augmented ones. `tvl_align.data.sources` makes streams of common formats.
+`tvl_align.data.sources` makes streams of common formats.
 """
 
-import io
 import logging
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
@@ -26,14 +28,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from tvl_align.contract import FeatureSpec, Tokens
+from tvl_align.data.further import further_inputs
 from tvl_align.data.pairs import SPLITS
-from tvl_align.data.samples import TextOptions
+from tvl_align.data.samples import TextOptions, view_seed
 from tvl_align.data.text import PROMPT, Sentence, caption_key, evaluation_text
-from tvl_align.data.transforms import DECODER_ERRORS, BadImage, Crop, ImageOptions, Source, Turn, picture_tensor
-from tvl_align.data.tvl import Tolerance, caption_of
+from tvl_align.data.transforms import (
+    MEASURED,
+    BadImage,
+    ColourSums,
+    Crop,
+    ImageOptions,
+    Turn,
+    raw_colours,
+    source_views,
+)
+from tvl_align.data.tvl import PICTURES, Tolerance, caption_of
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.identity import image_ingredients, text_ingredients
 from tvl_align.features.store import FeatureStore
@@ -44,6 +56,7 @@ from tvl_align.system.workers import run_in_threads
 Sample = Mapping[str, Any]
 BATCH = 64  # samples
 FEWER = "fewer than two modalities"
+DRAWS = threading.Lock()  # augmented views are drawn with the generator of the process
 log = logging.getLogger(__name__)
 
 
@@ -55,9 +68,40 @@ def plain_images(stage1: Stage1, photo_crop: Crop = "none", touch_crop: Crop = "
     """
     sizes = stage1.photo_size, stage1.touch_size
     images = ImageOptions(*sizes, photo_crop=photo_crop, touch_crop=touch_crop, touch_turn=touch_turn)
-    for modality in ("vision", "tactile"):
+    for modality in PICTURES:
         if (colours := stage1.picture_norm(modality)) is not None:
             images = images.normalised_by(modality, colours)
+    return images
+
+
+def measured_colours(samples: Iterable[Sample], images: ImageOptions, modalities: Sequence[str]) -> ImageOptions:
+    """These options, whose numbers for the pictures of `modalities` are measured on training samples of a stream.
+
+    They are those of at most 2,000 pictures of each modality; the stream is read until there are so many. Pictures that
+    cannot be used do not count. Raises UserError for samples without a split, whose training samples are not known before
+    the whole stream is read, and for a modality without pictures.
+    """
+    raw, sums = images, {m: ColourSums() for m in modalities}
+    for modality in modalities:
+        raw = raw_colours(raw, modality)
+    for sample in samples:
+        if sample.get("split") is None:
+            raise UserError(
+                f"measured colours are those of training samples, and {sample.get('name')} has no split; name the key of "
+                "the splits, or the colours."
+            )
+        given = {m: sample[m] for m in modalities if sums[m].count < MEASURED and sample.get(m) is not None}
+        if _split(sample) == "train":
+            (pictures,), _ = source_views(given, raw, [None])
+            for m, picture in pictures.items():
+                sums[m].add(picture)
+        if all(of.count == MEASURED for of in sums.values()):
+            break
+    for m in modalities:
+        found = sums[m].colours(m, "the stream")
+        if found is None:
+            raise UserError(f"no training sample has a picture of {m}; name its colours.")
+        images = images.normalised_by(m, found)
     return images
 
 
@@ -68,6 +112,7 @@ def encode_stream(
     images: ImageOptions | None = None,
     *,
     prompt: str = PROMPT,
+    views: int = 0,
     tolerance: Tolerance | None = None,
     total: int | None = None,
     seed: int = 0,
@@ -77,7 +122,9 @@ def encode_stream(
 
     A few batches of samples are in memory at a time; only names, groups, splits, captions and labels of all are kept.
     stage1: its `modalities` are encoded. images: of the input sizes of stage1; default: `plain_images`. prompt: before
-    adjectives. total: number of samples, for the progress; default: not known. seed: of the split, if the samples have none.
+    adjectives. views: number of augmented views of the photo and the touch image of each training sample, as of the rows of
+    a table; they are made of all samples where the samples have no split. total: number of samples, for the progress;
+    default: not known. seed: of the views, and of the split if the samples have none.
 
     A picture that cannot be used is absent from its row, and a sample of fewer than two modalities is left out. Both count
     as bad and are logged by reason. The store records what made it: a run that is trained on it can embed new pictures.
@@ -96,8 +143,10 @@ def encode_stream(
         raise UserError("there are no samples; check the source.")
     bad, columns = _Bad(tolerance, total), _Columns(first[0])
     found = dict.fromkeys(stage1.modalities, 0)
-    jobs = (partial(_encoded, batch, stage1, images, prompt) for batch in _batches(chain(first, rows), stage1, bad))
+    batches = _batches(chain(first, rows), stage1, bad)
+    jobs = (partial(_encoded, batch, stage1, images, prompt, views, seed) for batch in batches)
     specs, ingredients = stage1.specs, stream_ingredients(stage1, images, prompt, isinstance(first[0].get("text"), Sentence))
+    ingredients |= {"views": views, "seed": seed} if views else {}
     with (
         FeatureStore.writer(out, specs, seed=seed, ingredients=ingredients) as writer,
         progress(total, "encode", "sample", quiet) as bar,
@@ -232,54 +281,78 @@ class _Encoded:
     faults: list[tuple[int, str, str]]
 
 
-def _encoded(samples: Sequence[Sample], stage1: Stage1, images: ImageOptions, prompt: str) -> _Encoded:
-    """Encode a batch. Every distinct sentence of it is encoded once."""
+def _encoded(
+    samples: Sequence[Sample], stage1: Stage1, images: ImageOptions, prompt: str, views: int = 0, seed: int = 0
+) -> _Encoded:
+    """Encode a batch. Every distinct sentence of it is encoded once. Views of other than training samples are zero."""
     parts: dict[str, dict[str, np.ndarray]] = {what: {} for what in ("arrays", "pooled", "mask", "present")}
-    faults: list[tuple[int, str, str]] = []
+    pictures, faults = _pictures(samples, stage1, images, views, seed)
+    further = further_inputs(stage1.further, images.more_bits)
     for m, spec in stage1.specs.items():
         inputs: list[Any] = []
         rows: dict[int, int] = {}  # of the batch: the input that it has
         for i, sample in enumerate(samples):
-            if not _has(sample, m):
-                continue
-            if m == "text":
+            if m == "text" and _has(sample, m):
                 sentence = evaluation_text(sample[m], prompt)
                 inputs += [sentence] if sentence not in inputs else []
                 rows[i] = inputs.index(sentence)
-                continue
-            try:
-                picture = _picture(sample[m], m, images)
-            except BadImage as error:
-                faults.append((i, m, str(error)))
-                continue
-            rows[i] = len(inputs)
-            inputs.append(picture)
+            elif m in further and _has(sample, m):
+                try:
+                    inputs.append(further[m](sample[m]))
+                    rows[i] = len(inputs) - 1
+                except BadImage as error:
+                    faults.append((i, m, str(error)))
+            elif (i, 0) in pictures.get(m, {}):
+                inputs.append(pictures[m][i, 0])
+                rows[i] = len(inputs) - 1
         count, here, there = len(samples), list(rows), list(rows.values())
-        tokens, pooled = (
-            np.zeros((count, spec.tokens, spec.width), np.float32),
-            np.zeros((count, spec.pooled_width), np.float32),
-        )
+        tokens, pooled = _zeros(spec, count)
         mask, present = np.zeros((count, spec.tokens), bool), np.zeros(count, bool)
         if inputs:
-            device = stage1.logit_scale.device
-            batch = (stage1.tokenize(inputs) if m == "text" else torch.stack(inputs)).to(device)
-            out = stage1.encode({m: batch}).float().map(Tensor.cpu).modalities[m]
+            out = _numbers(stage1, m, inputs)
             length = out.mask.shape[1]
             tokens[here, :length], mask[here, :length] = out.tokens.numpy()[there], out.mask.numpy()[there]
             pooled[here], present[here] = out.pooled.numpy()[there], True
         for what, x in (("arrays", tokens), ("pooled", pooled), ("mask", mask), ("present", present)):
             parts[what][m] = x
+        if m in pictures and views:
+            shown, shown_pooled = _zeros(spec, count, views)
+            for view in range(1, views + 1):
+                at = [i for i in here if (i, view) in pictures[m]]
+                if at:
+                    out = _numbers(stage1, m, [pictures[m][i, view] for i in at])
+                    shown[at, view - 1], shown_pooled[at, view - 1] = out.tokens.numpy(), out.pooled.numpy()
+            parts.setdefault("views", {})[m], parts.setdefault("views_pooled", {})[m] = shown, shown_pooled
     return _Encoded(samples, parts, faults)
 
 
-def _picture(source: Any, modality: str, images: ImageOptions) -> Tensor:
-    if isinstance(source, bytes):
-        try:
-            source = Image.open(io.BytesIO(source))
-        except UnidentifiedImageError as error:
-            raise BadImage("not an image") from error
-        except DECODER_ERRORS as error:
-            raise BadImage("corrupt or truncated") from error
-    if not isinstance(source, Source):
-        raise BadImage(f"a {type(source).__name__}, not a picture")
-    return picture_tensor(source, modality, images)
+def _pictures(
+    samples: Sequence[Sample], stage1: Stage1, images: ImageOptions, views: int, seed: int
+) -> tuple[dict[str, dict[tuple[int, int], Tensor]], list[tuple[int, str, str]]]:
+    """{modality: {(row, view): (3, S, S)}} of photos and touch images, and (row, modality, reason) of bad ones."""
+    pictures: dict[str, dict[tuple[int, int], Tensor]] = {m: {} for m in PICTURES if m in stage1.modalities}
+    faults: list[tuple[int, str, str]] = []
+    for i, sample in enumerate(samples):
+        augmented = views if sample.get("split") is None or _split(sample) == "train" else 0
+        seeds = [None, *(view_seed(seed, "picture", str(sample["name"]), view) for view in range(1, augmented + 1))]
+        given = {m: sample[m] for m in pictures if _has(sample, m)}
+        with DRAWS if augmented else nullcontext():
+            found, bad = source_views(given, images, seeds)
+        faults += [(i, m, reason) for m, reason in bad.items()]
+        for view, of_view in enumerate(found):
+            for m, picture in of_view.items():
+                if m not in bad:
+                    pictures[m][i, view] = picture
+    return pictures, faults
+
+
+def _numbers(stage1: Stage1, modality: str, inputs: Sequence[Any]) -> Tokens:
+    """The features of inputs or sentences, float32 on the CPU."""
+    batch = stage1.tokenize(inputs) if modality == "text" else torch.stack(list(inputs))
+    encoded = stage1.encode({modality: batch.to(stage1.logit_scale.device)})
+    return encoded.float().map(Tensor.cpu).modalities[modality]
+
+
+def _zeros(spec: FeatureSpec, *rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (*rows, T, W) and pooled features (*rows, E) of zeros."""
+    return np.zeros((*rows, spec.tokens, spec.width), np.float32), np.zeros((*rows, spec.pooled_width), np.float32)

@@ -59,6 +59,7 @@ class _Modality:
         self.mask = StoredRows(folder / "mask", np.bool_, spec.tokens)
         self.pooled = StoredRows(folder / "pooled", np.float32, spec.pooled_width)
         self.views: StoredRows | None = None
+        self.views_pooled: StoredRows | None = None
         self.present: list[np.ndarray] = []
         self.has: set[str] | None = None
         self.differences = RowDifferences(name)
@@ -67,11 +68,15 @@ class _Modality:
         if rows.views is not None and self.views is None:
             self.views = StoredRows(self.folder / "views", np.float32, *rows.views.shape[1:])
             self.views.skip(self.tokens.shape[0])
+        if rows.views_pooled is not None and self.views_pooled is None:
+            self.views_pooled = StoredRows(self.folder / "views_pooled", np.float32, *rows.views_pooled.shape[1:])
+            self.views_pooled.skip(self.tokens.shape[0])
         for stored, new in (
             (self.tokens, rows.tokens),
             (self.mask, rows.mask),
             (self.pooled, rows.pooled),
             (self.views, rows.views),
+            (self.views_pooled, rows.views_pooled),
         ):
             if stored is not None:
                 stored.append(np.asarray(new))
@@ -80,14 +85,15 @@ class _Modality:
         self.has = has
 
     def skip(self, count: int) -> None:
-        for stored in (self.tokens, self.mask, self.pooled, self.views):
+        for stored in (self.tokens, self.mask, self.pooled, self.views, self.views_pooled):
             if stored is not None:
                 stored.skip(count)
         self.present.append(np.zeros(count, bool))
 
     def arrays(self) -> ModalityArrays:
         self.differences.check()
-        return ModalityArrays(self.tokens, self.mask, self.pooled, np.concatenate(self.present), self.views)
+        present = np.concatenate(self.present)
+        return ModalityArrays(self.tokens, self.mask, self.pooled, present, self.views, self.views_pooled)
 
 
 class FeatureWriter:
@@ -117,6 +123,7 @@ class FeatureWriter:
         mask: Mapping[str, Any] | None = None,
         present: Mapping[str, Any] | None = None,
         views: Mapping[str, Any] | None = None,
+        views_pooled: Mapping[str, Any] | None = None,
         captions: Mapping[str, Any] | None = None,
         split: Any = None,
         groups: Any = None,
@@ -128,7 +135,7 @@ class FeatureWriter:
         fewer tokens is padded. A modality that is not in a chunk is absent in its rows. Raises UserError for what
         `check_arrays` refuses and for other shapes than those of the specs; then nothing of the chunk is added.
         """
-        given = {"pooled": pooled, "mask": mask, "present": present, "views": views}
+        given = {"pooled": pooled, "mask": mask, "present": present, "views": views, "views_pooled": views_pooled}
         check_belonging(given, list(arrays))
         check_belonging({"captions": captions}, list(self.modalities or arrays))
         if not self.modalities:

@@ -133,11 +133,12 @@ def read_export(
         raise UserError(f"{path} has a malformed store or features; export the run again.")
     stage1, data, here = settings.stage1, settings.data, folder.resolve()
     modules = {f.name: None for f in fields(stage1) if f.name.endswith("_encoder") and _is_module(getattr(stage1, f.name))}
-    recorded = stage1.stage1_checkpoint or (Path("checkpoint.pth") if modules else None)
+    more = tuple(x for x in stage1.more_encoders or () if not _is_module(x.partition("=")[2])) or None
+    recorded = stage1.stage1_checkpoint or (Path("checkpoint.pth") if modules or more != stage1.more_encoders else None)
     file = places.stage1_checkpoint or (here / recorded.name if recorded is not None else None)
     settings = replace(
         settings,
-        stage1=replace(stage1, stage1_checkpoint=file, **cast(Any, modules)),
+        stage1=replace(stage1, stage1_checkpoint=file, more_encoders=more, **cast(Any, modules)),
         data=replace(
             data,
             datasets_dir=places.datasets_dir or data.datasets_dir,
@@ -336,7 +337,7 @@ def _use(config: Mapping[str, Any], folder: str) -> list[str]:
     given = [json.dumps(folder)]
     given += [f"stage1_checkpoint={json.dumps(stage1['stage1_checkpoint'])}"] if stage1["stage1_checkpoint"] else []
     given += [f"method={json.dumps(name)}"] if name is not None and name not in METHODS else []
-    inputs = ", ".join(f"{m}={EXAMPLES[m]}" for m in specs if m in EXAMPLES)
+    inputs = ", ".join(f"{m}={EXAMPLES.get(m, json.dumps([f'a file of {m}']))}" for m in specs)
     if not encoded:
         inputs = ", ".join(f"{json.dumps(m)}: {re.sub(r'[^a-zA-Z_]', '_', m)}" for m in specs)
     lines = [
@@ -354,7 +355,8 @@ def _use(config: Mapping[str, Any], folder: str) -> list[str]:
             *lines,
             f"It was trained on imported features and has no Stage 1. It takes arrays of these shapes: {shapes}.",
         ]
-    names = [stage1["stage1_checkpoint"], *(stage1.get(f"{m}_encoder") for m in specs)]
+    more = [x.partition("=")[2] for x in stage1.get("more_encoders") or ()]
+    names = [stage1["stage1_checkpoint"], *(stage1.get(f"{m}_encoder") for m in specs), *more]
     fingerprint, file = config["features"].get("encoders", "unknown"), ", ".join(_code(name) for name in names if name)
     return [
         *lines,

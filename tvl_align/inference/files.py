@@ -1,28 +1,31 @@
 """Files on the way in and out of an embedding: pictures in folders -> rows, tokens -> an .npz file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tvl_align.contract import MODALITIES
 from tvl_align.inference.registers import Embeddings
 from tvl_align.inference.search import find_pictures
 from tvl_align.system.console import UserError
 from tvl_align.system.files import atomic_file
 
 
-def picture_rows(given: Mapping[str, Sequence[Path]]) -> tuple[list[str], dict[str, list[Path | None]]]:
+def picture_rows(
+    given: Mapping[str, Sequence[Path]], takes_pictures: Callable[[str], bool] = lambda modality: True
+) -> tuple[list[str], dict[str, list[Path | None]]]:
     """Pictures of one or more modalities -> names of the rows, {modality: its picture in each row, or None}.
 
     given: {modality: files, or one folder}. Files are rows in their order. In folders, files of the same relative name
-    without suffix are a row; a row may lack a modality. Raises UserError for missing files, for files beside folders, and
-    for numbers of files that differ.
+    without suffix are a row; a row may lack a modality. takes_pictures: whether a modality has pictures; else all files of
+    its folder count. Raises UserError for missing files, for files beside folders, and for numbers of files that differ.
     """
     folders = {m: paths[0] for m, paths in given.items() if len(paths) == 1 and paths[0].is_dir()}
     if folders and len(folders) < len(given):
-        other = next(m for m in given if m not in folders)
-        raise UserError(f"--{next(iter(folders))} is a folder and --{other} is not; give folders or files for both.")
+        one, other = next(iter(folders)), next(m for m in given if m not in folders)
+        raise UserError(f"{_flag(one)} is a folder and {_flag(other)} is not; give folders or files for both.")
     if not folders:
         missing = next((path for paths in given.values() for path in paths if not path.is_file()), None)
         if missing is not None:
@@ -34,13 +37,17 @@ def picture_rows(given: Mapping[str, Sequence[Path]]) -> tuple[list[str], dict[s
     found: dict[str, dict[str, Path]] = {}
     for m, folder in folders.items():
         found[m] = {}
-        for path in find_pictures(folder):
+        for path in find_pictures(folder, of_any_kind=not takes_pictures(m)):
             name = path.relative_to(folder).with_suffix("").as_posix()
             if name in found[m]:
                 raise UserError(f"{folder} has two pictures named {name}; rename or remove {path.name}.")
             found[m][name] = path
     names = sorted(set().union(*found.values()))
     return names, {m: [of.get(name) for name in names] for m, of in found.items()}
+
+
+def _flag(modality: str) -> str:
+    return f"--{modality}" if modality in MODALITIES else f"--more {modality}="
 
 
 def write_npz(path: Path, names: Sequence[str], out: Embeddings, made_by: str, labels: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A trained run as a tool: pictures and sentences, or features of one's own -> tokens.
 
     registers = tvl_align.load("output_dir/mine")
-    out = registers.embed(vision=["a.jpg"], tactile=["t.png"], text=["soft, woven"])
+    out = registers.embed(vision=["a.jpg"], tactile=["t.png"], text=["soft, woven"])  # depth=["d.png"], of a run with depth
     out.pooled["tactile"]
 
 Inputs are treated as in training: the run knows the transforms of pictures, the prompt, and which Stage 1 made its features.
@@ -27,9 +27,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tvl_align.config import from_plain
-from tvl_align.contract import Features, FeatureSpec, Method, Tokens
+from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method, Tokens
+from tvl_align.data.further import FurtherInput, further_inputs
 from tvl_align.data.text import adjectives, evaluation_text, is_absent
 from tvl_align.data.transforms import BadImage, ImageOptions, picture_tensor
+from tvl_align.data.tvl import PICTURES
 from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.store import FeatureSource, FeatureStore
@@ -44,7 +46,6 @@ from tvl_align.system.workers import run_in_threads
 from tvl_align.training.run import Places, load_run, specs_of
 from tvl_align.training.settings import Settings
 
-PICTURES = ("vision", "tactile")
 BATCH = 64  # rows
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Picture = str | Path | Image.Image | np.ndarray | Tensor
@@ -126,7 +127,13 @@ class Registers:
         frozen = self.settings.stage1
         self._ingredients  # noqa: B018 - features of one's own have no encoders
         names = self.modalities
-        if frozen.stage1_checkpoint is None and not all(getattr(frozen, f"{m}_encoder") for m in names):
+        lacking = [m for m in names if getattr(frozen, f"{m}_encoder", None) is None]
+        if further := [m for m in lacking if m not in MODALITIES]:
+            raise UserError(
+                f"{self.folder} gives no encoder of {further[0]}, as nothing is imported because a file names it; give the "
+                "encoders of the run, load(..., stage1=), see tvl_align.encoders.own.load_encoders."
+            )
+        if frozen.stage1_checkpoint is None and lacking:
             raise UserError(
                 f"{self.folder} does not say where its Stage 1 is; give --stage1_checkpoint (stage1_checkpoint=)."
             )
@@ -160,6 +167,15 @@ class Registers:
         """What is done to a picture: that of the run."""
         return from_plain(ImageOptions, self._ingredients["images"])
 
+    @cached_property
+    def further(self) -> dict[str, FurtherInput]:
+        """{further modality: what makes its inputs}."""
+        return further_inputs(self.stage1.further, self.image_options.more_bits)
+
+    def takes_pictures(self, modality: str) -> bool:
+        """Whether the items of a modality are pictures; those of a further one may be anything that its encoder reads."""
+        return modality in PICTURES or (modality not in MODALITIES and self.stage1.takes_pictures(modality))
+
     def embed(
         self,
         vision: Sequence[Picture | None] | Picture | None = None,
@@ -173,12 +189,14 @@ class Registers:
         batch_size: int = BATCH,
         precision: Precision = "float32",
         quiet: bool = True,
+        **more: Any,
     ) -> Embeddings:
-        """Embed pictures and sentences: B items per modality, None where a row lacks one.
+        """Embed pictures, sentences and items of further modalities: B per modality, None where a row lacks one.
 
         vision, tactile: paths, PIL images, arrays or tensors, see `tvl_align.data.transforms.picture_tensor`. text: captions
-        of adjectives, "soft, woven", which get the prompt of the run. One item alone is a batch of one. Modalities that are
-        not given are not in the result.
+        of adjectives, "soft, woven", which get the prompt of the run. more: further modalities by name, depth=["d.png"]:
+        pictures, or what the `transform` of their encoder takes. One item alone is a batch of one. Modalities that are not
+        given are not in the result.
 
         keep: only the first `keep` registers; the others are zero. sentences: whether texts are sentences, used as they are;
         default: as in the run. dataset: of runs on TVL's data, whose photos are cropped as in this data set: "ssvtp"
@@ -191,8 +209,10 @@ class Registers:
 
         Raises UserError for inputs that cannot be used, with the number of the item and the reason.
         """
-        given = {"vision": vision, "tactile": tactile, "text": text}
-        items = {m: _as_list(m, x) for m, x in given.items() if x is not None}
+        given = {"vision": vision, "tactile": tactile, "text": text, **more}
+        given = {m: x for m, x in given.items() if x is not None}
+        self._check_known(given)
+        items = {m: _as_list(m, x, m == "text" or self.takes_pictures(m)) for m, x in given.items()}
         rows = self._rows(items)
         check_keep(keep, self.count)
         if sentences is None and text is not None:
@@ -215,10 +235,13 @@ class Registers:
                 bar.update(len(part))
         return Embeddings.joined(parts)
 
-    def _rows(self, items: Mapping[str, Sequence[Any]]) -> int:
-        unknown = [m for m in items if m not in self.specs]
+    def _check_known(self, given: Mapping[str, Any]) -> None:
+        unknown = [m for m in given if m not in self.specs]
         if unknown:
             raise UserError(f"this run has no modality {unknown[0]!r}; it has {', '.join(self.specs)}.")
+
+    def _rows(self, items: Mapping[str, Sequence[Any]]) -> int:
+        self._check_known(items)
         lengths = {m: len(x) for m, x in items.items()}
         if not lengths or 0 in lengths.values():
             raise UserError(f"there is nothing to embed; give items of one of {', '.join(self.specs)}.")
@@ -239,19 +262,20 @@ class Registers:
                 prompt = None if sentences else str(self._ingredients["text"]["prompt"])
                 raw[m] = stage1.tokenize([_sentence(x, prompt, i) for x, i in zip(of_batch, batch, strict=True)]).to(device)
             else:
-                size = stage1.photo_size if m == "vision" else stage1.touch_size
-                pictures = [self._picture(x, m, dataset, i) for x, i in zip(of_batch, batch, strict=True)]
-                blank = torch.zeros(3, size, size)
-                raw[m] = torch.stack([blank if picture is None else picture for picture in pictures]).to(device)
+                inputs = [self._input(x, m, dataset, i) for x, i in zip(of_batch, batch, strict=True)]
+                blank = torch.zeros(stage1.input_shape(m))
+                raw[m] = torch.stack([blank if x is None else x for x in inputs]).to(device)
         present = {m: torch.tensor([x is not None for x in of_batch], device=device) for m, of_batch in items.items()}
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             features = stage1.encode({**raw, "present": present}).float()
         return as_stored(features) if self.settings.data.views else features
 
-    def _picture(self, source: Picture | None, modality: str, dataset: str | None, item: int) -> Tensor | None:
+    def _input(self, source: Any, modality: str, dataset: str | None, item: int) -> Tensor | None:
         if source is None:
             return None
         try:
+            if modality in self.further:
+                return self.further[modality](source)
             return picture_tensor(source, modality, self.image_options, dataset=dataset or self._dataset_of(source))
         except BadImage as error:
             name = source if isinstance(source, str | Path) else type(source).__name__
@@ -407,12 +431,12 @@ def check_keep(keep: int | None, registers: int) -> None:
         raise UserError(f"keep={keep} is out of range; give 1 to {registers}, the registers of this run.")
 
 
-def _as_list(modality: str, items: Any) -> list[Any]:
-    """The items of a modality as a list; one item alone is a list of one."""
+def _as_list(modality: str, items: Any, pictures: bool) -> list[Any]:
+    """The items of a modality as a list; one item alone is a list of one. pictures: four axes are those of a batch."""
     if isinstance(items, str | Path | Image.Image):
         return [items]
     if isinstance(items, np.ndarray | Tensor):
-        return list(items) if items.ndim == 4 else [items]
+        return list(items) if pictures and items.ndim == 4 else [items]
     if not isinstance(items, Sequence):
         raise UserError(f"{modality} is a {type(items).__name__}; give a list of paths, images, arrays or sentences.")
     return list(items)

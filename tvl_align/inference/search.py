@@ -216,20 +216,23 @@ class Index:
         return _digest([path])
 
 
-def find_pictures(folder: Path | str) -> list[Path]:
+def find_pictures(folder: Path | str, of_any_kind: bool = False) -> list[Path]:
     """The picture files in a folder and its sub-folders, sorted by path, each as `folder / name`.
 
-    Pictures are known by their suffix (PICTURE_SUFFIXES, in either case). Hidden files and folders are left out, and links
-    to folders are not followed. Raises UserError if there is none.
+    Pictures are known by their suffix (PICTURE_SUFFIXES, in either case). of_any_kind: all files, as of modalities that are
+    no pictures. Hidden files and folders are left out, and links to folders are not followed. Raises UserError if there is
+    none.
     """
-    folder = Path(folder)
+    folder, what = Path(folder), "files" if of_any_kind else "pictures"
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give a folder of pictures.")
+        raise UserError(f"{folder} is not a folder; give a folder of {what}.")
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(parent) / name for name in files if not name.startswith(".")]
-        found += [path for path in paths if path.suffix.lower() in PICTURE_SUFFIXES]
+        found += [path for path in paths if of_any_kind or path.suffix.lower() in PICTURE_SUFFIXES]
+    if not found and of_any_kind:
+        raise UserError(f"{folder} has no files; give a folder that has some.")
     if not found:
         raise UserError(f"{folder} has no pictures; give a folder with {', '.join(sorted(PICTURE_SUFFIXES))} files.")
     return sorted(found)

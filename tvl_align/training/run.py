@@ -36,7 +36,7 @@ MAX_SIZE = 2**20  # of features: their width and number of tokens
 MAY_DIFFER_ON_RESUME = {  # options that do not change the results of a run
     "stage1": {  # places; the store knows their content
         *("enable_flash_attention2", "stage1_checkpoint", "clip_pretrain_data"),
-        *("vision_encoder", "tactile_encoder", "text_encoder"),
+        *("vision_encoder", "tactile_encoder", "text_encoder", "more_encoders"),
     },
     "data": {
         *("num_workers", "pin_mem", "multi_epochs_dataloader", "strict", "max_skipped"),
