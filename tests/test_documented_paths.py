@@ -223,12 +223,8 @@ def test_the_page_on_own_data(tmp_path: Path) -> None:
     blocks = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs/own_data.md").read_text(), re.S)
     assert len(blocks) >= 7
     for i, (language, text) in enumerate(blocks):
-        if language == "python":
-            (tmp_path / f"{i}.py").write_text(text)
-            run(f"{sys.executable} {i}.py", tmp_path)
-        else:
-            for line in text.replace("\\\n", " ").strip().splitlines():
-                run(line, tmp_path)
+        (tmp_path / f"{i}.{language}").write_text(text)
+        run(f"{sys.executable if language == 'python' else 'bash -e'} {i}.{language}", tmp_path)
     results = json.loads((tmp_path / "output_dir/mine/results.json").read_text())
     assert results["factors"]["vision"]["material"]["chance"] < 60
     for name in ("tokens.npz", "test.npz"):
