@@ -10,7 +10,6 @@ Shapes: B rows, K components, n tokens with U units together, D token width.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
-from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -159,5 +158,4 @@ def _complete_rows(batches: Iterable[Features], names: list[str]) -> Iterator[Fe
 
 def dropped(components: Tensor, rate: float) -> Tensor:
     """Components (..., B, K), each zero with probability `rate`, the others scaled up; the same on 2 processes as on 1."""
-    kept = joint_noise(components, -2) >= NormalDist().inv_cdf(rate)
-    return components * kept * (1 / (1 - rate))
+    return components * (joint_noise(components, -2, torch.rand) >= rate) * (1 / (1 - rate))

@@ -1,7 +1,7 @@
 """Process groups: rank, world size, and all_gather with exact gradients. Without a process group there is one process."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -118,15 +118,17 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
 
-def joint_noise(like: Tensor, rows: int = 0) -> Tensor:
-    """Standard normal noise with the shape, dtype and device of `like`, whose dimension `rows` counts the rows of a batch.
+def joint_noise(like: Tensor, rows: int = 0, draw: Callable[..., Tensor] = torch.randn) -> Tensor:
+    """Noise with the shape, dtype and device of `like`, whose dimension `rows` counts the rows of a batch.
+
+    draw: torch.randn, standard normal, or torch.rand, uniform in [0, 1).
 
     It is drawn for the global batch and each process takes its rows, so 2 processes draw the same noise as 1. Requires that
     torch's global generator has the same state on all processes, as the engine ensures.
     """
     shape = list(like.shape)
     shape[rows] *= world_size()
-    drawn = torch.randn(shape, dtype=like.dtype, device=like.device)
+    drawn = draw(shape, dtype=like.dtype, device=like.device)
     return drawn.narrow(rows, rank() * like.shape[rows], like.shape[rows])
 
 
