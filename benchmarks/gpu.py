@@ -4,7 +4,9 @@ Times are medians of several runs after a warm-up, with the device synchronised.
 kernels, from the profiler: what is left of a step is waiting for Python.
 """
 
+import io
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,16 +15,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import jobs
 from benchmarks.jobs import random_features
-from benchmarks.speed import MatrixProducts
+from benchmarks.speed import MatrixProducts, _registers, _stage1
 from tvl_align.config import parse
 from tvl_align.contract import FeatureSpec
+from tvl_align.data.samples import Samples, TextOptions
+from tvl_align.data.transforms import ImageOptions
+from tvl_align.data.tvl import PICTURES
+from tvl_align.data.tvl import Row as Sample
+from tvl_align.features.encode import GPU_BATCH, open_or_encode
+from tvl_align.features.identity import identify
 from tvl_align.features.store import FeatureStore
 from tvl_align.methods.registry import METHODS
 from tvl_align.system.console import UserError, reports_errors
@@ -47,6 +57,8 @@ class GPUConfig:
     """Rows of a training step."""
     rows: int = 16_000
     """Training rows of the store of an epoch."""
+    pictures: int = 4096
+    """Rows of the store that is filled: a photo and a touch image each."""
     parts: tuple[str, ...] = ("encode", "step", "epoch", "compile")
     """Parts to measure."""
 
@@ -99,6 +111,11 @@ def step_of(name: str, batch: int, compiled: str | None = None) -> tuple[Callabl
 
 
 def _encode(config: GPUConfig) -> Iterator[Row]:
+    yield from _tower()
+    yield from _store(config)
+
+
+def _tower() -> Iterator[Row]:
     """The vision tower of ViT-L-14, random weights: pictures a second by precision and batch."""
     tower = open_clip.create_model("ViT-L-14", pretrained=None).visual.cuda().eval()
 
@@ -123,6 +140,64 @@ def _encode(config: GPUConfig) -> Iterator[Row]:
         ("fp16", 256, torch.float16, False),
     ):
         yield {"what": f"ViT-L-14 vision, {what}, batch {batch}", "pictures/s": rate(batch, dtype, tf32)}
+
+
+def _store(config: GPUConfig) -> Iterator[Row]:
+    """Filling a store from PNG files of 224 pixels, beside the bare forward passes of its batches; and `embed`.
+
+    ViT-L-14 and ViT-Tiny with random weights, in bf16. Hashes of weights and files, which take seconds whatever the number
+    of rows, are timed alone and subtracted.
+    """
+    stage1 = _stage1("ViT-L-14", {}).cuda()
+    stage1.encode_precision = "bf16"
+    with jobs.temporary_folder() as folder:
+        options = ImageOptions(photo_crop="none", touch_crop="none", touch_turn=0)
+        samples = {"train": Samples(folder, _pictures(folder, config.pictures), options, TextOptions(), 0)}
+        images = {m: torch.randn(GPU_BATCH, *stage1.input_shape(m), device="cuda") for m in PICTURES}
+        assert stage1.specs  # encodes a blank row once per process; excluded from the measured time
+
+        def bare() -> None:
+            for m, batch in images.items():
+                stage1.encode({m: batch})
+
+        def fill() -> None:
+            store = open_or_encode(folder / "features", stage1, samples, 0, 16)
+            shutil.rmtree(store.folder)
+
+        hashes = _seconds(lambda: identify(stage1, samples, 0, folder / "features"), 2)
+        filled = _seconds(fill, 2) - hashes
+        row: Row = {"what": f"store of {config.pictures} rows, 2 PNGs of 224 pixels each, ViT-L-14 and ViT-Tiny, bf16"}
+        rates = {"rows/s": config.pictures / filled, "bare forward rows/s": 1000 * GPU_BATCH / measured(bare, 8)}
+        yield row | rates | {"hashes s": hashes, "store / bare": rates["rows/s"] / rates["bare forward rows/s"]}
+        registers = _registers(stage1, options, folder)
+        registers.device = torch.device("cuda")
+        registers.model.cuda()
+        files = {m: [folder / row.files[m] for row in samples["train"].rows] for m in PICTURES}
+        seconds = _seconds(lambda: registers.embed(**files, batch_size=64, precision="bf16"), 2)
+        yield {"what": "embed of the same pictures, bf16", "rows/s": config.pictures / seconds}
+
+
+def _pictures(folder: Path, count: int) -> list[Sample]:
+    """Write a photo and a touch image of 224 pixels for each of `count` rows: smooth colours, 64 different ones."""
+    draw, files = np.random.default_rng(0), []
+    for _ in range(64):
+        coarse = Image.fromarray(draw.integers(0, 256, (14, 14, 3), dtype=np.uint8))
+        coarse.resize((224, 224), Image.Resampling.BICUBIC).save(file := io.BytesIO(), "PNG")
+        files.append(file.getvalue())
+    for i in range(2 * count):
+        (folder / f"{i}.png").write_bytes(files[i % len(files)])
+    return [Sample("own", f"{i}.png", f"{count + i}.png", None, "soft, woven", str(i)) for i in range(count)]
+
+
+def _seconds(function: Callable[[], Any], turns: int = 1) -> float:
+    """Seconds of the fastest call."""
+    times = []
+    for _ in range(turns):
+        start = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _step(config: GPUConfig) -> Iterator[Row]:

@@ -73,8 +73,8 @@ def test_options_are_kept_with_absolute_paths(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     config = parse(Stage1Config, ["--more_encoders", f"depth=timm:{VIT}:vit.pth", "force=mine:vit.pth"])
     assert config.more_encoders == (f"depth=timm:{VIT}:{tmp_path.resolve() / 'vit.pth'}", "force=mine:vit.pth")
-    assert config.depth_encoder == config.more_encoders[0].removeprefix("depth=")
-    assert getattr(config, "sound_encoder", None) is None and config.vision_encoder is None
+    assert config.encoder_of("depth") == config.more_encoders[0].removeprefix("depth=")
+    assert config.encoder_of("sound") is None and config.encoder_of("vision") is None
     assert from_plain(Stage1Config, to_plain(config)) == config
 
 

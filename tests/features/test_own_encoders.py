@@ -50,6 +50,8 @@ def test_own_encoders_are_trained_on_and_embed_without_a_stage_1(world: Path, we
 def test_a_modality_without_encoder_and_without_stage_1_is_refused(world: Path, weights: Path, tmp_path: Path) -> None:
     name = f"timm:vit_tiny_patch16_224:{weights}"
     with pytest.raises(
-        UserError, match="no features to train on; give --stage1_checkpoint FILE, an encoder of your own for each"
+        UserError,
+        match=r"no features to train on; give --stage1_checkpoint FILE, an encoder of your own for each modality "
+        r"\(--vision_encoder ..., --more_encoders\), or",
     ):
         settings(world, tmp_path, Stage1Config(vision_encoder=name))

@@ -22,7 +22,7 @@ from tvl_align.system.console import UserError
 
 CPU = torch.device("cpu")
 
-ENCODERS: Any = SimpleNamespace(fingerprint=lambda: "the weights", features="tokens")
+ENCODERS: Any = SimpleNamespace(fingerprint=lambda: "the weights", features="tokens", precision="float32")
 
 
 def picture(path: Path, value: int) -> None:

@@ -10,9 +10,10 @@ import tyro
 
 from tvl_align.config import parse
 from tvl_align.encoders.names import by_modality
+from tvl_align.encoders.tvl import Precision
 from tvl_align.evaluation.labels import read_labels
 from tvl_align.inference.files import picture_rows, write_npz
-from tvl_align.inference.registers import BATCH, Embeddings, Precision, Registers, load
+from tvl_align.inference.registers import BATCH, Embeddings, Registers, load
 from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError
 
@@ -58,8 +59,8 @@ class EmbedConfig:
     """A method of your own, as for train; default: that of the run."""
     batch_size: int = BATCH
     """Rows that are encoded at a time."""
-    precision: Precision = "float32"
-    """Precision of the encoders; bf16 is faster on a GPU."""
+    precision: Precision | None = None
+    """Precision of the encoders: float32, bf16 or fp16; default: that of the features that the run was trained on."""
     device: str | None = None
     """cuda or cpu; default: cuda if available, else cpu."""
     json: bool = False

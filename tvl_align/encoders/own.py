@@ -106,7 +106,7 @@ def load_encoders(config: Stage1Config, modalities: Sequence[str] = MODALITIES, 
     never_from: a folder that no module is imported from, such as a run folder. Raises UserError if TVL's are needed and
     there is no Stage-1 checkpoint, and for encoders that cannot be loaded.
     """
-    names = {m: getattr(config, f"{m}_encoder", None) for m in modalities}
+    names = {m: config.encoder_of(m) for m in modalities}
     lacking = [m for m, name in names.items() if name is None]
     if further := [m for m in lacking if m not in MODALITIES]:
         raise UserError(
@@ -119,7 +119,7 @@ def load_encoders(config: Stage1Config, modalities: Sequence[str] = MODALITIES, 
         )
     own = {m: load_encoder(name, m, never_from) for m, name in names.items() if name is not None}
     if config.stage1_checkpoint is None or not lacking:
-        return Stage1(None, None, None, None, config.features, modalities, own).freeze()
+        return Stage1(None, None, None, None, config.features, modalities, own, config.encode_precision).freeze()
     return load_stage1(
         config.stage1_checkpoint,
         config.tactile_model,
@@ -129,6 +129,7 @@ def load_encoders(config: Stage1Config, modalities: Sequence[str] = MODALITIES, 
         config.features,
         modalities,
         own,
+        config.encode_precision,
     )
 
 

@@ -6,19 +6,21 @@ Checkpoints are loaded strictly: a missing or unexpected key is an error that na
 
 Each encoder gives L2-normalised pooled features (B, E) and a token sequence (B, T, W), both from `forward_intermediates` of
 its library. For images the sequence is the pooled token, then the patch grid average-pooled to at most 4 x 4 in row-major
-order. For text it is the tokens up to and including the end token.
+order. For text it is the tokens up to and including the end token. Encoders compute in float32, bf16 or fp16, and give
+float32.
 """
 
 import argparse
+import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import timm
 import torch
@@ -55,6 +57,9 @@ PANGRAM = "The quick brown fox jumps over the lazy dog, 0123456789."  # its toke
 GRID = 4  # side of the average-pooled patch grid
 FILE_ENCODERS = ("timm", "open_clip", "hf", "st", "anytouch")  # encoders of one's own whose name may end with a path
 FeatureKind = Literal["tokens", "pooled"]
+Precision = Literal["float32", "bf16", "fp16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PrecisionOption = Literal["auto", "float32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ class Stage1Config:
     (sentence-transformers), or package.module:NAME; default: TVL's."""
     more_encoders: tuple[str, ...] | None = None
     """Encoders of further modalities: depth=timm:NAME audio=package.module:NAME ..., as for photos."""
+    encode_precision: PrecisionOption = "auto"
+    """Precision of the encoders: float32, bf16 (autocast), or fp16 (weights in half precision); auto: bf16 on a GPU, float32
+    on a CPU. A run keeps the one that its features were computed in."""
     enable_flash_attention2: tyro.conf.Suppress[Annotated[bool, Ignored("PyTorch's fused attention is always used")]] = False
 
     def __post_init__(self) -> None:
@@ -93,12 +101,10 @@ class Stage1Config:
             named = one_each("more_encoders", self.more_encoders)
             object.__setattr__(self, "more_encoders", tuple(f"{m}={_with_absolute_path(x)}" for m, x in named.items()))
 
-    def __getattr__(self, name: str) -> str:
-        """`depth_encoder` is that of the further modality depth, as `vision_encoder` is that of vision."""
-        found = one_each("more_encoders", self.__dict__.get("more_encoders"))
-        if (modality := name.removesuffix("_encoder")) == name or modality not in found:
-            raise AttributeError(name)
-        return found[modality]
+    def encoder_of(self, modality: str) -> str | None:
+        """The encoder of one's own of a modality; None if there is none."""
+        own = {"vision": self.vision_encoder, "tactile": self.tactile_encoder, "text": self.text_encoder}
+        return (own | one_each("more_encoders", self.more_encoders)).get(modality)
 
 
 def _with_absolute_path(encoder: str) -> str:
@@ -124,7 +130,7 @@ class Stage1(nn.Module):
     head per modality on top of the pooled features, None for no heads. features: "tokens", or "pooled" for sequences that
     consist of the pooled vector only. modalities: those that `encode` computes. own: {modality: encoder} of encoders that
     take the place of TVL's, and of those of further modalities, see tvl_align.encoders.own; where each modality has one, the
-    first three are None. Raises UserError for a modality without an encoder.
+    first three are None. encode_precision: see `precision`. Raises UserError for a modality without an encoder.
     """
 
     clip: Any  # torch types the attributes of a submodule as Tensor | Module
@@ -139,10 +145,11 @@ class Stage1(nn.Module):
         features: FeatureKind = "tokens",
         modalities: Sequence[str] = MODALITIES,
         own: Mapping[str, nn.Module] | None = None,
+        encode_precision: PrecisionOption = "float32",
     ) -> None:
         super().__init__()
         self.clip, self.tokenizer, self.tactile_encoder = clip, tokenizer, tactile_encoder
-        self.features, self.modalities = features, tuple(modalities)
+        self.features, self.modalities, self.encode_precision = features, tuple(modalities), encode_precision
         self.logit_scale = nn.Parameter(torch.tensor(2.6592))  # ln(1 / 0.07), the initial value of CLIP
         heads: dict[str, nn.Module] = {}
         if common_latent_dim:
@@ -165,6 +172,23 @@ class Stage1(nn.Module):
     def train(self, mode: bool = True) -> "Stage1":
         """Set training mode, unless the encoders are frozen."""
         return super().train(mode and not self.frozen)
+
+    @property
+    def precision(self) -> Precision:
+        """What `encode` computes in by default: `encode_precision`, where "auto" is bf16 on a GPU and float32 on a CPU."""
+        if self.encode_precision == "auto":
+            return "bf16" if self.logit_scale.device.type == "cuda" else "float32"
+        return self.encode_precision
+
+    @cached_property
+    def _half(self) -> "Stage1":
+        """A copy with weights in half precision; these stay as they are, since the fingerprint is that of the checkpoint."""
+        return copy.deepcopy(self).half()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stage1":
+        """Called by `to`, `half` and the like, which change the weights."""
+        self.__dict__.pop("_half", None)
+        return super()._apply(fn, recurse)
 
     @property
     def photo_size(self) -> int:
@@ -225,24 +249,36 @@ class Stage1(nn.Module):
         """Sentences -> (B, L) int64 token ids, truncated to the context length L of the text encoder."""
         return self.own["text"].tokenize(list(sentences)) if "text" in self.own else self.tokenizer(list(sentences))
 
-    def encode(self, batch: Batch) -> Features:
+    def encode(self, batch: Batch, precision: Precision | None = None) -> Features:
         """Encode a batch of raw inputs. Modalities that the batch lacks are absent from the result.
 
-        Raises UserError if the batch has none of the modalities, if modalities differ in the number of rows, and for images
-        of another size or type than the encoders take.
+        precision: float32, bf16 (autocast) or fp16 (weights in half precision); default: `precision` of the encoders.
+        Features are float32 in any of them, pooled features of unit norm. A surrounding autocast has an effect in float32
+        only. Raises UserError if the batch has none of the modalities, if modalities differ in the number of rows, for
+        images of another size or type than the encoders take, and for another precision.
         """
+        precision = precision or self.precision
+        if precision not in PRECISIONS:
+            raise UserError(f"the encoders have no precision {precision!r}; give one of {', '.join(PRECISIONS)}.")
+        model = self._half if precision == "fp16" else self
         names = [name for name in self.modalities if name in batch]
         if not names:
             raise UserError(f"the batch has none of {', '.join(self.modalities)}; it has {', '.join(batch)}.")
-        encoders: dict[str, Any] = {"vision": self.encode_vision, "tactile": self.encode_touch, "text": self.encode_text}
-        encoders |= {name: encoder.encode for name, encoder in self.own.items()}
-        inputs = {name: self._text(batch[name]) if name == "text" else self._inputs(name, batch[name]) for name in names}
+        encoders: dict[str, Any] = {"vision": model.encode_vision, "tactile": model.encode_touch, "text": model.encode_text}
+        encoders |= {name: encoder.encode for name, encoder in model.own.items()}
+        inputs = {name: self._text(batch[name]) if name == "text" else model._inputs(name, batch[name]) for name in names}
         lengths = {name: len(x) for name, x in inputs.items()}
         if len(set(lengths.values())) > 1:
             raise UserError(f"the modalities of the batch differ in their rows, {lengths}; give each the same number.")
+        device = self.logit_scale.device
+        computing: AbstractContextManager[Any] = nullcontext()
+        if precision != "float32":
+            computing = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
         with torch.no_grad() if self.frozen else nullcontext():
-            tokens = {name: self._tokens(*encoders[name](x)) for name, x in inputs.items()}
-        rows = torch.arange(lengths[names[0]], device=self.logit_scale.device)
+            with computing:
+                found = {name: encoders[name](x) for name, x in inputs.items()}
+            tokens = {name: self._tokens(x, precision != "float32") for name, x in found.items()}
+        rows = torch.arange(lengths[names[0]], device=device)
         if "present" in batch:
             tokens = {m: Tokens(t.tokens, t.mask, t.pooled, batch["present"][m]) for m, t in tokens.items()}
         keys = batch.get("caption_keys")
@@ -271,7 +307,11 @@ class Stage1(nn.Module):
             raise UserError(f"the text is {text!r:.60}; give a list of sentences, or token ids (B, L) from `tokenize`.")
         return self.tokenize(text).to(self.logit_scale.device)
 
-    def _tokens(self, tokens: Tensor, mask: Tensor, pooled: Tensor) -> Tokens:
+    def _tokens(self, encoded: tuple[Tensor, Tensor, Tensor], rounded: bool) -> Tokens:
+        """rounded: to fewer bits, in which the norm of a pooled feature is wrong by up to 0.4%."""
+        tokens, mask, pooled = encoded
+        if rounded:
+            tokens, pooled = tokens.float(), F.normalize(pooled.float(), dim=-1)
         if self.features == "pooled":
             tokens, mask = pooled[:, None], mask.new_ones(len(mask), 1)
         return Tokens(tokens, mask, pooled, mask.new_ones(len(mask)))
@@ -361,13 +401,14 @@ def load_stage1(
     features: FeatureKind = "tokens",
     modalities: Sequence[str] = MODALITIES,
     own: Mapping[str, nn.Module] | None = None,
+    encode_precision: PrecisionOption = "float32",
 ) -> Stage1:
     """Load the frozen Stage 1 from a TVL checkpoint and an OpenCLIP model.
 
     `clip_vision_model` and `clip_pretrain_data` default to the values in the checkpoint, then to TVL's ViT-L-14.
-    `clip_pretrain_data` is a tag or a weight file; a relative path is resolved beside the checkpoint first. own: as for
-    Stage1; `tvl_align.encoders.own.load_encoders` loads them too. Raises UserError if the checkpoint or the CLIP weights do
-    not match the models.
+    `clip_pretrain_data` is a tag or a weight file; a relative path is resolved beside the checkpoint first. own,
+    encode_precision: as for Stage1; `tvl_align.encoders.own.load_encoders` loads encoders of one's own too. Raises UserError
+    if the checkpoint or the CLIP weights do not match the models.
     """
     path = Path(checkpoint)
     state, args = read_checkpoint(path)
@@ -385,7 +426,8 @@ def load_stage1(
     tactile = create_touch_encoder(requested, num_classes, getattr(args, "tactile_overrides", None) or {})
     import open_clip
 
-    stage1 = Stage1(clip, open_clip.get_tokenizer(clip_name), tactile, latent, features, modalities, own)
+    tokenizer = open_clip.get_tokenizer(clip_name)
+    stage1 = Stage1(clip, tokenizer, tactile, latent, features, modalities, own, encode_precision)
     state = {k: v for k, v in state.items() if k != "logit_bias"}  # no feature depends on it
     load_strictly(
         *(stage1, state, path, "check --tactile_model and --common_latent_dim"),

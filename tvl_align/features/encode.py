@@ -5,13 +5,13 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, product
+from itertools import chain, cycle, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDict
@@ -35,9 +35,12 @@ from tvl_align.system.provenance import provenance
 from tvl_align.system.workers import run_in_threads
 
 ENCODE_BATCH = 64  # rows
+GPU_BATCH = 256  # rows
+GPU_LANES = 3  # batches at a time on a GPU: one is computed while others are copied and written
 LOOK = "look_"  # begins the names of the files of colour statistics in an unfinished store
 MIN_BATCHES = 8  # smaller batches for small splits, so that no core idles long during the last batch
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def open_or_encode(
@@ -247,33 +250,38 @@ def _encode_split(
     """Encode one split. Each process fills its own rows of the shared tables. Batches that are done are skipped.
 
     Photos and touch images are encoded once for each view, files of further modalities, which are not augmented, once.
+
+    Several batches are in work at a time. On a GPU each has a CUDA stream of its own, so that only its own thread waits for
+    its copies: the GPU computes the next batch while this one is copied to the GPU, back, and written.
     """
     count, device, plan = len(samples), stage1.logit_scale.device, _Plan.make(samples, views, stage1.modalities)
     if is_main() and not (folder / "done").is_dir():
         plan.create_files(folder, specs)
     barrier()
     done = TensorDict.load_memmap(folder / "done")
-    batches = {what: _remaining_batches(done[what]) for what in ("text", *plan.passes)}
+    largest = GPU_BATCH if device.type == "cuda" else ENCODE_BATCH
+    batches = {what: _remaining_batches(done[what], largest) for what in ("text", *plan.passes)}
     barrier()  # all processes have read the flags before one sets any
     tables = {m: TensorDict.load_memmap(folder / m) for m, size in plan.sizes.items() if size}
     index = TensorDict.load_memmap(folder / "index")
     bad_rows: set[int] = set()
 
+    def encode(modality: str, inputs: Tensor) -> Tokens:
+        return stage1.encode({modality: inputs.to(device, non_blocking=True)}).modalities[modality]
+
     def write_text(batch: Tensor) -> int:
-        encoded = stage1.encode({"text": stage1.tokenize([plan.texts[i] for i in batch.tolist()]).to(device)}).modalities
-        _write(tables["text"], batch, encoded["text"])
+        _write(tables["text"], batch, encode("text", stage1.tokenize([plan.texts[i] for i in batch.tolist()])))
         done["text"].numpy()[batch.numpy()] = True
         return len(batch)
 
     def write_images(name: str, batch: Tensor, row_views: RowViews, loaded: ImageBatch) -> int:
         for modality, (positions, images) in loaded.images.items():
-            encoded = stage1.encode({modality: images.to(device)}).modalities
-            table_rows = torch.stack([plan.index[modality][row_views[i]] for i in positions])
-            _write(tables[modality], table_rows, encoded[modality])
+            encoded = encode(modality, images)  # a GPU computes it during the next lines
             plain = [i for i, position in enumerate(positions) if row_views[position][1] == 0]
             if plain and modality in plan.looks:
                 rows = [row_views[positions[i]][0] for i in plain]
                 done[f"{LOOK}{modality}"][rows] = _colour_statistics(images[plain], samples.colours(modality))
+            _write(tables[modality], torch.stack([plan.index[modality][row_views[i]] for i in positions]), encoded)
         done[name].numpy()[batch.numpy()] = True
         return len(batch)
 
@@ -294,19 +302,35 @@ def _encode_split(
 
     texts = (partial(write_text, batch) for batch in batches["text"])
     images = (image_jobs(what, *of_pass) for what, of_pass in plan.passes.items())
+    jobs: Iterator[Callable[[], int]] = chain(texts, chain.from_iterable(images))
     with progress(sum(map(len, chain(*batches.values()))), f"encode {name}", "view", quiet=not is_main()) as bar:
-        for jobs in (texts, *images):
-            for finished in run_in_threads(jobs):
-                bar.update(finished)
+        for finished in run_in_threads(on_streams(jobs, device), GPU_LANES if device.type == "cuda" else None):
+            bar.update(finished)
 
 
-def _remaining_batches(done: Tensor) -> list[Tensor]:
-    """This process's share of the batches that are not encoded yet.
+def on_streams(jobs: Iterable[Callable[[], T]], device: torch.device) -> Iterator[Callable[[], T]]:
+    """The same jobs; on a GPU they use GPU_LANES CUDA streams in turn. On a CPU they are unchanged."""
+    if device.type != "cuda":
+        yield from jobs
+        return
+    streams = [torch.cuda.Stream(device) for _ in range(GPU_LANES)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(device))  # which copied the weights to the GPU
+
+    def on(stream: torch.cuda.Stream, job: Callable[[], T]) -> T:
+        with torch.cuda.stream(stream):
+            return job()
+
+    yield from (partial(on, stream, job) for stream, job in zip(cycle(streams), jobs, strict=False))
+
+
+def _remaining_batches(done: Tensor, largest: int) -> list[Tensor]:
+    """This process's share of the batches of `largest` rows, fewer in a small split, that are not encoded yet.
 
     The batches do not depend on the number of processes or on where an encode was interrupted: the other rows of a batch can
     change the last digit of a feature.
     """
-    batches = torch.arange(len(done)).split(max(1, min(ENCODE_BATCH, len(done) // MIN_BATCHES)))
+    batches = torch.arange(len(done)).split(max(1, min(largest, len(done) // MIN_BATCHES)))
     return [batch for batch in batches if not done[batch].all()][rank() :: world_size()]
 
 
@@ -344,6 +368,9 @@ def _write(table: TensorDict, rows: Tensor, tokens: Tokens) -> None:
     """
     masked = (tokens.tokens * tokens.mask[..., None]).half()
     if not (masked.isfinite().all() and tokens.pooled.isfinite().all()):
-        raise UserError("the encoders give features that are NaN, inf or above 65,504; use another Stage-1 checkpoint.")
+        raise UserError(
+            "the encoders give features that are NaN, inf or above 65,504; use another Stage-1 checkpoint, or "
+            "--encode_precision float32."
+        )
     for name, column in (("tokens", masked), ("mask", tokens.mask), ("pooled", tokens.pooled.float())):
         table[name].numpy()[rows.numpy(), : column.shape[1]] = column.cpu().numpy()

@@ -33,6 +33,7 @@ LATER_OPTIONS = {  # of images: {name: default}
         "more_bits",
     )
 }
+UNNAMED = {"precision": "float32"}  # ingredients that are left out where they have this value, so that stores keep their key
 GONE = "gone"  # stands for the hash of a file that cannot be read
 
 
@@ -47,7 +48,7 @@ class Identity:
         """(ingredient, what differs), such as ("packages", "torch 2.9 (it was 2.8)"). `other` is the earlier identity."""
         found: list[tuple[str, str]] = []
         for name, what in WHAT.items():
-            now, was = (side.ingredients.get(name) for side in (self, other))
+            now, was = (side.ingredients.get(name, UNNAMED.get(name)) for side in (self, other))
             if now == was or now is None or was is None:
                 continue
             if name == "images":
@@ -56,6 +57,8 @@ class Identity:
                 texts = [f"the rows or images of {split}" for split in sorted(now) if now[split] != was.get(split)]
             elif name in ("packages", "images"):
                 texts = [f"{k} {now.get(k)} (it was {was.get(k)})" for k in sorted({*now, *was}) if now.get(k) != was.get(k)]
+            elif name == "precision":
+                texts = [f"{what} {now} (it was {was})"]
             else:
                 texts = [what]
             found += [(name, text) for text in texts]
@@ -66,6 +69,7 @@ WHAT = {
     "format": "the format of stores",
     "encoders": "the weights of the Stage-1 checkpoint",
     "features": "--features",
+    "precision": "--encode_precision",
     "images": "the transforms of images",
     "text": "prompt, order or synonyms of sentences",
     "views": "--views",
@@ -86,8 +90,7 @@ def identify(stage1: Stage1, samples: Mapping[str, Samples], views: int, feature
     barrier()  # the other processes find the hashes in the file
     ingredients = {
         "format": FORMAT,
-        "encoders": stage1.fingerprint(),
-        "features": stage1.features,
+        **encoder_ingredients(stage1),
         "images": image_ingredients(first.images.options),
         "text": text_ingredients(first.text, any(isinstance(r.caption, Sentence) for s in samples.values() for r in s.rows)),
         "views": views,
@@ -97,6 +100,17 @@ def identify(stage1: Stage1, samples: Mapping[str, Samples], views: int, feature
     }
     text = json.dumps(ingredients, sort_keys=True)
     return Identity(hashlib.sha256(text.encode()).hexdigest()[:16], json.loads(text))
+
+
+def encoder_ingredients(stage1: Stage1) -> dict[str, str]:
+    """What features depend on beside the inputs: weights, kind of features, and the precision if it is not float32."""
+    found = {"encoders": stage1.fingerprint(), "features": stage1.features, "precision": stage1.precision}
+    return {name: value for name, value in found.items() if UNNAMED.get(name) != value}
+
+
+def precision_of(ingredients: Mapping[str, Any]) -> Any:
+    """The precision of the encoders that made features of these ingredients."""
+    return ingredients.get("precision", UNNAMED["precision"])
 
 
 def image_ingredients(options: ImageOptions) -> dict[str, Any]:

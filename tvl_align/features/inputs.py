@@ -34,7 +34,7 @@ from tvl_align.encoders.names import check_modalities, one_each
 from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import Stage1, Stage1Config
 from tvl_align.features.encode import changed_features, open_or_encode
-from tvl_align.features.identity import Identity, identify
+from tvl_align.features.identity import Identity, identify, precision_of
 from tvl_align.features.live import LiveSplit
 from tvl_align.features.store import FeatureSource, FeatureStore
 from tvl_align.features.subset import ShuffledPairs, set_probe_rows_aside
@@ -298,9 +298,11 @@ def load_samples(
 ) -> tuple[Stage1, dict[str, Samples]]:
     """The frozen encoders on `device`, and the samples of every split at the input sizes of these encoders.
 
-    expected: the identity of the features of a run; colours that it measured are not measured again. never_from: a folder
-    that no encoder is imported from, such as a run folder.
+    expected: the identity of the features of a run; colours that it measured are not measured again, and "auto" is the
+    precision of its encoders. never_from: a folder that no encoder is imported from, such as a run folder.
     """
+    if expected is not None and frozen.encode_precision == "auto":
+        frozen = replace(frozen, encode_precision=precision_of(expected.ingredients))
     tolerance = Tolerance(data.strict, data.max_skipped)
     if data.pairs is not None:
         rows = read_pairs(data.pairs, data.datasets_dir, data.columns, seed, tolerance)

@@ -15,11 +15,11 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from tvl_align.data.text import adjectives, evaluation_text, is_absent
 from tvl_align.data.transforms import BadImage, ImageOptions, picture_tensor
 from tvl_align.data.tvl import PICTURES
 from tvl_align.encoders.own import load_encoders
-from tvl_align.encoders.tvl import Stage1
+from tvl_align.encoders.tvl import Precision, Stage1
+from tvl_align.features.identity import precision_of
 from tvl_align.features.store import FeatureSource, FeatureStore
 from tvl_align.inference.export import CARD, CONFIG, WEIGHTS, ExportConfig, export, model_of, read_export
 from tvl_align.losses.alignment import pair_name
@@ -49,7 +50,6 @@ from tvl_align.training.settings import Settings
 BATCH = 64  # rows
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 Picture = str | Path | Image.Image | np.ndarray | Tensor
-Precision = Literal["float32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,8 @@ class Registers:
         """
         if self._stage1 is not None:
             return self._checked(self._stage1, "the Stage 1 that was given").to(self.device)
-        frozen = self.settings.stage1
-        self._ingredients  # noqa: B018 - features of one's own have no encoders
-        names = self.modalities
-        lacking = [m for m in names if getattr(frozen, f"{m}_encoder", None) is None]
+        frozen, names = replace(self.settings.stage1, encode_precision=self.precision), self.modalities
+        lacking = [m for m in names if frozen.encoder_of(m) is None]
         if further := [m for m in lacking if m not in MODALITIES]:
             raise UserError(
                 f"{self.folder} gives no encoder of {further[0]}, as nothing is imported because a file names it; give the "
@@ -139,6 +137,11 @@ class Registers:
             )
         what = str(frozen.stage1_checkpoint or "the encoders of the run")
         return self._checked(load_encoders(frozen, names, self.folder), what).to(self.device)
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the encoders that the run was trained with, on any device."""
+        return precision_of(self._ingredients)
 
     def _checked(self, stage1: Stage1, what: str) -> Stage1:
         expected, found = self._ingredients.get("encoders"), stage1.fingerprint()
@@ -187,7 +190,7 @@ class Registers:
         sentences: bool | None = None,
         dataset: str | None = None,
         batch_size: int = BATCH,
-        precision: Precision = "float32",
+        precision: Precision | None = None,
         quiet: bool = True,
         **more: Any,
     ) -> Embeddings:
@@ -201,7 +204,7 @@ class Registers:
         keep: only the first `keep` registers; the others are zero. sentences: whether texts are sentences, used as they are;
         default: as in the run. dataset: of runs on TVL's data, whose photos are cropped as in this data set: "ssvtp"
         (centre), "hct" (top) or "hct/data3"; default: by the place of a file in the data folder of the run, else the
-        centre. precision: of the encoders; bf16 is faster on a GPU. quiet: no progress.
+        centre. precision: of the encoders, float32, bf16 or fp16; default: that of the run. quiet: no progress.
 
         attention: also compute how much each frozen token moves each register, (B, N, T), of sum 1 over T: the norm of the
         gradient of the register's squared norm, halved. It holds for every method, also for those that read tokens through
@@ -220,17 +223,18 @@ class Registers:
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is out of range; give 1 or more.")
         self.stage1  # noqa: B018 - loaded before threads use it
+        used = precision or self.precision
         batches = [range(i, min(i + batch_size, rows)) for i in range(0, rows, batch_size)]
 
         def one(batch: range) -> Embeddings:
-            features = self._encode(
-                {m: x[batch.start : batch.stop] for m, x in items.items()}, batch, bool(sentences), dataset, precision
-            )
+            of_batch = {m: x[batch.start : batch.stop] for m, x in items.items()}
+            features = self._encode(of_batch, batch, bool(sentences), dataset, used)
             return self.embed_features(features, keep=keep, attention=attention)
 
         parts: list[Embeddings] = []
+        lanes = torch.get_num_threads() if self.device.type == "cuda" else None  # a GPU waits for pictures to be read
         with progress(rows, "embed", "row", quiet) as bar:
-            for part in run_in_threads(partial(one, batch) for batch in batches):
+            for part in run_in_threads((partial(one, batch) for batch in batches), lanes):
                 parts.append(part)
                 bar.update(len(part))
         return Embeddings.joined(parts)
@@ -266,8 +270,8 @@ class Registers:
                 blank = torch.zeros(stage1.input_shape(m))
                 raw[m] = torch.stack([blank if x is None else x for x in inputs]).to(device)
         present = {m: torch.tensor([x is not None for x in of_batch], device=device) for m, of_batch in items.items()}
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            features = stage1.encode({**raw, "present": present}).float()
+        with torch.no_grad():
+            features = stage1.encode({**raw, "present": present}, precision)
         return as_stored(features) if self.settings.data.views else features
 
     def _input(self, source: Any, modality: str, dataset: str | None, item: int) -> Tensor | None:

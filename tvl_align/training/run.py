@@ -34,8 +34,8 @@ from tvl_align.training.settings import RunConfig, Settings, notes_on_ignored_fl
 
 MAX_SIZE = 2**20  # of features: their width and number of tokens
 MAY_DIFFER_ON_RESUME = {  # options that do not change the results of a run
-    "stage1": {  # places; the store knows their content
-        *("enable_flash_attention2", "stage1_checkpoint", "clip_pretrain_data"),
+    "stage1": {  # places; the store knows their content, and the precision
+        *("enable_flash_attention2", "encode_precision", "stage1_checkpoint", "clip_pretrain_data"),
         *("vision_encoder", "tactile_encoder", "text_encoder", "more_encoders"),
     },
     "data": {
@@ -118,7 +118,8 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
         old_group = old[group] if isinstance(old.get(group), dict) else {}
         for name in sorted(new[group].keys() | old_group.keys()):
             was, now = old_group.get(name), new[group].get(name)
-            if was != now and name not in MAY_DIFFER_ON_RESUME.get(group, ()):
+            since = name not in old_group and not now  # an option that the earlier version lacked, at its default
+            if was != now and not since and name not in MAY_DIFFER_ON_RESUME.get(group, ()):
                 found.append(f"--{name} {now} (it has {was})")
     return found
 

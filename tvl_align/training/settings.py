@@ -85,11 +85,11 @@ class Settings(Generic[K]):
             raise UserError(
                 f"--start_epoch {self.run.start_epoch} leaves nothing of --epochs {self.optim.epochs}; give a lower one."
             )
-        own = all(getattr(self.stage1, f"{m}_encoder", None) for m in self.data.active_modality_names)
+        own = all(self.stage1.encoder_of(m) for m in self.data.active_modality_names)
         if self.stage1.stage1_checkpoint is None and self.data.store is None and not own:
             raise UserError(
                 "no features to train on; give --stage1_checkpoint FILE, an encoder of your own for each modality "
-                "(--vision_encoder ...), or --store FOLDER."
+                "(--vision_encoder ..., --more_encoders), or --store FOLDER."
             )
 
     @property
