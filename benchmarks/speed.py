@@ -31,13 +31,13 @@ from tvl_align.contract import MODALITIES, Features, FeatureSpec
 from tvl_align.data.loading import load_images
 from tvl_align.data.samples import TextOptions, make_samples
 from tvl_align.data.transforms import ImageOptions
-from tvl_align.data.tvl import read_tvl
+from tvl_align.data.tvl import PICTURES, read_tvl
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder
-from tvl_align.evaluation.probes import ProbeKind, Target, fit_probes
+from tvl_align.evaluation.probes import ProbeKind, Problem, Target, fit_probes
 from tvl_align.features.encode import ENCODE_BATCH, open_or_encode
 from tvl_align.features.store import FeatureStore
-from tvl_align.inference.registers import PICTURES, Registers
+from tvl_align.inference.registers import Registers
 from tvl_align.inference.search import ROWS, Found, Index
 from tvl_align.methods.registry import METHODS
 from tvl_align.metrics.retrieval import retrieval
@@ -377,7 +377,7 @@ def _probes(config: BenchConfig) -> Iterator[Figure]:
     inputs: dict[ProbeKind, Sequence[Tensor]] = {"linear": [rows], "mlp": [rows], "attentive": [tokens.tokens, tokens.mask]}
     for kind, content in inputs.items():
         targets = [Target(labels[: len(content[0])], 5)] * 5
-        fitting = partial(fit_probes, kind, content, targets, content, max_steps=40)
+        fitting = partial(fit_probes, [Problem(content, targets, content)], (kind,), max_steps=40)
         with MatrixProducts() as products:
             fitting()
         name = f"{kind} probes, 5 factors, {len(content[0])} rows / their matrix products"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tvl_align.contract import Features, Tokens
-from tvl_align.evaluation.factors import Factor, FactorProbes, Reading, Rows
+from tvl_align.evaluation.factors import Factor, FactorProbes, Group, Reading, Rows
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.probes import ProbeKind
 
@@ -158,8 +158,8 @@ def fitted(
         for i, name in enumerate(test[0].names):
             labels.values[name]["shape"] = int(test[1]["shape"][i] + 1) % 4
     made = FactorProbes(labels, probe[0], test[0], seed=0, steps=steps)
-    for group in ("overlapping", "complementary"):
-        made.read(group, {"touch": probe[2][group]}, {"touch": test[2][group]}, kinds=(kind,))
+    groups = {g: Group({"touch": probe[2][g]}, {"touch": test[2][g]}) for g in ("overlapping", "complementary")}
+    made.read(groups, kinds=(kind,))
     for each in made.each():
         each.readings["stage1"] = each.readings["overlapping"]
     return made
@@ -277,7 +277,7 @@ def test_ceilings_are_fitted_on_their_own_rows() -> None:
         labels.values[name]["shape"] = (labels.values[name]["shape"] + 1) % 4
     made = FactorProbes(labels, probe[0], test[0], 0, 60, other[0])
     made.read_ceilings()
-    made.read("overlapping", {"touch": probe[2]["overlapping"]}, {"touch": test[2]["overlapping"]})
+    made.read({"overlapping": Group({"touch": probe[2]["overlapping"]}, {"touch": test[2]["overlapping"]})})
     shape = made.factors["touch"]["shape"]
     assert shape.best("stage1").accuracy < 10
     assert shape.best("overlapping").accuracy > 95
@@ -294,7 +294,7 @@ def test_tokens_on_the_cpu_are_probed_on_the_device_of_the_rows() -> None:
     probe, test = planted(300, 0), planted(100, 1)
     sides = [Rows(rows.names, rows.frozen.to(torch.device("cuda"))) for rows, _, _ in (probe, test)]
     made = FactorProbes(labelled(probe, test), *sides, seed=0, steps=100)
-    made.read("overlapping", {"touch": probe[2]["overlapping"]}, {"touch": test[2]["overlapping"]})
+    made.read({"overlapping": Group({"touch": probe[2]["overlapping"]}, {"touch": test[2]["overlapping"]})})
     assert made.factors["touch"]["shape"].best("overlapping").accuracy > 95
 
 
@@ -306,8 +306,9 @@ def test_half_the_rows_are_the_first_half() -> None:
         made = FactorProbes(labelled(probe, test), probe[0], test[0], seed=0, steps=20)
         tokens = probe[2]["overlapping"].clone()
         tokens[100:] += junk
-        made.read("half", {"touch": tokens}, {"touch": test[2]["overlapping"]}, share=0.5)
-        made.read("all", {"touch": tokens}, {"touch": test[2]["overlapping"]})
+        sides = {"touch": tokens}, {"touch": test[2]["overlapping"]}
+        made.read({"half": Group(*sides, share=0.5)})
+        made.read({"all": Group(*sides)})
         found.append(made.factors["touch"]["shape"].readings)
     assert found[0]["half"]["linear"].bits == found[1]["half"]["linear"].bits
     assert found[0]["all"]["linear"].bits != found[1]["all"]["linear"].bits

@@ -18,7 +18,7 @@ from tvl_align.evaluation import measure as module
 from tvl_align.evaluation.factors import Rows
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
-from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, stage1_features
+from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, stage1_features
 from tvl_align.features.identity import Identity
 from tvl_align.features.inputs import DataConfig
 from tvl_align.features.subset import ShuffledPairs
@@ -130,6 +130,31 @@ def test_ceilings_are_read_with_some_evenly_spaced_training_rows(run: Path, monk
             assert torch.equal(rows.frozen.modalities[m].pooled[6:], frozen.modalities[m].pooled)
     monkeypatch.setattr(module, "CEILING_ROWS", 5)
     assert module._ceiling_rows(splits["train"], probe, cpu) is probe
+
+
+@pytest.mark.parametrize("mode", ["nested", "independent"])
+def test_tokens_of_a_prefix_are_those_that_are_computed(run: Path, mode: str) -> None:
+    """Those of causal registers are taken from the tokens of all registers, others are computed again."""
+    cpu = torch.device("cpu")
+    settings, method, config = load_run(run, None)
+    inputs = settings.open_inputs(cpu, Identity(config["store"], config["features"]))
+    model = module.build_model(
+        method, replace(settings.knobs, nested_dropout_mode=mode, num_cross_attn_layers=2), inputs.specs
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():  # so that registers act on each other
+            parameter.normal_(std=0.3)
+    source, rows = inputs.splits["test"], torch.arange(8)
+    every = compute_tokens(model, source, rows, cpu)
+    assert module._first(module._lengths(model)[-1], model, source, rows, cpu, every) is every
+    for k in range(1, module._overlapping(every) + 1):
+        found, computed = (
+            module._first_overlapping(k, model, source, rows, cpu, every),
+            compute_tokens(model, source, rows, cpu, k),
+        )
+        for m, tokens in computed.overlapping.items():
+            assert torch.allclose(found[m], tokens, atol=1e-4)
+            assert tokens[:, :k].abs().sum() > 0 and not tokens[:, k:].any()
 
 
 def test_captions_of_equal_levels_mean_the_same() -> None:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,25 @@ from torch import Tensor
 
 from tvl_align.contract import Features
 from tvl_align.evaluation.labels import Labels
-from tvl_align.evaluation.probes import STRENGTHS, ProbeKind, Target, accuracy, bits, fit_probes, normalised_score, r2
+from tvl_align.evaluation.probes import (
+    STRENGTHS,
+    Probed,
+    ProbeKind,
+    Problem,
+    Target,
+    accuracy,
+    bits,
+    fit_probes,
+    normalised_score,
+    r2,
+)
 from tvl_align.evaluation.uncertainty import interval, weighted_mean
 from tvl_align.system.checkpoint import load_safely, save_checkpoint
-from tvl_align.system.console import UserError, progress
-from tvl_align.system.workers import run_in_threads
+from tvl_align.system.console import UserError
 
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
 CEILING = "stage1"  # the group of the frozen features
-CEILINGS_VERSION = 1  # of the probes that read ceilings; a new one where they change
+CEILINGS_VERSION = 2  # of the probes that read ceilings; a new one where they change
 MIN_MARGIN = 5.0  # percentage points and
 MIN_ERRORS = 2.0  # standard errors that a ceiling must be above chance
 MIN_BITS = 0.05  # usable bits of a ceiling that are divided by
@@ -130,20 +139,38 @@ class _Labelled:
     levels: int
     numbers: tuple[Tensor, Tensor, Tensor] | None
 
+    @property
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the numbers of the probe rows, by which all are standardised."""
+        values = self.numbers[0] if self.numbers else torch.zeros(1)
+        known = values[values.isfinite()]
+        return known.mean(), known.std(correction=0).clamp(min=1e-9)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens to probe: {modality: (M, n, D)} of the probe rows and {modality: (Q, n, D)} of the test rows.
+
+    share: fraction of the probe rows to use. shared_only: only factors that several modalities own. thorough: try every
+    strength of regularisation.
+    """
+
+    probe: Mapping[str, Tensor]
+    test: Mapping[str, Tensor]
+    share: float = 1.0
+    shared_only: bool = False
+    thorough: bool = False
+
 
 @dataclass(frozen=True)
 class _Job:
-    """One probe to fit for all factors of a modality: inputs of the probe and test rows, fraction of the probe rows."""
+    """A problem of all `factors` of a modality, and where its readings go: to `group`, under the kind of probe and `of`."""
 
     modality: str
     group: str
-    label: str
-    kind: ProbeKind
-    probe: Sequence[Tensor]
-    test: Sequence[Tensor]
-    share: float = 1.0
-    shared_only: bool = False
-    thorough: bool = True
+    factors: Mapping[str, "_Labelled"]
+    problem: Problem
+    of: str = ""
 
 
 class FactorProbes:
@@ -208,15 +235,15 @@ class FactorProbes:
                         self.factors[modality][name].readings[CEILING] = {k: Reading(*r) for k, r in readings.items()}
                 return
         jobs = []
-        for modality in self.factors:
-            a, b = (rows.frozen.modalities[modality] for rows in (self.ceiling, self.test))
+        for m in self.factors:
+            a, b = (rows.frozen.modalities[m] for rows in (self.ceiling, self.test))
             length = min(a.tokens.shape[1], b.tokens.shape[1])
             x, y = ((t.tokens[:, :length], t.mask[:, :length]) for t in (a, b))
             flat, flat_test = ((tokens * mask[..., None]).flatten(1) for tokens, mask in (x, y))
-            jobs += [_Job(modality, CEILING, "attentive", "attentive", x, y)]
-            jobs += [_Job(modality, CEILING, f"{kind} on tokens", kind, (flat,), (flat_test,)) for kind in KINDS]
-            jobs += [_Job(modality, CEILING, f"{kind} on pooled", kind, (a.pooled,), (b.pooled,)) for kind in KINDS]
-        self._run(jobs, "ceilings")
+            jobs.append(self._job(m, CEILING, x, y))
+            jobs.append(self._job(m, CEILING, (flat,), (flat_test,), of=" on tokens"))
+            jobs.append(self._job(m, CEILING, (a.pooled,), (b.pooled,), of=" on pooled"))
+        self._run(jobs, KINDS, "ceilings")
         if kept is not None:
             plain = {
                 m: {n: {k: (r.correct, r.bits, r.r2) for k, r in f.readings[CEILING].items()} for n, f in factors.items()}
@@ -240,72 +267,53 @@ class FactorProbes:
                     digest.update(part.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def read(
-        self,
-        group: str,
-        probe: Mapping[str, Tensor],
-        test: Mapping[str, Tensor],
-        *,
-        share: float = 1.0,
-        kinds: Sequence[ProbeKind] = KINDS,
-        shared_only: bool = False,
-        thorough: bool = False,
-    ) -> None:
-        """Probe tokens {modality: (M, n, D)} and {modality: (Q, n, D)}; the readings get the name `group`.
-
-        share: fraction of the probe rows to use. shared_only: only factors that several modalities own. thorough: try every
-        strength of regularisation.
-        """
+    def read(self, groups: Mapping[str, Group], kinds: Sequence[ProbeKind] = KINDS) -> None:
+        """Probe groups of tokens; the readings get the names of the groups. Groups that are read together cost less."""
         device = self.probe.frozen.rows.device
-        flat = {m: ((probe[m].flatten(1).to(device),), (test[m].flatten(1).to(device),)) for m in self.factors}
-        jobs = [_Job(m, group, kind, kind, *flat[m], share, shared_only, thorough) for m in self.factors for kind in kinds]
-        self._run(jobs, group.replace("_", " "))
+        jobs = []
+        for name, group in groups.items():
+            for m in self.factors:
+                x, y = ((tokens[m].flatten(1).to(device),) for tokens in (group.probe, group.test))
+                jobs.append(self._job(m, name, x, y, group.share, group.shared_only, group.thorough))
+        self._run(jobs, kinds, "tokens")
 
-    def _run(self, jobs: Sequence["_Job"], title: str) -> None:
-        work = [partial(self._probe, job) for job in jobs]
-        with progress(len(work), f"probe {title}", "fit") as bar:
-            lanes = torch.get_num_threads() if self.probe.frozen.rows.device.type == "cpu" else 1
-            for job, readings in zip(jobs, run_in_threads(work, lanes=lanes), strict=True):
-                for name, reading in readings.items():
-                    self.factors[job.modality][name].readings.setdefault(job.group, {})[job.label] = reading
-                bar.update()
-
-    def _probe(self, job: "_Job") -> dict[str, Reading]:
-        modality = job.modality
+    def _job(
+        self,
+        modality: str,
+        group: str,
+        train: Sequence[Tensor],
+        test: Sequence[Tensor],
+        share: float = 1.0,
+        shared_only: bool = False,
+        thorough: bool = True,
+        of: str = "",
+    ) -> _Job:
         chosen = {
             name: labelled
             for name, labelled in self._labelled[modality].items()
-            if not job.shared_only or len(self.labels.ownership[name]) > 1
+            if not shared_only or len(self.labels.ownership[name]) > 1
         }
-        if not chosen:
-            return {}
-        of_ceiling = job.group == CEILING
+        of_ceiling = group == CEILING
         at = (self.ceiling if of_ceiling else self.probe).frozen.modalities[modality].present.nonzero().squeeze(1)
-        at = at[: max(MIN_ROWS, math.ceil(job.share * len(at)))]
-        device, rows = at.device, at.cpu()
-        targets, places = [], []
-        for name, x in chosen.items():
-            targets.append(Target((x.ceiling if of_ceiling else x.probe)[rows].to(device), x.levels))
-            places.append((name, "class"))
+        at = at[: max(MIN_ROWS, math.ceil(share * len(at)))]
+        rows, targets = at.cpu(), []
+        for x in chosen.values():
+            targets.append(Target((x.ceiling if of_ceiling else x.probe)[rows].to(at.device), x.levels))
             if x.numbers is not None:
-                values = x.numbers[2 if of_ceiling else 0][rows]
-                mean, std = _moments(values)
-                targets.append(Target(((values - mean) / std).to(device)))
-                places.append((name, "number"))
-        outputs = fit_probes(job.kind, [x[at] for x in job.probe], targets, job.test, self.seed, self.steps, job.thorough)
-        found = dict(zip(places, outputs, strict=True))
-        readings = {}
-        for name, x in chosen.items():
-            present, probed = x.test >= 0, found[name, "class"]
-            correct = torch.where(present, accuracy(probed, x.test), torch.nan)
-            usable = self.factors[modality][name].entropy - float(bits(probed, x.test.clamp(min=0))[present].mean())
-            explained = None
-            if x.numbers is not None:
-                mean, std = _moments(x.numbers[2 if of_ceiling else 0][rows])
-                values = (x.numbers[1] - mean) / std
-                explained = r2(found[name, "number"], values, torch.zeros(1))
-            readings[name] = Reading(correct, usable, explained)
-        return readings
+                mean, std = x.moments
+                targets.append(Target(((x.numbers[2 if of_ceiling else 0][rows] - mean) / std).to(at.device)))
+        return _Job(modality, group, chosen, Problem([x[at] for x in train], targets, test, thorough), of)
+
+    def _run(self, jobs: Sequence[_Job], kinds: Sequence[ProbeKind], title: str) -> None:
+        jobs = [job for job in jobs if job.factors]
+        found = fit_probes([job.problem for job in jobs], kinds, self.seed, self.steps, f"probe {title}")
+        for job, by_kind in zip(jobs, found, strict=True):
+            for kind, probed in by_kind.items():
+                each = iter(probed)  # a factor's classes, then its numbers
+                for name, x in job.factors.items():
+                    readings = self.factors[job.modality][name].readings.setdefault(job.group, {})
+                    entropy = self.factors[job.modality][name].entropy
+                    readings[kind + job.of] = _reading(x, entropy, next(each), next(each) if x.numbers is not None else None)
 
     def each(self) -> Iterator[Factor]:
         """All factors of all modalities."""
@@ -345,9 +353,14 @@ class FactorProbes:
         return {m: {name: f.as_json() for name, f in factors.items()} for m, factors in self.factors.items()}
 
 
-def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    known = values[values.isfinite()]
-    return known.mean(), known.std(correction=0).clamp(min=1e-9)
+def _reading(x: _Labelled, entropy: float, classes: Probed, numbers: Probed | None) -> Reading:
+    present = x.test >= 0
+    correct = torch.where(present, accuracy(classes, x.test), torch.nan)
+    usable = entropy - float(bits(classes, x.test.clamp(min=0))[present].mean())
+    if x.numbers is None or numbers is None:
+        return Reading(correct, usable)
+    mean, std = x.moments
+    return Reading(correct, usable, r2(numbers, (x.numbers[1] - mean) / std, torch.zeros(1)))
 
 
 def _mean(values: Iterator[float]) -> float:

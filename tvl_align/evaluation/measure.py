@@ -20,7 +20,7 @@ from tvl_align.data.pairs import pair_labels
 from tvl_align.data.samples import Samples
 from tvl_align.data.split import repeats
 from tvl_align.evaluation.cross_reading import cross_readings
-from tvl_align.evaluation.factors import MIN_ROWS, FactorProbes, Rows
+from tvl_align.evaluation.factors import MIN_ROWS, FactorProbes, Group, Rows
 from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.oracle import oracle
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, joined_features, stage1_features
@@ -147,14 +147,21 @@ def measure(options: EvaluateConfig) -> Path:
             _ceiling_rows(inputs.splits["train"], sides, device),
         )
         factors.read_ceilings(settings.data.store or settings.feature_dir)
-        for group in ("overlapping", "complementary"):
-            on_rows, on_test = getattr(on_probe, group), getattr(trained_tokens, group)
-            factors.read(group, on_rows, on_test, thorough=True)
-            factors.read(f"half_{group}", on_rows, on_test, share=0.5)
+    prefixes = {k: _first(k, model, test, all_rows(test), device, trained_tokens) for k in _lengths(model)}
+    if factors is not None:
         floor = compute_tokens(untrained, probe, rows, device)
-        for group in ("overlapping", "complementary"):
-            factors.read(f"untrained_{group}", getattr(floor, group), getattr(untrained_tokens, group))
-    results["prefix"] = _prefixes(model, test, device, names, meanings, weights, (probe, rows), factors)
+        groups: dict[str, Group] = {}
+        for name in ("overlapping", "complementary"):
+            on_rows, on_test = getattr(on_probe, name), getattr(trained_tokens, name)
+            groups[name] = Group(on_rows, on_test, thorough=True)
+            groups[f"half_{name}"] = Group(on_rows, on_test, share=0.5)
+            groups[f"untrained_{name}"] = Group(getattr(floor, name), getattr(untrained_tokens, name))
+        for k, tokens in prefixes.items():
+            if k < _overlapping(trained_tokens):
+                on_rows = _first_overlapping(k, model, probe, rows, device, on_probe)
+                groups[f"first_{k}_registers"] = Group(on_rows, tokens.overlapping, shared_only=True)
+        factors.read(groups)
+    results["prefix"] = [_prefix(k, tokens, names, meanings, weights, factors) for k, tokens in prefixes.items()]
     if factors is not None:
         results["summary"] = factors.summary(weights)
         results["left_out"] = factors.left_out
@@ -269,48 +276,63 @@ def _tvl_protocol(
     return results
 
 
-def _prefixes(
-    model: nn.Module,
-    test: FeatureSource,
-    device: torch.device,
+def _lengths(model: nn.Module) -> list[int]:
+    """The numbers k of registers that prefixes are measured with: all, or with more than 8 registers powers of two."""
+    count = len(model.get_parameter("registers"))
+    return [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]
+
+
+def _overlapping(tokens: SplitTokens) -> int:
+    """The number of overlapping registers."""
+    return next(iter(tokens.overlapping.values())).shape[1]
+
+
+def _first(
+    k: int, model: nn.Module, source: FeatureSource, rows: Tensor, device: torch.device, every: SplitTokens
+) -> SplitTokens:
+    """The tokens of the first k registers. every: those of all registers, which are not computed again."""
+    return every if k == len(model.get_parameter("registers")) else compute_tokens(model, source, rows, device, k)
+
+
+def _first_overlapping(
+    k: int, model: nn.Module, source: FeatureSource, rows: Tensor, device: torch.device, every: SplitTokens
+) -> dict[str, Tensor]:
+    """The overlapping tokens of the first k registers. Those of causal registers do not depend on later ones, which are
+    zero then."""
+    if not getattr(model, "causal", False):
+        return compute_tokens(model, source, rows, device, k).overlapping
+    kept = torch.arange(_overlapping(every))[:, None] < k
+    return {m: tokens * kept for m, tokens in every.overlapping.items()}
+
+
+def _prefix(
+    k: int,
+    tokens: SplitTokens,
     names: Sequence[str],
     meanings: Meanings,
     weights: Tensor,
-    probe: tuple[FeatureSource, Tensor],
     factors: FactorProbes | None,
-) -> list[dict[str, Any]]:
-    """Results for every number k of kept registers (with more than 8 registers: powers of two).
+) -> dict[str, Any]:
+    """Results for the first k registers, with their tokens of the test rows.
 
     Mean Acc@1 over the pairs with its interval, shared retention (None without labels) and the reconstruction error in
     percent of the variance of the frozen tokens (None without a decoder).
     """
-    results: list[dict[str, Any]] = []
-    count = len(model.get_parameter("registers"))
-    for k in [k for k in range(1, count + 1) if count <= 8 or k & (k - 1) == 0 or k == count]:
-        tokens = compute_tokens(model, test, all_rows(test), device, k)
-        found = _retrievals(tokens, names, meanings)
-        samples = [weighted_mean(r.hits, weights[:, valid]) for r, valid in found.values()]
-        low, high = interval(100 * torch.stack(samples).mean(0)) if samples else (None, None)
-        errors = list(tokens.reconstruction_error.values())
-        entry = {
-            "k": k,
-            "acc1": float(np.mean([r.acc1 for r, _ in found.values()])) if found else None,
-            "low": low,
-            "high": high,
-            "shared_retention": None,
-            "reconstruction": float(np.mean(errors)) if errors else None,
-            "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
-            "reconstructions": tokens.reconstruction_error,
-        }
-        if factors is not None and k >= next(iter(tokens.overlapping.values())).shape[1]:
-            entry["shared_retention"] = factors.shared_score("overlapping")  # all overlapping registers
-        elif factors is not None:
-            on_probe = compute_tokens(model, *probe, device, k)
-            group = f"first_{k}_registers"
-            factors.read(group, on_probe.overlapping, tokens.overlapping, shared_only=True)
-            entry["shared_retention"] = factors.shared_score(group)
-        results.append(entry)
-    return results
+    found = _retrievals(tokens, names, meanings)
+    samples = [weighted_mean(r.hits, weights[:, valid]) for r, valid in found.values()]
+    low, high = interval(100 * torch.stack(samples).mean(0)) if samples else (None, None)
+    errors = list(tokens.reconstruction_error.values())
+    group = f"first_{k}_registers" if k < _overlapping(tokens) else "overlapping"
+    return {
+        "k": k,
+        "acc1": float(np.mean([r.acc1 for r, _ in found.values()])) if found else None,
+        "low": low,
+        "high": high,
+        "shared_retention": factors.shared_score(group) if factors is not None else None,
+        "reconstruction": float(np.mean(errors)) if errors else None,
+        "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
+        "reconstructions": tokens.reconstruction_error,
+    }
 
 
 def _retrievals(tokens: SplitTokens, names: Sequence[str], meanings: Meanings) -> dict[str, tuple[Retrieval, Tensor]]:

@@ -2,38 +2,43 @@
 
 A linear probe says what a linear map reads; what it misses may still be there. Every group of tokens is therefore read by
 several kinds of probes, and the strongest counts: usable information is relative to a family of predictors (V-information,
-Xu et al. 2020, arXiv:2002.10689). All targets of a group are fitted at once, on the device of the inputs.
+Xu et al. 2020, arXiv:2002.10689). All targets of a problem are fitted at once, and all problems of one width, with every
+strength, as one batch of models (`batched.py`), on the device of the inputs.
 
-Shapes: M probe rows, Q test rows, F features, C outputs of a target.
+Shapes: P problems, G models (a problem at a strength), M probe rows, Q test rows, F features, K components, T targets,
+C outputs of a target.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from threading import Lock
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from tvl_align.evaluation.batched import MLP, Attentive, Batched, Linear
 from tvl_align.metrics.retrieval import CHUNK
 from tvl_align.registers.principal import leading_eigenvectors
-from tvl_align.system.console import UserError
+from tvl_align.system.console import UserError, progress
 from tvl_align.system.runtime import generator
+from tvl_align.system.workers import run_in_threads
 from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
 
 ProbeKind = Literal["linear", "mlp", "attentive"]
-HIDDEN = 256  # width of the two hidden layers of an MLP probe
+MODELS: dict[ProbeKind, type[Batched]] = {"linear": Linear, "mlp": MLP, "attentive": Attentive}
 BATCH = 256
+CACHED = 3  # problems of one batch on a CPU: more leave its cache
 MAX_COMPONENTS = 512  # principal components of the features that linear and MLP probes read
 NOISE_FLOOR = 1e-5  # components whose standard deviation is smaller, relative to the largest, are rounding errors
-PATIENCE = 6  # epochs without improvement of any target, after which the training stops
-LEARNING_RATE: dict[ProbeKind, float] = {"linear": 1e-2, "mlp": 2e-3, "attentive": 2e-3}
+EPOCHS = 14  # of training, but at least
+LEAST_STEPS = 300  # steps, and at most `max_steps`
+PATIENCE = 6  # epochs without improvement of any target, after which a model stops
+LEARNING_RATE: dict[ProbeKind, float] = {"linear": 2e-2, "mlp": 6e-3, "attentive": 4e-3}
 HELD_OUT = 5  # one row in 5 is held out, to stop the training and to choose the strength
-
-
-_creating = Lock()  # protects torch's global generator
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ STRENGTHS: dict[ProbeKind, tuple[Strength, ...]] = {
 
 @dataclass(frozen=True)
 class Target:
-    """What a probe predicts: classes (M,) int64 or real numbers (M, G) float32, of the probe rows. -1 or NaN: unknown.
+    """What a probe predicts: classes (M,) int64 or real numbers (M, C) float32, of the probe rows. -1 or NaN: unknown.
 
     classes: the number of classes; 0 for real numbers.
     """
@@ -67,69 +72,28 @@ class Target:
     def outputs(self) -> int:
         return self.classes or self.values.shape[1]
 
-    def loss(self, output: Tensor, rows: Tensor) -> Tensor:
-        """Mean cross-entropy in nats, or mean squared error, of outputs (b, C) for the given rows (b,) -> ()."""
-        values = self.values[rows]
-        if self.classes:
-            return F.cross_entropy(output, values, ignore_index=-1, reduction="sum") / (values >= 0).sum().clamp(min=1)
-        known = values.isfinite()
-        return ((output - values.nan_to_num()) * known).square().sum() / known.sum().clamp(min=1)
+
+@dataclass(frozen=True)
+class Problem:
+    """What is read (`targets`) from what: features ((M, F),) for linear and MLP probes, or tokens (M, L, W) and a mask
+    (M, L) for attentive ones, of the probe rows (`train`) and of the test rows, on one device.
+
+    thorough: try every strength, else the first only.
+    """
+
+    train: Sequence[Tensor]
+    targets: Sequence[Target]
+    test: Sequence[Tensor]
+    thorough: bool = True
 
 
 @dataclass(frozen=True)
 class Probed:
-    """The predictions of one probe for one target on Q test rows: logits (Q, classes), or numbers (Q, G)."""
+    """The predictions of one probe for one target on Q test rows: logits (Q, classes), or numbers (Q, C)."""
 
     kind: ProbeKind
     output: Tensor
     held_out_loss: float
-
-
-class Dropout(nn.Module):
-    """Dropout whose masks are drawn from a generator of its own, so that probes in several threads repeat exactly."""
-
-    def __init__(self, rate: float, draw: torch.Generator) -> None:
-        super().__init__()
-        self.rate, self.draw = rate, draw
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.rate):
-            return x
-        return x * (torch.rand(x.shape, generator=self.draw, device=x.device) >= self.rate) / (1 - self.rate)
-
-
-class AttentiveProbe(nn.Module):
-    """Attention pooling of (B, T, W) tokens with a few learned queries per target, followed by an MLP per target."""
-
-    def __init__(
-        self, tokens: int, width: int, outputs: Sequence[int], dropout: float, draw: torch.Generator, queries: int = 4
-    ) -> None:
-        super().__init__()
-        hidden = HIDDEN // 2
-        self.norm = nn.LayerNorm(width)
-        self.positions = nn.Parameter(torch.randn(tokens, width) * 0.02)
-        self.queries = nn.Parameter(torch.randn(len(outputs), queries, hidden) * 0.02)
-        self.keys, self.values = nn.Linear(width, hidden), nn.Linear(width, hidden)
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(queries * hidden, hidden), nn.GELU(), Dropout(dropout, draw), nn.Linear(hidden, count))
-            for count in outputs
-        )
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Tokens (B, T, W), mask (B, T) bool -> the outputs of all targets, (B, sum of C)."""
-        x = self.norm(tokens.float()) + self.positions[: tokens.shape[1]]
-        keys, values = self.keys(x)[:, None], self.values(x)[:, None]
-        queries = self.queries.expand(len(x), -1, -1, -1)
-        pooled = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None])
-        return torch.cat([head(pooled[:, i].flatten(1)) for i, head in enumerate(self.heads)], dim=1)
-
-
-def mlp(size: int, outputs: int, dropout: float, draw: torch.Generator) -> nn.Sequential:
-    """Features (B, F) -> two hidden layers of HIDDEN units, each with LayerNorm, GELU and dropout -> (B, outputs)."""
-    layers: list[nn.Module] = []
-    for width in (size, HIDDEN):
-        layers += [nn.Linear(width, HIDDEN), nn.LayerNorm(HIDDEN), nn.GELU(), Dropout(dropout, draw)]
-    return nn.Sequential(*layers, nn.Linear(HIDDEN, outputs))
 
 
 class Components:
@@ -148,93 +112,205 @@ class Components:
         count = int((std > NOISE_FLOOR * std[:1].clamp(min=1e-30)).sum().clamp(min=1))
         self.vectors, self.std = vectors[:, :count], std[:count].clamp(min=1e-30)
 
-    def __call__(self, features: Tensor, scale: float) -> Tensor:
-        """(Q, F) -> (Q, K) components, scaled by std^(scale - 1) and to a mean variance of 1 on the probe rows."""
+    def __call__(self, features: Tensor) -> Tensor:
+        """(Q, F) -> (Q, K) components with variance 1 on the probe rows."""
+        return (features.float() - self.mean) @ (self.vectors / self.std)
+
+    def weights(self, scale: float) -> Tensor:
+        """(K,): std^scale, with a mean square of 1."""
         weight = (self.std / self.std[0]).pow(scale)
-        return (features - self.mean) @ (self.vectors * (weight / weight.square().mean().sqrt() / self.std))
+        return weight / weight.square().mean().sqrt()
 
 
 def fit_probes(
-    kind: ProbeKind,
-    train: Sequence[Tensor],
-    targets: Sequence[Target],
-    test: Sequence[Tensor],
-    seed: int = 0,
-    max_steps: int = 400,
-    thorough: bool = True,
-) -> list[Probed]:
-    """Fit probes of one kind for all targets at once; returns the predictions for the test rows, one entry per target.
+    problems: Sequence[Problem], kinds: Sequence[ProbeKind], seed: int = 0, max_steps: int = 400, title: str = "probe"
+) -> list[dict[ProbeKind, list[Probed]]]:
+    """Fit probes of the kinds for all problems (token sequences: attentive ones); returns the predictions for the test rows
+    of every problem, {kind: [one for each target]}.
 
-    train, test: (features (M, F),) for linear and MLP probes, (tokens (M, T, W), mask (M, T)) for attentive ones, on one
-    device. thorough: try every strength, else the first only. For each target the strength and the epoch with the lowest
-    loss on a held-out fifth of the probe rows are taken. The result depends on `seed` only. Raises UserError for features
-    that are NaN or inf.
+    For each target the strength and the epoch with the lowest loss on a held-out fifth of the probe rows are taken. The
+    result depends on `seed` only. Raises UserError for features that are NaN or inf.
     """
-    device = train[0].device
-    order = torch.randperm(len(train[0]), generator=generator(seed, 0)).to(device)
-    held, fit = order[: len(order) // HELD_OUT], order[len(order) // HELD_OUT :]
-    components = Components(train[0][fit].float()) if kind != "attentive" else None
-    best = [Probed(kind, torch.empty(0), float("inf")) for _ in targets]
-    for number, strength in enumerate(STRENGTHS[kind] if thorough else STRENGTHS[kind][:1]):
-        parts = [[components(part[0].float(), strength.scale)] if components else list(part) for part in (train, test)]
-        draw = torch.Generator(device).manual_seed(generator(seed, 1, number).initial_seed())
-        module = _module(kind, parts[0][0].shape[1:], [t.outputs for t in targets], strength.dropout, draw).to(device)
-        optimizer = make_adamw(module.named_parameters(), strength.decay)
-        steps = -(-len(fit) // BATCH)
-        epochs = max(1, max_steps // steps)
+    shapes: dict[torch.Size, list[int]] = {}
+    for i, problem in enumerate(problems):
+        shapes.setdefault(problem.train[0].shape[1:], []).append(i)
+    on_cpu = bool(problems) and problems[0].train[0].device.type == "cpu"
+    size = CACHED if on_cpu else max(1, len(problems))
+    jobs, places = [], []
+    for members in (alike[i : i + size] for alike in shapes.values() for i in range(0, len(alike), size)):
+        batch = _Batch([problems[i] for i in members], seed)
+        for kind in kinds if batch.components else ("attentive",):
+            jobs.append(partial(batch.fit, kind, seed, max_steps))
+            places.append((members, kind))
+    found: list[dict[ProbeKind, list[Probed]]] = [{} for _ in problems]
+    lanes = torch.get_num_threads() if on_cpu else 1
+    with progress(len(jobs), title, "fit") as bar:
+        for (members, kind), fitted in zip(places, run_in_threads(jobs, lanes), strict=True):
+            for i, probed in zip(members, fitted, strict=True):
+                found[i][kind] = probed
+            bar.update()
+    return found
+
+
+class _Batch:
+    """Problems of one width, padded to the same numbers of rows, components, targets and outputs."""
+
+    def __init__(self, problems: Sequence[Problem], seed: int) -> None:
+        self.problems, self.device = problems, problems[0].train[0].device
+        orders = [torch.randperm(len(p.train[0]), generator=generator(seed, 0)).to(self.device) for p in problems]
+        held = [order[: len(order) // HELD_OUT] for order in orders]
+        self.fitted = [order[len(order) // HELD_OUT :] for order in orders]
+        train, self.test = ([getattr(p, side) for p in problems] for side in ("train", "test"))
+        self.components: list[Components] = []
+        if len(problems[0].train) == 1:
+            self.components = [Components(p.train[0][rows].float()) for p, rows in zip(problems, self.fitted, strict=True)]
+            most = max(len(c.std) for c in self.components)
+            train, self.test = (
+                [[F.pad(c(x), (0, most - len(c.std)))] for c, (x,) in zip(self.components, parts, strict=True)]
+                for parts in (train, self.test)
+            )
+        self.inputs = [_stacked(parts, 0) for parts in zip(*train, strict=True)]
+        self.shape = max(len(p.targets) for p in problems), max(t.outputs for p in problems for t in p.targets)
+        self.labels = _stacked([self._labels(p.targets) for p in problems], -1)
+        self.numbers = _stacked([self._numbers(p.targets, len(p.train[0])) for p in problems], torch.nan)
+        self.blocked = torch.stack([self._blocked(p.targets) for p in problems])
+        self.held = pad_sequence(held, batch_first=True)
+        spare = torch.arange(self.held.shape[1], device=self.device) >= torch.tensor([[len(h)] for h in held]).to(
+            self.device
+        )
+        at = torch.arange(len(problems), device=self.device)[:, None]
+        self.held_labels = self.labels[at, self.held].masked_fill(spare[..., None], -1)
+        self.held_numbers = self.numbers[at, self.held].masked_fill(spare[..., None, None], torch.nan)
+
+    def _labels(self, targets: Sequence[Target]) -> Tensor:
+        """(M, T) int64; -1 for unknown classes, real numbers and targets that there are not."""
+        columns = [t.values if t.classes else t.values.new_full((len(t.values),), -1, dtype=torch.int64) for t in targets]
+        return F.pad(torch.stack(columns, dim=1), (0, self.shape[0] - len(targets)), value=-1)
+
+    def _numbers(self, targets: Sequence[Target], rows: int) -> Tensor:
+        """(M, T, C) float32; NaN for what is no known real number."""
+        made = torch.full((rows, *self.shape), torch.nan, device=self.device)
+        for i, t in enumerate(targets):
+            if not t.classes:
+                made[:, i, : t.outputs] = t.values
+        return made
+
+    def _blocked(self, targets: Sequence[Target]) -> Tensor:
+        """(1, T, C): -inf for classes that a target does not have, else 0."""
+        made = torch.zeros(1, *self.shape, device=self.device)
+        for i, t in enumerate(targets):
+            if t.classes:
+                made[:, i, t.classes :] = -torch.inf
+        return made
+
+    def _losses(self, outputs: Tensor, labels: Tensor, numbers: Tensor, problem: Tensor) -> Tensor:
+        """(g, T): mean cross-entropy in nats, or mean squared error, of (g, B, T, C) outputs, labels (g, B, T), numbers
+        (g, B, T, C)."""
+        logits = outputs + self.blocked[problem]
+        chosen = logits.gather(3, labels.clamp(min=0)[..., None])[..., 0]
+        entropy = ((logits.logsumexp(3) - chosen) * (labels >= 0)).sum(1)  # on a CPU four times as fast as cross_entropy
+        error = (outputs - numbers).nan_to_num(0.0).square().sum((1, 3))
+        known = numbers.isfinite()
+        return entropy / (labels >= 0).sum(1).clamp(min=1) + error / known.sum((1, 3)).clamp(min=1)
+
+    def fit(self, kind: ProbeKind, seed: int, max_steps: int) -> list[list[Probed]]:
+        """Train every problem at its strengths; returns the predictions of the best, [problem][target]."""
+        members = [(i, s) for i, p in enumerate(self.problems) for s in STRENGTHS[kind][: None if p.thorough else 1]]
+        models = MODELS[kind](
+            self.inputs[0].shape[2:],
+            self.shape,
+            dropout=[s.dropout for _, s in members],
+            decay=[s.decay for _, s in members],
+            seed=generator(seed, 1).initial_seed(),
+            device=self.device,
+        )
+        problem = torch.tensor([i for i, _ in members], device=self.device)
+        inputs, tests = self._scaled(members)
+        most = max(map(len, self.fitted))
+        steps = -(-most // BATCH)
+        epochs = max(1, min(max_steps, max(LEAST_STEPS, EPOCHS * steps)) // steps)
         schedule = Schedule(LEARNING_RATE[kind], epochs * steps, warmup=steps)
-        stale = 0
+        optimizer = make_adamw(models.named_parameters(), 0.0)  # weights decay by `models.decay`
+        lowest = torch.full((len(members), self.shape[0]), torch.inf, device=self.device)
+        predicted = [torch.zeros(len(self.test[i][0]), *self.shape, device=self.device) for i, _ in members]
+        alive, stale = torch.arange(len(members), device=self.device), torch.zeros_like(problem)
         for epoch in range(epochs):
-            module.train()
-            shuffled = fit[torch.randperm(len(fit), generator=draw, device=device)]
-            for step, rows in enumerate(shuffled.split(BATCH)):
-                outputs = _split(module(*(x[rows] for x in parts[0])), targets)
-                losses = [t.loss(output, rows) for t, output in zip(targets, outputs, strict=True)]
-                backward_and_step(torch.stack(losses).sum(), optimizer, schedule(epoch * steps + step))
-            better = _validate(module, kind, targets, parts, held, best)
-            stale = 0 if better else stale + 1
-            if stale == PATIENCE:
+            order = self._shuffled(most, generator(seed, 2, epoch))
+            for step, at in enumerate(order.chunk(steps, dim=1)):
+                which, rows = problem[alive][:, None], at[problem[alive]]
+                outputs = models(*(x[alive[:, None], rows] for x in inputs))
+                loss = self._losses(outputs, self.labels[which, rows], self.numbers[which, rows], problem[alive]).sum()
+                lr = schedule(epoch * steps + step)
+                backward_and_step(loss, optimizer, lr)
+                models.decay(lr)
+            improved = self._validate(models, (inputs, tests), problem, alive, lowest, predicted)
+            stale[alive] = torch.where(improved, 0, stale[alive] + 1)
+            going = (stale[alive] < PATIENCE).nonzero().squeeze(1)
+            if len(going) < len(alive):
+                models.keep(going, optimizer)
+                alive = alive[going]
+            if not len(alive):
                 break
-    return best
+        return [
+            [
+                self._best(kind, t, j, [g for g, (of, _) in enumerate(members) if of == i], lowest, predicted)
+                for j, t in enumerate(p.targets)
+            ]
+            for i, p in enumerate(self.problems)
+        ]
+
+    def _scaled(self, members: Sequence[tuple[int, Strength]]) -> tuple[list[Tensor], list[Sequence[Tensor]]]:
+        """Inputs (G, M, ...) of the probe rows of every model, and those of its test rows, scaled as its strength says."""
+        of = torch.tensor([i for i, _ in members], device=self.device)
+        if not self.components:
+            return [x[of] if len(of) > len(x) else x for x in self.inputs], [self.test[i] for i, _ in members]
+        scale = pad_sequence([self.components[i].weights(s.scale) for i, s in members], batch_first=True)
+        return [self.inputs[0][of] * scale[:, None]], [
+            (self.test[i][0] * w,) for (i, _), w in zip(members, scale, strict=True)
+        ]
+
+    def _shuffled(self, count: int, draw: torch.Generator) -> Tensor:
+        """(P, count) rows to fit on, in a new order; a problem with fewer rows repeats them."""
+        orders = {n: torch.randperm(n, generator=draw).repeat(-(-count // n))[:count] for n in {*map(len, self.fitted)}}
+        return torch.stack([rows[orders[len(rows)].to(self.device)] for rows in self.fitted])
+
+    @torch.no_grad()
+    def _validate(
+        self,
+        models: Batched,
+        parts: tuple[list[Tensor], list[Sequence[Tensor]]],
+        problem: Tensor,
+        alive: Tensor,
+        lowest: Tensor,
+        predicted: list[Tensor],
+    ) -> Tensor:
+        """Predict the test rows with every model that has a lower held-out loss of a target than before, and keep these
+        predictions; returns which models have, (g,) bool."""
+        models.eval()
+        inputs, tests = parts
+        of = problem[alive]
+        outputs = models(*(x[alive[:, None], self.held[of]] for x in inputs))
+        losses = self._losses(outputs, self.held_labels[of], self.held_numbers[of], of)
+        improved = losses < lowest[alive]
+        for i in improved.any(1).nonzero().squeeze(1).tolist():
+            g = int(alive[i])
+            chunks = zip(*(x[None].split(4 * CHUNK, dim=1) for x in tests[g]), strict=True)
+            new = torch.cat([models(*chunk, models=slice(i, i + 1)) for chunk in chunks], dim=1)[0]
+            predicted[g] = torch.where(improved[i][:, None], new, predicted[g])
+        lowest[alive] = torch.where(improved, losses, lowest[alive])
+        models.train()
+        return improved.any(1)
+
+    def _best(
+        self, kind: ProbeKind, target: Target, place: int, models: list[int], lowest: Tensor, predicted: list[Tensor]
+    ) -> Probed:
+        best = min(models, key=lambda g: float(lowest[g, place]))
+        return Probed(kind, predicted[best][:, place, : target.outputs], float(lowest[best, place]))
 
 
-@torch.no_grad()
-def _validate(
-    module: nn.Module,
-    kind: ProbeKind,
-    targets: Sequence[Target],
-    parts: Sequence[Sequence[Tensor]],
-    held: Tensor,
-    best: list[Probed],
-) -> bool:
-    """Replace the entries of `best` whose held-out loss has improved; returns whether any has."""
-    module.eval()
-    outputs = _split(module(*(x[held] for x in parts[0])), targets)
-    losses = [float(t.loss(output, held)) for t, output in zip(targets, outputs, strict=True)]
-    improved = [i for i, loss in enumerate(losses) if loss < best[i].held_out_loss]
-    if improved:
-        chunks = [module(*chunk) for chunk in zip(*(x.split(4 * CHUNK) for x in parts[1]), strict=True)]
-        tested = _split(torch.cat(chunks), targets)
-        for i in improved:
-            best[i] = Probed(kind, tested[i], losses[i])
-    return bool(improved)
-
-
-def _split(outputs: Tensor, targets: Sequence[Target]) -> tuple[Tensor, ...]:
-    return outputs.split([t.outputs for t in targets], dim=1)
-
-
-def _module(
-    kind: ProbeKind, shape: Sequence[int], outputs: Sequence[int], dropout: float, draw: torch.Generator
-) -> nn.Module:
-    """An untrained probe; its weights and dropout masks are drawn from `draw`."""
-    with _creating, torch.random.fork_rng(devices=[]):  # modules draw their weights from the global generator
-        torch.manual_seed(draw.initial_seed())
-        if kind == "attentive":
-            return AttentiveProbe(shape[0], shape[1], outputs, dropout, draw)
-        if kind == "mlp":
-            return mlp(shape[0], sum(outputs), dropout, draw)
-        return nn.Linear(shape[0], sum(outputs))
+def _stacked(parts: Sequence[Tensor], fill: float) -> Tensor:
+    """(P, M, ...) of (M, ...), padded with `fill` to the same number of rows."""
+    return parts[0][None] if len(parts) == 1 else pad_sequence(list(parts), batch_first=True, padding_value=fill)
 
 
 def accuracy(probed: Probed, labels: Tensor) -> Tensor:
@@ -248,7 +324,7 @@ def bits(probed: Probed, labels: Tensor) -> Tensor:
 
 
 def r2(probed: Probed, values: Tensor, mean: Tensor) -> float:
-    """Share of the variance of (Q, G) values, around the mean (G,) of the probe rows, that is predicted; at most 1."""
+    """Share of the variance of (Q, C) values, around the mean (C,) of the probe rows, that is predicted; at most 1."""
     error = (probed.output.cpu() - values).square().sum()
     return 1 - float(error / (values - mean).square().sum().clamp(min=1e-12))
 

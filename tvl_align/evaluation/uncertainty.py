@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ def group_weights(groups: Tensor, seed: int, resamples: int = RESAMPLES) -> Tens
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Means of (Q,) values under (R, Q) weights -> (R,); rows that are NaN are left out."""
     known = values.isfinite()
-    return weights[:, known] @ values[known].float() / weights[:, known].sum(1).clamp(min=1e-9)
+    total, count = (weights @ torch.stack([torch.where(known, values, 0.0), known], dim=1).float()).unbind(1)
+    return total / count.clamp(min=1e-9)
 
 
 def interval(samples: Tensor) -> tuple[float, float]:
@@ -43,6 +45,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)) - half, float(np.mean(values)) + half
 
 
+@cache
 def _t_quantile(freedom: int) -> float:
     """The value below which a t variable lies with probability (1 + COVERAGE) / 2, by integration of its density."""
     at = np.linspace(0, 13, 20_001)  # 12.7 with one degree of freedom

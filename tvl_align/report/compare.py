@@ -5,6 +5,7 @@ several stores (worlds, or seeds of the data) are compared if they have the same
 methods are averaged over stores and seeds, and differences are taken between runs of the same store and seed.
 """
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from tvl_align.data.transforms import ImageOptions, preview
 from tvl_align.data.tvl import Row, file_of
@@ -24,6 +26,7 @@ from tvl_align.system.console import UserError
 MAIN = "tactile_vision"
 SUMMARY = ("shared_retention", "unique_retention", "unique_leak", "shared_leak")
 SHUFFLED = ", shuffled pairs"
+SIDE, GAP = 112, 8  # pixels of the images of retrieval errors, and between them
 Results = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Results]]
 
@@ -322,9 +325,19 @@ def _confusion(root: Path, options: ImageOptions | None, confusions: Sequence[Ma
         if all(file_of(root, path).is_file() for row in (query, wrong) for path in (row.vision or "", row.tactile or "")):
             photo, touch = preview(root, query, options)
             strip.append((touch, photo, preview(root, wrong, options)[0]))
-    from tvl_align.report import plots
+    return as_url(_sheet(strip)) if strip else None
 
-    return as_url(plots.confusion(strip)) if strip else None
+
+def _sheet(columns: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """Columns of images (H, W, 3) uint8 as one PNG, each image in a square of SIDE pixels."""
+    step = SIDE + GAP
+    sheet = Image.new("RGB", (step * len(columns), step * len(columns[0])), "white")
+    for x, column in enumerate(columns):
+        for y, image in enumerate(column):
+            sheet.paste(ImageOps.pad(Image.fromarray(image), (SIDE, SIDE), color="white"), (step * x, step * y))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _markdown(facts: Mapping[str, Any], groups: Groups, factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

@@ -179,16 +179,6 @@ def methods_curves(methods: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
     return png(figure)
 
 
-def confusion(rows: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> bytes:
-    """Retrieval errors in columns: touch image (top), its photo (middle), retrieved photo (bottom)."""
-    figure, axes = plt.subplots(3, len(rows), figsize=(1.3 * len(rows), 4), squeeze=False)
-    for column, images in enumerate(rows):
-        for axis, image in zip(axes[:, column], images, strict=True):
-            axis.imshow(image)
-            axis.axis("off")
-    return png(figure)
-
-
 def growth_curves(measurements: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
     """Seconds (left axis) and peak memory in MB (right axis) against problem size, on logarithmic axes.
 
