@@ -148,7 +148,7 @@ def test_given_splits_are_kept(stage1: Stage1, tmp_path: Path) -> None:
 def test_samples_are_read_as_they_are_needed(stage1: Stage1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few batches are in memory, however long the stream."""
     monkeypatch.setattr(stream, "BATCH", 2)
-    encoded, ahead, encode = [0], [], stream._encoded
+    encoded, ahead, encode = [0], [], stream.encode_batch
 
     def counted(batch: Any, *rest: Any) -> Any:
         encoded[0] += len(batch)
@@ -159,7 +159,7 @@ def test_samples_are_read_as_they_are_needed(stage1: Stage1, tmp_path: Path, mon
             ahead.append(i - encoded[0])
             yield sample(i)
 
-    monkeypatch.setattr(stream, "_encoded", counted)
+    monkeypatch.setattr(stream, "encode_batch", counted)
     encode_stream(endless(), stage1, tmp_path / "store", quiet=True)
     assert encoded[0] == 60 and max(ahead) <= 2 * 8
 

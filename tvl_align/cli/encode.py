@@ -3,22 +3,26 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from tvl_align.cli.train import read_settings
 from tvl_align.config import parse
-from tvl_align.data.sources import Keys, open_source
+from tvl_align.data.sources import BLOCK_ROWS, Keys, open_blocks, open_source
 from tvl_align.data.text import PROMPT
-from tvl_align.data.transforms import Crop, Turn
+from tvl_align.data.transforms import Crop, ImageOptions, Turn
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.names import check_modalities, one_each
 from tvl_align.encoders.own import load_encoders
-from tvl_align.encoders.tvl import Stage1Config
+from tvl_align.encoders.tvl import Stage1, Stage1Config
+from tvl_align.features.cluster import ray_cluster
 from tvl_align.features.encode import open_or_encode
 from tvl_align.features.inputs import MEASURED, NORMS, load_samples
+from tvl_align.features.parts import encode_blocks
+from tvl_align.features.store import FeatureStore
 from tvl_align.features.stream import encode_stream, measured_colours, plain_images
 from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
@@ -39,6 +43,7 @@ SOURCE_EXAMPLES = (
     "tvl-align encode --source 'webdataset:shards-{0..9}.tar' --vision_key photo.jpg --tactile_key touch.jpg --out S ...",
     "tvl-align encode --source lerobot:FOLDER --vision_key observation.images.top --every 10 --out S ...",
     "tvl-align encode --source video:FOLDER --vision_key camera --tactile_key touch --every 30 --out S ...",
+    "tvl-align encode --source 'webdataset:s3://bucket/{000..999}.tar' --ray HOST:PORT --vision_key photo.jpg --out S ...",
 )
 
 
@@ -47,11 +52,12 @@ class SourceConfig:
     """Encode a stream of samples, read once, into a feature store for `train --store`."""
 
     source: str
-    """datasets:FOLDER (save_to_disk, .parquet or .arrow), webdataset:SHARDS, lerobot:FOLDER or video:FOLDER."""
+    """datasets:FOLDER (save_to_disk, .parquet or .arrow), webdataset:SHARDS, pairs:TABLE (a CSV file), tvl:FOLDER,
+    lerobot:FOLDER or video:FOLDER; of parquet, shards and tables also addresses, such as s3://bucket/folder."""
     out: Path
     """Folder for the store; new or empty."""
     vision_key: str | None = None
-    """Key of photos: a column, an extension of a shard's files, a feature, or a sub-folder of videos."""
+    """Key of photos: a column, an extension of a shard's files, a feature, or a sub-folder of videos; of TVL: vision."""
     tactile_key: str | None = None
     """Key of touch images."""
     text_key: str | None = None
@@ -95,11 +101,20 @@ class SourceConfig:
     """Seed of the augmented views, and of the random split if there are no splits."""
     device: str | None = None
     """cuda or cpu; default: cuda if available, else cpu."""
+    ray: str | None = None
+    """Encode in the processes of a Ray cluster: local (one that is started on this machine), auto (that of RAY_ADDRESS, else
+    local), or its address, HOST:PORT. Each process has a GPU, or some cores. All machines share --out and the files of
+    --source. The same command goes on where an encode stopped. Default: this process."""
+    block_rows: int = BLOCK_ROWS
+    """With --ray: samples of a block, the part that one process encodes at a time; a shard of webdataset is a block."""
+    worker_cpus: int | None = None
+    """With --ray: cores of a process; default: 4, or as many as there are."""
     stage1: tyro.conf.OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
 
     def __post_init__(self) -> None:
         at_least(1, self, "every")
         at_least(0, self, "views")
+        at_least(1, self, "block_rows", "worker_cpus")
         between(0, 1, self, "max_skipped")
         check_modalities(self.modalities)
         if len(self.modalities) < 2:
@@ -147,8 +162,45 @@ def _encode_source(config: SourceConfig) -> None:
     processes = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
     if processes > 1:
         raise UserError(f"--source is read by one process, and there are {processes}; run it without torchrun or srun.")
+    options = {
+        "prompt": "" if config.no_text_prompt else PROMPT,
+        "views": config.views,
+        "tolerance": Tolerance(config.strict, config.max_skipped),
+        "seed": config.seed,
+    }
+    store = _encode_in_this_process(config, options) if config.ray is None else _encode_on_ray(config, config.ray, options)
+    rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())
+    print(f"{', '.join(store.specs)}: {rows} rows")
+    print(store.folder)
+
+
+def _encode_in_this_process(config: SourceConfig, options: dict[str, Any]) -> FeatureStore:
     source = open_source(config.source, config.keys, config.every)
-    stage1 = load_encoders(config.stage1, config.modalities).to(pick_device(config.device))
+    stage1 = _load(config, config.stage1)
+    return encode_stream(source.samples, stage1, config.out, _images(config, stage1), total=source.total, **options)
+
+
+def _encode_on_ray(config: SourceConfig, address: str, options: dict[str, Any]) -> FeatureStore:
+    blocks = open_blocks(config.source, config.keys, config.block_rows)
+    if config.every != 1:
+        raise UserError("--every counts frames, and --ray reads none; leave out one of them.")
+    with ray_cluster(address, config.worker_cpus) as cluster:
+        encoders = config.stage1
+        if encoders.stage1_checkpoint is not None:
+            encoders = replace(encoders, stage1_checkpoint=encoders.stage1_checkpoint.absolute())
+        if encoders.encode_precision == "auto" and cluster.gpus and config.device != "cpu":
+            encoders = replace(encoders, encode_precision="bf16")  # as on a GPU of this process
+        stage1 = _load(replace(config, device="cpu"), encoders)  # computes nothing here
+        load = partial(_load, config, encoders)
+        return encode_blocks(blocks, stage1, load, config.out, _images(config, stage1), engine=cluster.encode, **options)
+
+
+def _load(config: SourceConfig, encoders: Stage1Config) -> Stage1:
+    return load_encoders(encoders, config.modalities).to(pick_device(config.device))
+
+
+def _images(config: SourceConfig, stage1: Stage1) -> ImageOptions:
+    """What is done to pictures; colours that are to be measured are measured, for which the stream is read once."""
     images = plain_images(stage1, config.photo_crop, config.touch_crop, config.touch_turn)
     images = replace(images, randomize_crop=config.randomize_crop, shared_geometry=config.shared_geometry)
     norms = {"vision": config.photo_norm, "tactile": config.touch_norm}
@@ -156,17 +208,4 @@ def _encode_source(config: SourceConfig) -> None:
         images = images.normalised_by(modality, NORMS[norm]) if norm in NORMS else images
     if measured := [m for m, norm in norms.items() if norm == MEASURED and m in config.modalities]:
         images = measured_colours(open_source(config.source, config.keys, config.every).samples, images, measured)
-    store = encode_stream(
-        source.samples,
-        stage1,
-        config.out,
-        images,
-        prompt="" if config.no_text_prompt else PROMPT,
-        views=config.views,
-        tolerance=Tolerance(config.strict, config.max_skipped),
-        total=source.total,
-        seed=config.seed,
-    )
-    rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())
-    print(f"{', '.join(store.specs)}: {rows} rows")
-    print(store.folder)
+    return images

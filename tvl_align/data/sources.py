@@ -1,32 +1,42 @@
-"""Streams of samples from common formats: Hugging Face `datasets`, WebDataset shards, LeRobot datasets, video files.
+"""Streams of samples from common formats: Hugging Face `datasets`, WebDataset shards, tables of pairs, TVL's folders,
+LeRobot datasets, video files.
 
 `open_source` gives one; `tvl_align.features.stream` says what a sample is and encodes it. Each format is read once, in its
 order, by the library made for it. LeRobot datasets are the exception: the library of that name brings a PyTorch of its own,
-so their documented files (versions 2 and 3) are read with pyarrow and PyAV.
+so their documented files (versions 2 and 3) are read with pyarrow and PyAV. `open_blocks` gives a source in blocks, which
+are read on their own, by any process of any machine (`tvl_align.features.parts`).
+
+Places are folders and files, for datasets, shards and tables also addresses that fsspec knows: s3://bucket/folder.
 
 A `Keys` names the places of a sample's parts, and each reader says what a key is in its format.
 """
 
+import csv
+import hashlib
 import importlib
 import json
 import math
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
+from itertools import chain, islice
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from tvl_align.data.pairs import SPLITS
 from tvl_align.data.text import Sentence, is_absent
-from tvl_align.data.tvl import PICTURES
+from tvl_align.data.tvl import DELIMITERS, PICTURES, Row, file_of, read_header, read_table, read_tvl
 from tvl_align.system.console import UserError
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 ROWS_AT_ONCE = 64  # of a parquet file
+BLOCK_ROWS = 1024  # samples of a block of a table
+TVL_KEYS = ("vision", "tactile", "caption", "group", "dataset")
 RATE_TOLERANCE = 0.01  # relative, between the frame rates of videos recorded together
 
 
@@ -71,18 +81,54 @@ class Source:
     total: int | None = None
 
 
+@dataclass(frozen=True)
+class Block:
+    """A part of a source that is read on its own: a shard, or some rows of a table.
+
+    name: what it is, the same whenever the source is opened; it has the size of its file. read: gives its samples; it can be
+    pickled. total: how many they are; None: not known.
+    """
+
+    name: str
+    read: Callable[[], Iterator[dict[str, Any]]]
+    total: int | None = None
+
+
 def open_source(name: str, keys: Keys, every: int = 1) -> Source:
-    """Open `datasets:FOLDER`, `webdataset:SHARDS`, `lerobot:FOLDER` or `video:FOLDER`.
+    """Open `datasets:FOLDER`, `webdataset:SHARDS`, `pairs:TABLE`, `tvl:FOLDER`, `lerobot:FOLDER` or `video:FOLDER`.
 
     every: one of so many frames of videos and episodes is taken. Raises UserError for another name, for a folder that is not
     there or not of this format, for unknown keys and for a missing library; also while the samples are read.
     """
-    kind, colon, place = name.partition(":")
-    if kind not in READERS or not (colon and place):
-        raise UserError(f"--source {name} names no source; give {', '.join(f'{k}:PLACE' for k in READERS)}.")
-    if every != 1 and kind not in ("lerobot", "video"):
+    kind, place = _kind(name)
+    if every != 1 and kind not in STREAMS:
         raise UserError(f"--every counts frames, and {kind} has none; leave it out.")
-    return READERS[kind](place, keys, every)
+    if kind in STREAMS:
+        return STREAMS[kind](place, keys, every)
+    blocks = BLOCKS[kind](place, keys, BLOCK_ROWS)
+    totals = [block.total for block in blocks]
+    total = None if None in totals else sum(t for t in totals if t is not None)
+    return Source(chain.from_iterable(block.read() for block in blocks), total)
+
+
+def open_blocks(name: str, keys: Keys, rows: int = BLOCK_ROWS) -> list[Block]:
+    """The blocks of `datasets:`, `webdataset:`, `pairs:` or `tvl:`, in the order in which `open_source` reads them.
+
+    rows: samples of a block of a table; a shard is a block of its own, as is a row group of a parquet file that has more.
+    Nothing but names and sizes is read here, and the headers of tables; of TVL's folders, all tables. Raises UserError as
+    `open_source`, and for the other sources.
+    """
+    kind, place = _kind(name)
+    if kind in STREAMS:
+        raise UserError(f"{kind} is read by one process; leave out --ray, or write {place} as webdataset or parquet shards.")
+    return BLOCKS[kind](place, keys, rows)
+
+
+def _kind(name: str) -> tuple[str, str]:
+    kind, colon, place = name.partition(":")
+    if kind not in BLOCKS | STREAMS or not (colon and place):
+        raise UserError(f"--source {name} names no source; give {', '.join(f'{k}:PLACE' for k in BLOCKS | STREAMS)}.")
+    return kind, place
 
 
 def _sample(name: str, keys: Keys, value: Callable[[str], Any], **known: Any) -> dict[str, Any]:
@@ -106,7 +152,8 @@ def _text(value: Any) -> str | None:
     return None if text is None or is_absent(str(text)) else str(text)
 
 
-def _library(name: str, extra: str) -> Any:
+def import_extra(name: str, extra: str) -> Any:
+    """The package `name`. Raises UserError, which names the extra of tvl-align that installs it, if it is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -137,45 +184,110 @@ def _readable(path: Path | str, *errors: type[Exception]) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({reason}); repair it or leave it out.") from error
 
 
+# Files and addresses
+
+
+def _local(place: str) -> Path | None:
+    """The path of a place in this machine's file systems; None for an address, such as s3://bucket/folder."""
+    if place.startswith("file://"):
+        return Path(place.removeprefix("file://"))
+    return None if "://" in place else Path(place)
+
+
+def _absolute(place: str) -> str:
+    """A place that is the same in processes whose current folder is another one."""
+    return str(Path(place).absolute()) if ":" not in place else place
+
+
+def _file_system(place: str) -> tuple[Any, str]:
+    """fsspec's file system of a file or address, and the path there."""
+    fsspec = importlib.import_module("fsspec")  # PyTorch brings it
+    try:
+        fs, path = fsspec.core.url_to_fs(place)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{place} is an address that cannot be opened ({error}); install what it needs, or copy it."
+        ) from error
+    return fs, str(path)
+
+
+def _size(place: str, what: str) -> int:
+    """Bytes of a file. Raises UserError, which says what it should be, if there is none."""
+    fs, path = _file_system(place)
+    try:
+        return int(fs.size(path))
+    except FileNotFoundError as error:
+        raise UserError(f"no such {what}: {place}; check the name, and write one with braces in quotes.") from error
+
+
+def _file_in(folder: str, name: str) -> Path | bytes:
+    """The path of a file in a folder, or the bytes of one at an address. Raises UserError if it is outside of the folder."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise UserError(f"{name} is outside of {folder}; give paths relative to it.")
+    local = _local(folder)
+    if local is not None:
+        return file_of(local, name)
+    fs, path = _file_system(folder)
+    try:
+        return bytes(fs.cat_file(f"{path}/{name}"))
+    except FileNotFoundError:
+        return Path(name)  # which is missing here too, and counted as such
+
+
+def _ranges(ends: Iterable[int], rows: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at least `rows` rows, but for the last; they end at some of the increasing `ends`."""
+    start = end = 0
+    for end in ends:
+        if end - start >= rows:
+            yield start, end
+            start = end
+    if end > start:
+        yield start, end
+
+
 # Hugging Face datasets
 
 
-def read_datasets(place: str, keys: Keys, every: int = 1) -> Source:
-    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or one with .parquet or .arrow files.
+def datasets_blocks(place: str, keys: Keys, rows: int) -> list[Block]:
+    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, or one with .parquet or .arrow files; of parquet
+    files also an address.
 
     Keys are columns: of pictures, an Image, bytes, a path (relative to the folder) or an array of values from 0 to 255; of
     further modalities also an Audio, which is given as the bytes or the path of its file, or a list of numbers. Classes of a
     ClassLabel get their names. Without a split column the splits are those of the DatasetDict, or of files that begin with
     their name, as in train-00000-of-00002.parquet, where there are two or more.
     """
-    library, folder = _library("datasets", "datasets"), _folder(place, "datasets")
-    with _readable(folder):
-        parts = _parts(library, folder)
-    for part in parts:
-        _check_keys(keys.used, part.features, folder)
-    splits, of_files = {part.split for part in parts}, list(keys.files.values())
+    import_extra("datasets", "datasets")
+    if _local(place) is not None:
+        place = str(_folder(str(_local(place)), "datasets").absolute())
+    blocks = []
+    with _readable(place):
+        tables = _tables(place)
+    splits = {split for split, _ in tables}
     named = len(splits) > 1 and "" not in splits and keys.split is None
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for part in parts:
-            with _readable(folder):
-                for i, row in enumerate(part.rows(keys.used)):
-                    known = {"split": part.split} if named else {}
-                    yield _sample(f"{part.name}/{i}", keys, partial(part.value, row, of_files), **known)
-
-    return Source(samples(), sum(part.count for part in parts))
+    for split, open_table in tables:
+        with _readable(place):
+            table = open_table()
+        _check_keys(keys.used, table.features, place)
+        for start, stop in _ranges(table.ends, rows):
+            read = partial(_table_rows, open_table, keys, start, stop, split if named else None)
+            blocks.append(Block(f"{place} {table.name} {table.version} {start}-{stop}", read, stop - start))
+    return blocks
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A table of a dataset: rows(columns) gives its rows as {column: value}."""
+class _Table:
+    """A table of a dataset: rows(columns, start, stop) gives some of its rows as {column: value}.
+
+    version: another one if the table has changed. ends: row numbers at which a range of rows may end.
+    """
 
     name: str
-    split: str
+    version: str
     features: Mapping[str, Any]
-    count: int
-    rows: Callable[[Sequence[str]], Iterator[dict[str, Any]]]
-    folder: Path
+    ends: Sequence[int]
+    rows: Callable[[Sequence[str], int, int], Iterator[dict[str, Any]]]
+    place: str
 
     def value(self, row: Mapping[str, Any], of_files: Sequence[str], key: str) -> Any:
         """A value of a row as a part of a sample. Text of a column of files is a path, and a list an array: a picture of
@@ -193,80 +305,135 @@ class _Part:
             whole = array.dtype.kind in "iu" and 0 <= array.min(initial=0) <= array.max(initial=0) <= 255
             return array.astype(np.uint8) if whole and array.ndim > 1 else array
         if isinstance(value, str):
-            return None if is_absent(value) else self.folder / value
+            if is_absent(value):
+                return None
+            return _file_in(self.place, value) if _local(self.place) is None else Path(self.place) / value
         return value
 
 
-def _parts(library: Any, folder: Path) -> list[_Part]:
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        loaded = library.load_from_disk(str(folder))
-        splits = loaded if isinstance(loaded, library.DatasetDict) else {"row": loaded}
-        return [_table(library, name, name, table, folder) for name, table in splits.items()]
-    files = sorted(p for p in folder.rglob("*") if p.suffix in (".parquet", ".arrow") and p.is_file())
-    if not files:
-        raise UserError(f"{folder} has no dataset; give a folder of save_to_disk, or one of .parquet or .arrow files.")
-    parts = []
-    for file in files:
-        name, split = file.relative_to(folder).with_suffix("").as_posix(), file.stem.partition("-")[0]
+def _table_rows(
+    open_table: Callable[[], _Table], keys: Keys, start: int, stop: int, split: str | None
+) -> Iterator[dict[str, Any]]:
+    """The samples of some rows of a table."""
+    table, of_files = open_table(), list(keys.files.values())
+    known = {} if split is None else {"split": split}
+    with _readable(table.place):
+        for i, row in enumerate(table.rows(keys.used, start, stop), start):
+            yield _sample(f"{table.name}/{i}", keys, partial(table.value, row, of_files), **known)
+
+
+def _tables(place: str) -> list[tuple[str, Callable[[], _Table]]]:
+    """(split, function that opens it) of every table of a dataset; the split is "" where none is named."""
+    folder = _local(place)
+    if folder is not None and ((folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()):
+        loaded = import_extra("datasets", "datasets").load_from_disk(place)
+        names = list(loaded) if isinstance(loaded, dict) else ["row"]
+        return [(name, partial(_saved, place, name)) for name in names]
+    fs, path = _file_system(place)
+    names = sorted(PurePosixPath(f).relative_to(path).as_posix() for f in fs.find(path))
+    found: list[tuple[str, Callable[[], _Table]]] = []
+    for name in names:
+        split = PurePosixPath(name).stem.partition("-")[0]
         split = split if split in SPLITS else ""
-        if file.suffix == ".arrow":
-            parts.append(_table(library, name, split, library.Dataset.from_file(str(file)), folder))
-        else:
-            parts.append(_parquet(library, name, split, file, folder))
-    return parts
+        if name.endswith(".parquet"):
+            found.append((split, partial(_parquet, place, name)))
+        elif name.endswith(".arrow") and folder is not None:
+            found.append((split, partial(_arrow, place, name)))
+    if not found:
+        raise UserError(
+            f"{place} has no dataset; give a folder of save_to_disk or one of .parquet or .arrow files, or an address of "
+            ".parquet files."
+        )
+    return found
 
 
-def _table(library: Any, name: str, split: str, table: Any, folder: Path) -> _Part:
+def _saved(place: str, name: str) -> _Table:
+    loaded = import_extra("datasets", "datasets").load_from_disk(place)
+    return _mapped(place, name, loaded[name] if isinstance(loaded, dict) else loaded)
+
+
+def _arrow(place: str, name: str) -> _Table:
+    table = import_extra("datasets", "datasets").Dataset.from_file(f"{place}/{name}")
+    return _mapped(place, PurePosixPath(name).with_suffix("").as_posix(), table)
+
+
+def _mapped(place: str, name: str, table: Any) -> _Table:
     """Memory-mapped rows. Pictures and sound are not decoded here, so that one that is damaged does not end the stream."""
+    library = importlib.import_module("datasets")
     kinds = library.Image, library.Audio
     coded = {column: type(feature) for column, feature in table.features.items() if isinstance(feature, kinds)}
 
-    def rows(columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        chosen = table.with_format(None).select_columns(list(columns))
+    def rows(columns: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Any]]:
+        chosen = table.with_format(None).select(range(start, stop)).select_columns(list(columns))
         for column in coded.keys() & set(columns):
             chosen = chosen.cast_column(column, coded[column](decode=False))
         return iter(chosen)
 
-    return _Part(name, split, table.features, len(table), rows, folder)
+    return _Table(name, f"{len(table)} rows", table.features, range(1, len(table) + 1), rows, place)
 
 
-def _parquet(library: Any, name: str, split: str, file: Path, folder: Path) -> _Part:
-    parquet = importlib.import_module("pyarrow.parquet").ParquetFile(file)
-    features = library.Features.from_arrow_schema(parquet.schema_arrow)
+def _parquet(place: str, name: str) -> _Table:
+    library, parquet = import_extra("datasets", "datasets"), importlib.import_module("pyarrow.parquet")
+    fs, path = _file_system(place)
+    file = parquet.ParquetFile(fs.open(f"{path}/{name}"))
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    ends = np.cumsum(sizes).tolist()
 
-    def rows(columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        for batch in parquet.iter_batches(ROWS_AT_ONCE, columns=list(columns)):
+    def rows(columns: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Any]]:
+        groups = [i for i, end in enumerate(ends) if start < end <= stop]
+        for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(columns)):
             yield from batch.to_pylist()
 
-    return _Part(name, split, features, parquet.metadata.num_rows, rows, folder)
+    features = library.Features.from_arrow_schema(file.schema_arrow)
+    return _Table(
+        PurePosixPath(name).with_suffix("").as_posix(), f"{fs.size(f'{path}/{name}')} bytes", features, ends, rows, place
+    )
 
 
 # WebDataset
 
 
-def read_webdataset(place: str, keys: Keys, every: int = 1) -> Source:
-    """Shards: `shards-{000..009}.tar`, or several such, separated by `::`; files, or addresses that webdataset reads.
+def webdataset_blocks(place: str, keys: Keys, rows: int) -> list[Block]:
+    """Shards: `shards-{000..009}.tar`, or several such, separated by `::`; files, or addresses that fsspec or webdataset
+    reads. A shard is a block.
 
     Keys are the extensions of a sample's files, such as jpg or touch.png, and what a JSON file has: json.material. Files of
     further modalities are given as bytes, lists of JSON as arrays. A sample may lack any. Shards are read in their order.
     Samples are named by shard and key.
     """
-    library = _library("webdataset", "webdataset")
-    tar = importlib.import_module("webdataset.tariterators")
+    library = import_extra("webdataset", "webdataset")
     shards = list(library.shardlists.expand_urls(place))
-    missing = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
-    if missing or not shards:
-        raise UserError(f"no such shard: {missing[0] if missing else place}; give the .tar files of webdataset: in quotes.")
+    if not shards:
+        raise UserError(f"{place} names no shard; give the .tar files of webdataset: in quotes.")
+    versions = ["" if _scheme(shard) in _pipes() else f"{_size(shard, 'shard')} bytes" for shard in shards]
+    return [
+        Block(f"{shard} {v}", partial(_shard, _absolute(shard), keys)) for shard, v in zip(shards, versions, strict=True)
+    ]
+
+
+def _scheme(address: str) -> str:
+    """The first part of an address, such as s3 or pipe; "" for a path."""
+    return address.partition(":")[0] if ":" in address else ""
+
+
+def _pipes() -> set[str]:
+    """The addresses that webdataset opens with a command."""
+    return set(importlib.import_module("webdataset.gopen").gopen_schemes) - {"__default__", "file", ""}
+
+
+def _shard(shard: str, keys: Keys) -> Iterator[dict[str, Any]]:
+    """The samples of a shard."""
+    library, tar = import_extra("webdataset", "webdataset"), importlib.import_module("webdataset.tariterators")
     of_files = list(keys.files.values())
-
-    def samples() -> Iterator[dict[str, Any]]:
-        for shard in shards:
-            with _readable(shard, tarfile.TarError), library.gopen(shard) as stream:
-                for files in tar.group_by_keys(tar.tar_file_expander([{"url": shard, "stream": stream}])):
-                    name = f"{Path(shard).stem}/{files['__key__']}"
-                    yield _sample(name, keys, partial(_member, files, of_files))
-
-    return Source(samples())
+    with _readable(shard, tarfile.TarError):
+        if _scheme(shard) in _pipes():
+            opened = library.gopen(shard)
+        else:
+            fs, path = _file_system(shard)
+            opened = fs.open(path)
+        with opened as stream:
+            for files in tar.group_by_keys(tar.tar_file_expander([{"url": shard, "stream": stream}])):
+                yield _sample(f"{Path(shard).stem}/{files['__key__']}", keys, partial(_member, files, of_files))
 
 
 def _member(files: Mapping[str, Any], of_files: Sequence[str], key: str) -> Any:
@@ -280,6 +447,114 @@ def _member(files: Mapping[str, Any], of_files: Sequence[str], key: str) -> Any:
     return None
 
 
+# Tables of pairs
+
+
+def pairs_blocks(place: str, keys: Keys, rows: int) -> list[Block]:
+    """A CSV file with one row per sample, as `tvl_align.data.tvl.read_table` takes it: on disk, or at an address.
+
+    Keys are columns; those of files have paths relative to the folder of the table, and labels are classes. Samples are
+    named by the table and the number of their row. A row that cannot be used is a sample without modalities.
+    """
+    size = _size(place, "table")
+    with _excerpt(place, 0, 0) as table:
+        _check_keys(_columns(keys), read_header(table, _columns(keys)), place)
+    blocks, number = [], 0
+    for start, stop, count in _cuts(place, keys, rows):
+        read = partial(_table_samples, _absolute(place), keys, start, stop, number)
+        blocks.append(Block(f"{place} {size} bytes {start}-{stop}", read, count))
+        number += count
+    return blocks
+
+
+def _columns(keys: Keys) -> list[str]:
+    return [key.strip().lower() for key in keys.used]
+
+
+def _cuts(place: str, keys: Keys, rows: int) -> Iterator[tuple[int, int, int]]:
+    """(first byte, end, number of rows) of blocks of a table. Lines inside of quotes do not end a row."""
+    position = 0
+    fs, path = _file_system(place)
+    with _readable(place, csv.Error), fs.open(path) as file:
+
+        def lines() -> Iterator[str]:
+            nonlocal position
+            for line in file:
+                position += len(line)
+                yield line.decode("utf-8-sig")
+
+        header = next(lines(), "")
+        found = {d: {c.strip().lower() for c in next(csv.reader([header], delimiter=d), [])} for d in DELIMITERS}
+        reader = csv.reader(lines(), delimiter=max(DELIMITERS, key=lambda d: len(found[d] & set(_columns(keys)))))
+        while True:
+            start = position
+            count = sum(1 for cells in islice(reader, rows) if cells)
+            if position == start:
+                return
+            yield start, position, count
+
+
+@contextmanager
+def _excerpt(place: str, start: int, stop: int) -> Iterator[Path]:
+    """A table of the header of a table and of its bytes from `start` to `stop`, as a file."""
+    fs, path = _file_system(place)
+    with _readable(place), fs.open(path) as file:
+        content = file.readline()
+        file.seek(start)
+        content += file.read(stop - start)
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / PurePosixPath(place).name
+        table.write_bytes(content)
+        yield table
+
+
+def _table_samples(place: str, keys: Keys, start: int, stop: int, number: int) -> Iterator[dict[str, Any]]:
+    """The samples of a part of a table, whose first row has this number."""
+    folder, stem = place.rpartition("/")[0] or ".", PurePosixPath(place).stem
+    of_files = [key.strip().lower() for key in keys.files.values()]
+    with _excerpt(place, start, stop) as table:
+        found = read_table(table, _columns(keys), _columns(keys), of_files)
+
+    def value(cells: Mapping[str, str], key: str) -> Any:
+        cell = cells[key.strip().lower()] or None
+        return _file_in(folder, cell) if cell is not None and key in keys.files.values() else cell
+
+    for i, cells in enumerate(found, number):
+        name = f"{stem}/{i}"
+        yield {"name": name} if isinstance(cells, str) else _sample(name, keys, partial(value, cells))
+
+
+# TVL's folders
+
+
+def tvl_blocks(place: str, keys: Keys, rows: int) -> list[Block]:
+    """TVL's folder with `ssvtp/`, `hct/` or both, with its splits and groups. See `tvl_align.data.tvl.read_tvl`.
+
+    Keys are vision, tactile, caption, and dataset for a label. Its tables are read here: a block has its rows with it.
+    """
+    folder = _folder(place, "tvl")
+    _check_keys(keys.used, TVL_KEYS, place)
+    data = read_tvl(folder, [name for name in ("ssvtp", "hct") if (folder / name).is_dir()] or ("ssvtp",))
+    blocks = []
+    for split in ("train", "val", "test"):
+        of_split = data.split(split)
+        for start in range(0, len(of_split), rows):
+            some = of_split[start : start + rows]
+            digest = hashlib.sha256(repr(some).encode()).hexdigest()[:16]
+            read = partial(_tvl_samples, data.root.absolute(), keys, split, some)
+            blocks.append(Block(f"{place} {split} {start}-{start + len(some)} {digest}", read, len(some)))
+    return blocks
+
+
+def _tvl_samples(root: Path, keys: Keys, split: str, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    def value(row: Row, key: str) -> Any:
+        cell = getattr(row, key)
+        return file_of(root, cell) if cell is not None and key in keys.files.values() else cell
+
+    for row in rows:
+        yield _sample(row.name, keys, partial(value, row), group=row.group, split=split)
+
+
 # Video files
 
 
@@ -290,7 +565,7 @@ def read_video(place: str, keys: Keys, every: int = 1) -> Source:
     Videos of the same name were recorded together, at the same frame rate: frame i of each is a sample, up to the shortest.
     A name may lack any of them. Without --group_key a name is a group.
     """
-    av, folder = _library("av", "video"), _folder(place, "video")
+    av, folder = import_extra("av", "video"), _folder(place, "video")
     of_pictures = list(keys.files.values())
     _check_keys(keys.used, sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
     videos: dict[str, dict[str, Path]] = {}
@@ -353,8 +628,8 @@ def read_lerobot(place: str, keys: Keys, every: int = 1) -> Source:
     are groups, and the splits are those of info.json where it names two or more.
     """
     folder = _folder(place, "lerobot")
-    _library("pyarrow", "lerobot")
-    table, av = importlib.import_module("pyarrow.parquet"), _library("av", "lerobot")
+    import_extra("pyarrow", "lerobot")
+    table, av = importlib.import_module("pyarrow.parquet"), import_extra("av", "lerobot")
     if keys.text is None and keys.sentence is None:
         keys = replace(keys, sentence="task")
     info_file = folder / "meta/info.json"
@@ -484,9 +759,10 @@ def _plain(value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-READERS: dict[str, Callable[[str, Keys, int], Source]] = {
-    "datasets": read_datasets,
-    "webdataset": read_webdataset,
-    "lerobot": read_lerobot,
-    "video": read_video,
+BLOCKS: dict[str, Callable[[str, Keys, int], list[Block]]] = {
+    "datasets": datasets_blocks,
+    "webdataset": webdataset_blocks,
+    "pairs": pairs_blocks,
+    "tvl": tvl_blocks,
 }
+STREAMS: dict[str, Callable[[str, Keys, int], Source]] = {"lerobot": read_lerobot, "video": read_video}

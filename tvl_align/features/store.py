@@ -18,10 +18,13 @@ from tvl_align.contract import Features, FeatureSpec, Tokens
 from tvl_align.features.arrays import Arrays, arrays_key, check_arrays, chunks_of, open_arrays, write_arrays
 from tvl_align.features.tables import (
     FORMAT,
+    Parts,
     RowNames,
     maps_needed,
     open_memmap,
+    open_parts,
     open_table,
+    part_name,
     read_rows,
     release_if_mapped,
     unfinished,
@@ -78,10 +81,16 @@ class FeatureSource(Protocol):
 class StoredSplit:
     """A memory-mapped split of a store. Reading a batch loads only its rows.
 
-    Raises UserError if the files do not match the manifest.
+    parts: the folders of tables that all splits share. Raises UserError if the files do not match the manifest.
     """
 
-    def __init__(self, folder: Path, modalities: Mapping[str, FeatureSpec], info: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        modalities: Mapping[str, FeatureSpec],
+        info: Mapping[str, Any],
+        parts: Sequence[Path] = (),
+    ) -> None:
         self.views = int(info["views"])
         shape = int(info["rows"]), self.views + 1
         self.names = RowNames(folder / "rows", shape[0])
@@ -95,7 +104,10 @@ class StoredSplit:
         self.index = {m: open_memmap(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
         self.is_condensed = False
         self.index["caption_keys"] = open_memmap(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
-        tables = {m: open_table(folder / m, spec) for m, spec in modalities.items()}
+        tables: dict[str, Mapping[str, Any]] = {
+            m: open_parts([part / m for part in parts], spec) if parts else open_table(folder / m, spec)
+            for m, spec in modalities.items()
+        }
         self.tables = {m: table for m, table in tables.items() if len(table["mask"])}
         for m in modalities:
             rows = len(self.tables[m]["mask"]) if m in self.tables else 0
@@ -139,16 +151,20 @@ class StoredSplit:
     def condensed(self, condense: Condense, device: torch.device) -> "FeatureSource":
         """This split, condensed and in memory; itself if `condense` gives None or the result is too large."""
         result, size = copy.copy(self), 0
-        result.tables, result.is_condensed = {}, True
+        result.tables, result.index, result.is_condensed = {}, dict(self.index), True
         for name, table in self.tables.items():
-            rows = torch.arange(len(table["mask"])).split(CONDENSE_BATCH)
+            used = torch.arange(len(table["mask"]))
+            if isinstance(table["mask"], Parts):  # other rows are of other splits
+                used = (index := self.index[name])[index >= 0].unique()
+                result.index[name] = torch.searchsorted(used, index.contiguous()).masked_fill(index < 0, -1)
+            rows = used.split(CONDENSE_BATCH)
             parts = []
             with progress(len(rows), f"condense {name}", "batch", quiet=not is_main()) as bar:
                 for at in rows:
                     mask = read_rows(table["mask"], at)
                     tokens = Tokens(read_rows(table["tokens"], at), mask, read_rows(table["pooled"], at), mask.any(1))
                     small = condense(name, tokens.map(lambda t: t.to(device)).float())
-                    if small is None or size + len(table["mask"]) * small[0].nbytes > MAX_CONDENSED:
+                    if small is None or size + len(used) * small[0].nbytes > MAX_CONDENSED:
                         return self
                     parts.append(small.cpu())
                     bar.update()
@@ -180,7 +196,13 @@ class FeatureStore:
                 raise UserError(f"{folder} has store format {self.manifest.get('format')}, not {FORMAT}; encode it again.")
             self.key = str(self.manifest["key"])
             self.specs = {str(m): FeatureSpec(**{k: int(v) for k, v in s.items()}) for m, s in self._entries("modalities")}
-            self.splits = {name: StoredSplit(folder / name, self.specs, info) for name, info in self._entries("splits")}
+            count, found = int(self.manifest.get("parts", 0)), len(list(folder.glob("parts/[0-9]*")))
+            if count != found:
+                raise UserError(f"{folder} has {found} of {count} parts; the store is damaged, make it again.")
+            parts = [folder / part_name(i) for i in range(count)]
+            self.splits = {
+                name: StoredSplit(folder / name, self.specs, info, parts) for name, info in self._entries("splits")
+            }
         except (
             ValueError,
             KeyError,

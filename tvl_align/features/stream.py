@@ -47,8 +47,9 @@ from tvl_align.data.transforms import (
 )
 from tvl_align.data.tvl import PICTURES, Tolerance, caption_of
 from tvl_align.encoders.tvl import Stage1
-from tvl_align.features.identity import image_ingredients, text_ingredients
+from tvl_align.features.identity import encoder_ingredients, image_ingredients, text_ingredients
 from tvl_align.features.store import FeatureStore
+from tvl_align.features.tables import hash_ids
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import FEATURE_PACKAGES, package_versions
 from tvl_align.system.workers import run_in_threads
@@ -141,10 +142,10 @@ def encode_stream(
     first = list(islice(rows, 1))  # what is wrong with the source is seen before anything is written
     if not first:
         raise UserError("there are no samples; check the source.")
-    bad, columns = _Bad(tolerance, total), _Columns(first[0])
+    bad, columns = BadSamples(tolerance, total), SampleColumns(first[0])
     found = dict.fromkeys(stage1.modalities, 0)
-    batches = _batches(chain(first, rows), stage1, bad)
-    jobs = (partial(_encoded, batch, stage1, images, prompt, views, seed) for batch in batches)
+    batches = usable_batches(chain(first, rows), stage1, bad)
+    jobs = (partial(encode_batch, batch, stage1, images, prompt, views, seed) for batch in batches)
     specs, ingredients = stage1.specs, stream_ingredients(stage1, images, prompt, isinstance(first[0].get("text"), Sentence))
     ingredients |= {"views": views, "seed": seed} if views else {}
     with (
@@ -166,8 +167,7 @@ def encode_stream(
 def stream_ingredients(stage1: Stage1, images: ImageOptions, prompt: str, sentences: bool) -> dict[str, Any]:
     """What the features of a stream depend on beside the samples, under the names of `tvl_align.features.identity`."""
     return {
-        "encoders": stage1.fingerprint(),
-        "features": stage1.features,
+        **encoder_ingredients(stage1),
         "images": image_ingredients(images),
         "text": text_ingredients(TextOptions(prompt), sentences),
         "views": 0,
@@ -176,30 +176,48 @@ def stream_ingredients(stage1: Stage1, images: ImageOptions, prompt: str, senten
 
 
 @dataclass
-class _Bad:
-    """The bad samples so far, by reason. total: number of samples, None: not known."""
+class BadSamples:
+    """The bad samples so far, by reason. total: number of samples, None: not known. seen: number of samples so far."""
 
     tolerance: Tolerance
     total: int | None
     seen: int = 0
     names: set[str] = field(default_factory=set)
+    earlier: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     example: str = ""
 
+    @property
+    def count(self) -> int:
+        """Number of bad samples."""
+        return len(self.names) + self.earlier
+
     def add(self, name: str, modality: str, reason: str) -> None:
+        """A sample is bad, for one reason of perhaps several. Raises UserError once there are too many."""
         self.names.add(name)
         self.example = self.example or f"{modality} of {name}: {reason}"
         self.reasons[f"{modality}: {reason}"] += 1
+        self._check_early()
+
+    def add_all(self, seen: int, count: int, reasons: Mapping[str, int], example: str) -> None:
+        """Add those of other samples, `count` of `seen`. Raises UserError once there are too many."""
+        self.seen, self.earlier = self.seen + seen, self.earlier + count
+        self.reasons.update(reasons)
+        self.example = self.example or example
+        self._check_early()
+
+    def _check_early(self) -> None:
         if self.total is not None or self.tolerance.strict:
-            self.tolerance.check(len(self.names), max(self.seen, self.total or 0), self.example)
+            self.tolerance.check(self.count, max(self.seen, self.total or 0), self.example)
 
     def check(self) -> None:
-        if self.names:
-            log.warning("%d of %d samples are bad, by reason: %s", len(self.names), self.seen, dict(self.reasons))
-            self.tolerance.check(len(self.names), self.seen, self.example)
+        """Log the bad samples. Raises UserError if they are too many."""
+        if self.count:
+            log.warning("%d of %d samples are bad, by reason: %s", self.count, self.seen, dict(self.reasons))
+            self.tolerance.check(self.count, self.seen, self.example)
 
 
-def _batches(samples: Iterable[Sample], stage1: Stage1, bad: _Bad) -> Iterator[list[Sample]]:
+def usable_batches(samples: Iterable[Sample], stage1: Stage1, bad: BadSamples) -> Iterator[list[Sample]]:
     """The samples that have two or more modalities, BATCH at a time; the others are counted as bad."""
 
     def usable() -> Iterator[Sample]:
@@ -224,7 +242,7 @@ def _has(sample: Sample, modality: str) -> bool:
     return caption_of(value) is not None if modality == "text" else value is not None
 
 
-class _Columns:
+class SampleColumns:
     """What the samples say beside their pictures, as columns of the store. The first sample says which there are."""
 
     def __init__(self, first: Sample) -> None:
@@ -273,18 +291,33 @@ def _split(sample: Sample) -> str:
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """A batch of samples. features: arguments of `FeatureWriter.add`. faults: (row, modality, reason) of bad pictures."""
+class EncodedBatch:
+    """A batch of samples. features: arguments of `FeatureWriter.add`. faults: (row, modality, reason) of bad pictures.
+
+    contents: {modality: (B,) int64}, equal for rows with equal inputs of the encoder (the plain view of a picture, a
+    sentence), and another number for every row without the modality; empty unless they are asked for.
+    """
 
     samples: Sequence[Sample]
     features: dict[str, dict[str, np.ndarray]]
     faults: list[tuple[int, str, str]]
+    contents: dict[str, np.ndarray]
 
 
-def _encoded(
-    samples: Sequence[Sample], stage1: Stage1, images: ImageOptions, prompt: str, views: int = 0, seed: int = 0
-) -> _Encoded:
-    """Encode a batch. Every distinct sentence of it is encoded once. Views of other than training samples are zero."""
+def encode_batch(
+    samples: Sequence[Sample],
+    stage1: Stage1,
+    images: ImageOptions,
+    prompt: str,
+    views: int = 0,
+    seed: int = 0,
+    contents: bool = False,
+) -> EncodedBatch:
+    """Encode a batch. Every distinct sentence of it is encoded once. Views of other than training samples are zero.
+
+    contents: give those of the rows too.
+    """
+    keys: dict[str, np.ndarray] = {}
     parts: dict[str, dict[str, np.ndarray]] = {what: {} for what in ("arrays", "pooled", "mask", "present")}
     pictures, faults = _pictures(samples, stage1, images, views, seed)
     further = further_inputs(stage1.further, images.more_bits)
@@ -306,6 +339,8 @@ def _encoded(
                 inputs.append(pictures[m][i, 0])
                 rows[i] = len(inputs) - 1
         count, here, there = len(samples), list(rows), list(rows.values())
+        if contents:
+            keys[m] = hash_ids(_bytes(inputs[rows[i]]) if i in rows else f"\0{s['name']}" for i, s in enumerate(samples))
         tokens, pooled = _zeros(spec, count)
         mask, present = np.zeros((count, spec.tokens), bool), np.zeros(count, bool)
         if inputs:
@@ -323,7 +358,12 @@ def _encoded(
                     out = _numbers(stage1, m, [pictures[m][i, view] for i in at])
                     shown[at, view - 1], shown_pooled[at, view - 1] = out.tokens.numpy(), out.pooled.numpy()
             parts.setdefault("views", {})[m], parts.setdefault("views_pooled", {})[m] = shown, shown_pooled
-    return _Encoded(samples, parts, faults)
+    return EncodedBatch(samples, parts, faults, keys)
+
+
+def _bytes(x: Any) -> bytes | str:
+    """A sentence, or the numbers of a tensor."""
+    return x if isinstance(x, str) else x.contiguous().numpy().tobytes()
 
 
 def _pictures(

@@ -12,12 +12,19 @@ A store is a folder `<feature_dir>/<key>`. The key hashes the content of everyth
     <split>/<modality>/   the table, R rows: tokens (R, T, W) fp16, mask (R, T) bool, pooled (R, E) fp32
 
 The text table has every distinct sentence once. Only training rows have augmented views (V > 0).
+
+A store in parts (`parts` in the manifest) has `parts/<number>/<modality>/` in place of `<split>/<modality>/`: the tables of
+the parts, one after the other, are the table of every split.
 """
 
+import hashlib
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +88,66 @@ def write_rows(
     return {"rows": len(names), "datasets": distinct, "repeated": repeated}
 
 
-def read_rows(mapped: Tensor, rows: Tensor, length: int | None = None) -> Tensor:
+def hash_ids(values: Iterable[bytes | str]) -> np.ndarray:
+    """(N,) int64 of N values: 64 bits of a hash, so that processes that know nothing of each other give equal values equal
+    numbers. Two of 10 million values share a number by chance with a probability of 3e-6."""
+    encoded = (v.encode(errors="backslashreplace") if isinstance(v, str) else v for v in values)
+    return np.frombuffer(b"".join(hashlib.blake2b(v, digest_size=8).digest() for v in encoded), np.int64)
+
+
+class Parts:
+    """(R, ...) rows of one dtype in the files of several parts, one after the other, which `read_rows` reads as one table.
+
+    Rows are read from the files, not mapped: there may be more files than a process can map. Raises UserError for a file
+    that is no whole number of rows.
+    """
+
+    def __init__(self, files: Sequence[Path], dtype: torch.dtype, *shape: int) -> None:
+        self.files, self.dtype = files, dtype
+        row_bytes = max(1, dtype.itemsize * math.prod(shape))
+        sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+        for file, size in zip(files, sizes, strict=True):
+            if size % row_bytes:
+                raise UserError(f"{file} has {size} bytes, not rows of {row_bytes}; the store is damaged, make it again.")
+        self.starts = torch.tensor([0, *(size // row_bytes for size in sizes)]).cumsum(0)
+        self.shape = (int(self.starts[-1]), *shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, rows: Tensor, length: int | None = None) -> Tensor:
+        """A copy of rows (B,) int64, cut to `length` along the second axis; see `read_rows`."""
+        result = torch.empty(len(rows), *torch.empty(self.shape[1:], device="meta")[:length].shape, dtype=self.dtype)
+        content: Any = result.flatten(1).view(torch.uint8).numpy()
+        row_bytes = self.dtype.itemsize * math.prod(self.shape[1:])
+        part = torch.searchsorted(self.starts, rows, right=True) - 1
+        places = sorted(zip(part.tolist(), ((rows - self.starts[part]) * row_bytes).tolist(), range(len(rows)), strict=True))
+        for number, of_part in groupby(places, key=itemgetter(0)):
+            with self.files[number].open("rb", buffering=0) as file:
+                for _, place, i in of_part:
+                    if os.preadv(file.fileno(), [content[i]], place) != len(content[i]):
+                        raise UserError(f"{self.files[number]} has become shorter; the store is damaged, make it again.")
+        return result
+
+
+def read_rows(mapped: Tensor | Parts, rows: Tensor, length: int | None = None) -> Tensor:
     """A copy of `mapped[rows, :length]`.
 
     The pages that were read are unmapped from this process afterwards, so that its memory does not grow with the store: a
     read maps the 64 KB around a row. They stay in the page cache of the operating system.
     """
+    if isinstance(mapped, Parts):
+        return mapped.read(rows, length)
     result = torch.empty(len(rows), *mapped[0, :length].shape, dtype=mapped.dtype)
     for chunk, out in zip(rows.split(ROWS_PER_READ), result.split(ROWS_PER_READ), strict=True):
         torch.index_select(mapped[:, :length] if mapped.ndim > 2 else mapped, 0, chunk, out=out)
         release_if_mapped(mapped)
     return result
+
+
+def part_name(number: int) -> str:
+    """The folder of a part of a store, relative to the store."""
+    return f"parts/{number:06d}"
 
 
 def open_table(folder: Path, spec: FeatureSpec) -> dict[str, Tensor]:
@@ -103,6 +159,21 @@ def open_table(folder: Path, spec: FeatureSpec) -> dict[str, Tensor]:
         "mask": open_memmap(file, torch.bool, (rows, spec.tokens)),
         "pooled": open_memmap(folder / "pooled.memmap", torch.float32, (rows, spec.pooled_width)),
     }
+
+
+def open_parts(folders: Sequence[Path], spec: FeatureSpec) -> dict[str, Parts]:
+    """Open the tables of a modality in several folders as one; see `open_table`. Raises UserError if one is damaged."""
+    table = {
+        "tokens": Parts([folder / "tokens.memmap" for folder in folders], torch.float16, spec.tokens, spec.width),
+        "mask": Parts([folder / "mask.memmap" for folder in folders], torch.bool, spec.tokens),
+        "pooled": Parts([folder / "pooled.memmap" for folder in folders], torch.float32, spec.pooled_width),
+    }
+    for column in table.values():
+        if bad := (column.starts != table["mask"].starts).nonzero().tolist():
+            raise UserError(
+                f"{folders[bad[0][0] - 1]} has files of other numbers of rows; the store is damaged, make it again."
+            )
+    return table
 
 
 def open_memmap(file: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

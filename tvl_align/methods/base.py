@@ -18,7 +18,6 @@ Training and evaluation compute the same codes; only noise and dropout are absen
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any, cast
@@ -333,12 +332,7 @@ class TVLStage2(NestedModel):
         names, knobs = list(self.specs), self.knobs
         places = {"shared_stack.": ["stacks.shared.0."]}
         places["own_stack."] = ["stacks.shared.1."] if knobs.share_weights else [f"stacks.{m}.0." for m in names]
-        for new, old in (
-            ("trunk.project.", "trunk.project.{}."),
-            ("readers.", "readers.{}."),
-            ("comp_linear.", "comp_linear.{}."),
-        ):
-            places[new] = [old.format(m) for m in names]
+        places |= {new: [f"{new}{m}." for m in names] for new in ("trunk.project.", "readers.", "comp_linear.")}
         places["shared_keys."] = ["shared_keys."]
         for new, part in (("linear.", "linear."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2.")):
             places[f"decoders.{new}"] = [f"decoders.{m}.{part}" for m in names]
@@ -408,8 +402,7 @@ class TVLStage2(NestedModel):
             return {}
         read = encoded.inputs
         code = torch.cat([read.units.detach(), read.comp_units], dim=2) * self.codes.kept_units(kept)
-        with torch.autocast(code.device.type, enabled=False) if not self.training else nullcontext():
-            rebuilt = self.decoders(code).float()
+        rebuilt = self.decoders(code).float()
         names = list(self.specs)
         if self.training:
             difference = read.components[..., : rebuilt.shape[2]] - rebuilt
