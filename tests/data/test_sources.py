@@ -399,6 +399,9 @@ def test_sound_of_a_dataset_is_not_decoded(tmp_path: Path) -> None:
 REFUSED = {
     "--vision_key cam --every 0": "--every 0 is out of range",
     "--vision_key cam --views -1": "--views -1 is out of range",
+    "--vision_key cam --tactile_key gel --worker_cpus 2": "--worker_cpus is of an encode on Ray; give it with --ray",
+    "--vision_key cam --tactile_key gel --ray local": "lerobot is read by one process; leave out --ray",
+    "--vision_key cam --ray local --block_rows 0": "--block_rows 0 is out of range",
     "--label_keys force": "registers align two or more modalities, and there are keys of text",
     "--vision_key cam": "encoding needs the Stage-1 encoders of vision, text",
 }

@@ -116,6 +116,9 @@ class SourceConfig:
         at_least(0, self, "views")
         at_least(1, self, "block_rows", "worker_cpus")
         between(0, 1, self, "max_skipped")
+        for name in ("block_rows", "worker_cpus"):
+            if self.ray is None and getattr(self, name) != getattr(SourceConfig, name):
+                raise UserError(f"--{name} is of an encode on Ray; give it with --ray, or leave it out.")
         check_modalities(self.modalities)
         if len(self.modalities) < 2:
             given = ", ".join(self.modalities) or "nothing"
