@@ -33,6 +33,7 @@ EXTRAS = {  # package -> the extra of tvl-align that installs it
     **{name: name for name in ("datasets", "webdataset")},
     "av": "video",
     "pyarrow": "lerobot",
+    "ray": "ray",
     "submitit": "slurm",
 }
 
