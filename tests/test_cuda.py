@@ -60,7 +60,8 @@ def test_a_run_is_trained_measured_and_used(on_gpu: OnGPU, world: Path, stage1_c
 import sys, torch, tvl_align
 from pathlib import Path
 names = sorted(str(p) for p in Path(sys.argv[2]).rglob("*.png"))[:8]
-one, other = (tvl_align.load(sys.argv[1], device=d).embed(vision=names, precision="float32").pooled["vision"] for d in ("cpu", "cuda"))
+runs = [tvl_align.load(sys.argv[1], device=d) for d in ("cpu", "cuda")]
+one, other = (run.embed(vision=names, precision="float32").pooled["vision"] for run in runs)
 print(float((one - other).abs().max()))
 """
     assert float(on_gpu(code, tmp_path / "run", world).splitlines()[-1]) < 1e-3
