@@ -29,7 +29,7 @@ def test_a_step_launches_few_operators_and_waits_for_none(name: str) -> None:
     step()  # constants and the state of the optimizer are made once
     with Operators() as operators, Names() as seen:
         step()
-    assert 100 < operators.count <= MOST[name]
+    assert 100 < operators.count <= 1.05 * MOST[name]  # kernels of other machines take a few more
     assert not [operator for operator in seen.names if operator in WAITING]
 
 
