@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import jobs
 from benchmarks.jobs import random_features
-from benchmarks.speed import MatrixProducts, _registers, _stage1
+from benchmarks.speed import MatrixProducts, random_registers, random_stage1
 from tvl_align.config import parse
 from tvl_align.contract import FeatureSpec
 from tvl_align.data.samples import Samples, TextOptions
@@ -148,7 +148,7 @@ def _store(config: GPUConfig) -> Iterator[Row]:
     ViT-L-14 and ViT-Tiny with random weights, in bf16. Hashes of weights and files, which take seconds whatever the number
     of rows, are timed alone and subtracted.
     """
-    stage1 = _stage1("ViT-L-14", {}).cuda()
+    stage1 = random_stage1("ViT-L-14", {}).cuda()
     stage1.encode_precision = "bf16"
     with jobs.temporary_folder() as folder:
         options = ImageOptions(photo_crop="none", touch_crop="none", touch_turn=0)
@@ -169,7 +169,7 @@ def _store(config: GPUConfig) -> Iterator[Row]:
         row: Row = {"what": f"store of {config.pictures} rows, 2 PNGs of 224 pixels each, ViT-L-14 and ViT-Tiny, bf16"}
         rates = {"rows/s": config.pictures / filled, "bare forward rows/s": 1000 * GPU_BATCH / measured(bare, 8)}
         yield row | rates | {"hashes s": hashes, "store / bare": rates["rows/s"] / rates["bare forward rows/s"]}
-        registers = _registers(stage1, options, folder)
+        registers = random_registers(stage1, options, folder)
         registers.device = torch.device("cuda")
         registers.model.cuda()
         files = {m: [folder / row.files[m] for row in samples["train"].rows] for m in PICTURES}

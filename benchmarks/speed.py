@@ -222,7 +222,7 @@ class MatrixProducts(TorchDispatchMode):
         return run
 
 
-def _training(
+def training_step(
     name: str, config: BenchConfig, specs: Any = SMALL, features: Features | None = None, condensed: bool = False
 ) -> Callable[[], None]:
     """A training step of a method on one batch in memory; condensed: as the engine gives it to the model."""
@@ -256,13 +256,13 @@ def _step(config: BenchConfig) -> Iterator[Figure]:
     """A training step relative to its matrix products, and to a step that projects every token to keys and values."""
     size = f"batch {config.batch}, width {config.width}"
     for name in ("base", "cursor"):
-        step = _training(name, config)
+        step = training_step(name, config)
         with MatrixProducts() as products:
             step()
         for what, cold in (("its matrix products", False), ("the same on operands of their own", True)):
             yield compare(f"step of {name} ({size}) / {what}", step, products.replay(cold), config.turns)
     for name in METHODS:
-        step = _training(name, config, condensed=True)
+        step = training_step(name, config, condensed=True)
         step()
         with Operators() as operators, MatrixProducts() as products:
             step()
@@ -386,7 +386,7 @@ def _probes(config: BenchConfig) -> Iterator[Figure]:
         yield figure
 
 
-def _stage1(clip_name: str, touch: dict[str, Any]) -> Stage1:
+def random_stage1(clip_name: str, touch: dict[str, Any]) -> Stage1:
     register_small_clip()
     clip = open_clip.create_model(clip_name, pretrained=None)
     tokenizer, width = open_clip.get_tokenizer(clip_name), clip.text_projection.shape[-1]
@@ -400,14 +400,14 @@ SIZES = (("small Stage 1", SMALL_CLIP, SMALL_TOUCH, 32, 1), ("ViT-L-14 and ViT-T
 def _store_and_encoders(config: BenchConfig) -> Iterator[Figure]:
     """Training with encoding on the fly relative to training on stored features, seconds per row and view."""
     for label, clip_name, touch, _, divisor in SIZES:
-        stage1 = _stage1(clip_name, touch)
+        stage1 = random_stage1(clip_name, touch)
         rows = max(1, config.pictures // divisor)
         raw = {m: torch.randn(rows, 3, s, s) for m, s in (("vision", stage1.photo_size), ("tactile", stage1.touch_size))}
         raw["text"] = stage1.tokenize(["grooved, coarse and a little sticky"] * rows)
         stored = stage1.encode(raw)
         batch = stored.map(lambda t, rows=rows: t[torch.arange(config.batch) % rows])
         for name in ("base", "cursor"):
-            step = _training(name, config, stage1.specs, batch)
+            step = training_step(name, config, stage1.specs, batch)
             timed = compare("", lambda s=stage1, r=raw: s.encode(r), step, 2)
             encoded, trained = timed.ours / rows, timed.reference / config.batch
             title = f"row of an epoch of {name} through the encoders / from the store ({label})"
@@ -417,7 +417,7 @@ def _store_and_encoders(config: BenchConfig) -> Iterator[Figure]:
 def _encode(config: BenchConfig) -> Iterator[Figure]:
     """`tvl-align encode` relative to the forward passes of the encoders on decoded images in memory."""
     for label, clip_name, touch, multiple, _ in SIZES:
-        stage1, rows = _stage1(clip_name, touch), multiple * config.pictures
+        stage1, rows = random_stage1(clip_name, touch), multiple * config.pictures
         with jobs.temporary_folder() as folder:
             world = write_world(folder / "world", rows, 32, seed=0, quiet=True)
             options = ImageOptions(stage1.photo_size, stage1.touch_size)
@@ -441,7 +441,7 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
                     stage1.encode({"text": batch})
 
             yield compare(f"encode {count} rows / bare forward pass ({label})", ours, bare, 2, warm=multiple > 1)
-            registers = _registers(stage1, options, folder)
+            registers = random_registers(stage1, options, folder)
             given = [{m: str(world / str(getattr(row, m))) for m in PICTURES} for row in samples["train"].rows]
 
             def embed(registers: Registers = registers, given: Any = given) -> None:
@@ -454,7 +454,7 @@ def _encode(config: BenchConfig) -> Iterator[Figure]:
             yield compare(f"embed {count} rows / bare forward pass ({label})", embed, bare_images, 2, warm=multiple > 1)
 
 
-def _registers(stage1: Stage1, options: ImageOptions, folder: Path) -> Registers:
+def random_registers(stage1: Stage1, options: ImageOptions, folder: Path) -> Registers:
     """A base model with random weights, as `tvl_align.load` gives one."""
     method, settings = METHODS["base"], jobs.run_settings(folder / "none", folder, 64, 256)
     features = {"encoders": stage1.fingerprint(), "images": asdict(options), "text": {"prompt": ""}}

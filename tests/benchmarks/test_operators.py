@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.speed import BenchConfig, Operators, _training
+from benchmarks.speed import BenchConfig, Operators, training_step
 from tvl_align.methods.registry import METHODS
 
 MOST = {"base": 500, "disentangled": 500, "cursor": 300, "flextok": 600, "matryoshka": 600, "mlp": 250, "closed": 250}
@@ -25,7 +25,7 @@ class Names(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_launches_few_operators_and_waits_for_none(name: str) -> None:
-    step = _training(name, BenchConfig(batch=8), condensed=True)
+    step = training_step(name, BenchConfig(batch=8), condensed=True)
     step()  # constants and the state of the optimizer are made once
     with Operators() as operators, Names() as seen:
         step()

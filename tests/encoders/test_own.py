@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from own_encoders import Letters
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -36,24 +37,6 @@ class Means(nn.Module):
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens = F.adaptive_avg_pool2d(images * self.scale, 2).flatten(2).transpose(1, 2)
         return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool), F.normalize(tokens.flatten(1), dim=-1)
-
-
-class Letters(nn.Module):
-    """The smallest encoder of text: a vector for each letter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.vectors = nn.Embedding.from_pretrained(torch.eye(128, 6) + 0.1)
-
-    def tokenize(self, sentences: Sequence[str]) -> Tensor:
-        ids = torch.zeros(len(sentences), 10, dtype=torch.int64)
-        for i, sentence in enumerate(sentences):
-            ids[i, : min(10, len(sentence))] = torch.tensor([ord(x) for x in sentence[:10]], dtype=torch.int64)
-        return ids
-
-    def encode(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        tokens, mask = self.vectors(ids), ids > 0
-        return tokens, mask, F.normalize((tokens * mask[..., None]).sum(1), dim=-1)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ Shapes: G models, B rows, K features, L tokens of width W, H hidden units, T tar
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,7 +20,7 @@ QUERIES = 4  # of an attentive probe, for each target
 EVERY = slice(None)
 
 
-class Batched(nn.Module):
+class Batched(nn.Module, ABC):
     """G models: one for each entry of `dropout` and `decay`, its rates. Weights and dropout are drawn from `seed`.
 
     inputs: (K,) features, or (L, W) tokens and their width. outputs: (T, C).
@@ -41,9 +42,9 @@ class Batched(nn.Module):
         self.decays = torch.tensor(decay, device=device)
         self.weights = nn.ParameterDict(self.build(*inputs)).to(device)
 
+    @abstractmethod
     def build(self, *inputs: int) -> dict[str, Tensor]:
         """The first weights, by name; those whose name starts with "matrix" have weight decay."""
-        raise NotImplementedError
 
     def matrix(self, *shape: int) -> Tensor:
         """(G, *shape), uniform, by the number of inputs: the last dimension but one."""
