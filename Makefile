@@ -3,7 +3,7 @@ BIN := .venv/bin
 WITHOUT := "base --num_cross_attn_layers 0" "base --no_linear" "base --trunk_layers 0" "base --input_dropout 0" \
 	"base --independence_weight 0" "base --preservation_weight 0"
 
-.PHONY: demo compare ablation bench benchmarks faults test test-fast check
+.PHONY: demo compare ablation bench benchmarks faults test test-fast check docs
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
@@ -33,6 +33,9 @@ check: .venv/ready  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/ready  ## the documentation -> site/index.html
+	$(BIN)/mkdocs build --strict --quiet
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
