@@ -1,4 +1,4 @@
-"""The house: floors, no cycles, thin doors, one loop that takes gradients, a tree in the README that is the disk's."""
+"""The house: floors, no cycles, thin doors, one loop that takes gradients, a tree in the docs that is the disk's."""
 
 import ast
 import re
@@ -153,9 +153,9 @@ def test_nothing_loads_pickles_or_hides_warnings() -> None:
         assert "allow_pickle=True" not in text, path
 
 
-def test_the_tree_in_the_readme_is_the_one_on_disk() -> None:
+def test_the_tree_in_the_design_is_the_one_on_disk() -> None:
     """One line a room: every room of the disk is in the tree, and nothing else."""
-    tree = re.search(r"## The tree\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    tree = re.search(r"## The tree\n.*?```\n(.*?)```", (ROOT / "docs/DESIGN.md").read_text(), re.S)
     assert tree is not None
     named, above = set(), ""
     for line in tree[1].splitlines():

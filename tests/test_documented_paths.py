@@ -20,6 +20,7 @@ from tvl_align.system.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 STAGE2 = ROOT / "experiments" / "stage2"
+TRAIN = ROOT / "docs" / "train.md"
 BIN = Path(sys.executable).parent
 MEANWHILE = {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
 
@@ -36,7 +37,7 @@ def run(command: str, folder: Path = ROOT, expect: int = 0) -> str:
     return said
 
 
-def documented(heading: str, page: Path = ROOT / "README.md") -> str:
+def documented(heading: str, page: Path) -> str:
     """The first fenced command after a heading of a page, on one line."""
     text = page.read_text()
     block = re.search(rf"{re.escape(heading)}.*?```bash\n(.*?)```", text, re.S)
@@ -55,7 +56,7 @@ def filled(command: str, world: Path, checkpoint: Path, out: Path, epochs: int) 
 @pytest.mark.slow
 def test_the_documented_training(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     """The documented command; then the same again; then with more epochs, which needs --resume."""
-    command = filled(documented("## Train on TVL"), world, stage1_checkpoint, tmp_path, epochs=1)
+    command = filled(documented("## The documented command", TRAIN), world, stage1_checkpoint, tmp_path, epochs=1)
     assert "--register_token_dim 768" in command
     said = run(command, STAGE2)
     folder = tmp_path / "stage2_experiment"
@@ -90,7 +91,7 @@ def test_the_documented_training_of_cursor(world: Path, stage1_checkpoint: Path,
 @pytest.mark.slow
 def test_two_processes_train_as_one(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
     """2 processes of 16 rows and 1 process of 32 rows give the same metrics, with an incomplete last batch too."""
-    base = documented("## Train on TVL")
+    base = documented("## The documented command", TRAIN)
     rows = []
     for count, batch in ((2, 16), (1, 32)):
         command = filled(base, world, stage1_checkpoint, tmp_path, epochs=2)
@@ -197,38 +198,6 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     stores = set((tmp_path / "runs" / "features").iterdir())
     assert "Stage-1 checkpoint" in run(f"tvl-align evaluate {page.parent}", expect=2)
     assert set((tmp_path / "runs" / "features").iterdir()) == stores  # refused before anything was encoded
-
-
-@pytest.mark.slow
-def test_the_documented_import(tmp_path: Path) -> None:
-    """The Python code and the commands of the README, with fewer epochs."""
-    section = (ROOT / "README.md").read_text().split("## Bring your own features", 1)[1]
-    code = re.search(r"```python\n(.*?)```", section, re.S)
-    lines = re.search(r"```bash\n(.*?)```", section, re.S)
-    assert code is not None
-    assert lines is not None
-    (tmp_path / "make.py").write_text(code[1])
-    run(f"{sys.executable} make.py", tmp_path)
-    for line in lines[1].strip().splitlines():
-        said = run(
-            line.replace("--epochs 10", "--epochs 2").replace("output_dir/digits", "output_dir/digits --probe_steps 60"),
-            tmp_path,
-        )
-    assert said.strip().endswith("report.html")
-
-
-@pytest.mark.slow
-def test_the_page_on_own_data(tmp_path: Path) -> None:
-    """Every block of docs/own_data.md, in its order, in an empty folder."""
-    blocks = re.findall(r"```(python|bash)\n(.*?)```", (ROOT / "docs/own_data.md").read_text(), re.S)
-    assert len(blocks) >= 7
-    for i, (language, text) in enumerate(blocks):
-        (tmp_path / f"{i}.{language}").write_text(text)
-        run(f"{sys.executable if language == 'python' else 'bash -e'} {i}.{language}", tmp_path)
-    results = json.loads((tmp_path / "output_dir/mine/results.json").read_text())
-    assert results["factors"]["vision"]["material"]["chance"] < 60
-    for name in ("tokens.npz", "test.npz"):
-        assert (tmp_path / name).is_file()
 
 
 def called(line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> tuple[int, str]:

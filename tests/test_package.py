@@ -188,7 +188,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_the_wheel_works_away_from_the_checkout(installed: Path, tmp_path: Path) -> None:
-    """The digits example of the README, in an empty folder."""
+    """The digits example of the quick start, in an empty folder."""
     python = installed / "python"
     said = run([python, "-c", "import tvl_align; print(tvl_align.__file__, tvl_align.__version__)"], tmp_path)
     home, version = said.split()
@@ -200,7 +200,7 @@ def test_the_wheel_works_away_from_the_checkout(installed: Path, tmp_path: Path)
     assert "--pretrain_epochs" in run("tvl-align demo --help", tmp_path, path=installed)
     assert "clone" in run("tvl-align bench", tmp_path, expect=2, path=installed)
 
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Bring your own features", 1)[1]
+    section = (ROOT / "docs/quickstart.md").read_text(encoding="utf-8").split("## Bring your own features", 1)[1]
     code, lines = (re.search(rf"```{kind}\n(.*?)```", section, re.S) for kind in ("python", "bash"))
     assert code is not None and lines is not None
     assert "--epochs 10 " in lines[1]
