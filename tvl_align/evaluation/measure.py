@@ -20,6 +20,7 @@ from tvl_align.data.pairs import pair_labels
 from tvl_align.data.samples import Samples
 from tvl_align.data.split import repeats
 from tvl_align.evaluation.cross_reading import cross_readings
+from tvl_align.evaluation.explore import by_direction, explore, single_registers
 from tvl_align.evaluation.factors import MIN_ROWS, FactorProbes, Group, Rows
 from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.oracle import oracle
@@ -161,12 +162,17 @@ def measure(options: EvaluateConfig) -> Path:
                 on_rows = _first_overlapping(k, model, probe, rows, device, on_probe)
                 groups[f"first_{k}_registers"] = Group(on_rows, tokens.overlapping, shared_only=True)
         factors.read(groups)
+        factors.read(single_registers(on_probe, trained_tokens), ("linear",))
     results["prefix"] = [_prefix(k, tokens, names, meanings, weights, factors) for k, tokens in prefixes.items()]
     if factors is not None:
         results["summary"] = factors.summary(weights)
         results["left_out"] = factors.left_out
     results["factors"] = factors.as_json() if factors is not None else {}
+    explored = explore(model, test, prefixes, frozen, meanings.of, labels, samples, device)
+    results["directions"] = by_direction(explored, pooled, meanings.of, weights)
     results |= {"run": config, "evaluated_by": provenance()}
+    if options.split == "test":
+        explored.save(options.run)
     written = options.run / ("results.json" if options.split == "test" else f"results-{options.split}.json")
     written.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return written
