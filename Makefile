@@ -35,7 +35,7 @@ check: .venv/ready  ## style and types
 	$(BIN)/mypy
 
 docs: .venv/ready  ## the documentation -> site/index.html
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

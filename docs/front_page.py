@@ -1,4 +1,4 @@
-"""mkdocs hook: the front page of the site is README.md, with its links as seen from docs/."""
+"""mkdocs hook: the front page of the site is README.md; notes to the tests (tests/docs/test_blocks.py) are left out."""
 
 import re
 from pathlib import Path
@@ -8,5 +8,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The text of a page: README.md for index.md, every other page as it is."""
-    return re.sub(r"\]\(docs/", "](", README.read_text(encoding="utf-8")) if page.file.src_uri == "index.md" else markdown
+    """The text of a page: README.md for index.md, with its links as seen from docs/."""
+    if page.file.src_uri == "index.md":
+        markdown = re.sub(r"\]\(docs/", "](", README.read_text(encoding="utf-8"))
+    return re.sub(r"^<!--.*-->\n", "", markdown, flags=re.M)
