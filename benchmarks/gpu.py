@@ -27,8 +27,8 @@ from benchmarks.jobs import random_features
 from benchmarks.speed import MatrixProducts, random_registers, random_stage1
 from tvl_align.config import parse
 from tvl_align.contract import FeatureSpec
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.samples import Samples, TextOptions
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import PICTURES
 from tvl_align.data.tvl import Row as Sample
 from tvl_align.features.encode import GPU_BATCH, open_or_encode

@@ -28,9 +28,9 @@ from benchmarks import jobs
 from benchmarks.jobs import SMALL, random_features
 from tvl_align.config import parse
 from tvl_align.contract import MODALITIES, Features, FeatureSpec
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.loading import load_images
 from tvl_align.data.samples import TextOptions, make_samples
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import PICTURES, read_tvl
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import Stage1, create_touch_encoder

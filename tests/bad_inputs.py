@@ -17,9 +17,10 @@ import torch
 from faults import Outcome
 from PIL import Image
 
+from tvl_align.data.image_options import ImageOptions
+from tvl_align.data.pictures import inspect_images
 from tvl_align.data.samples import Samples, TextOptions, make_samples
 from tvl_align.data.text import adjectives
-from tvl_align.data.transforms import ImageOptions, inspect_images
 from tvl_align.data.tvl import Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.features.encode import open_or_encode

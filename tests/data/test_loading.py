@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from tvl_align.data import loading
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.loading import HELD, PREFETCH, RESERVED, load_images
 from tvl_align.data.samples import Samples, TextOptions, make_samples
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
 from tvl_align.system.console import UserError
 from tvl_align.system.files import warn_once

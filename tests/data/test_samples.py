@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.samples import TextOptions, make_samples
 from tvl_align.data.split import file_keys
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Row, TVLData
 
 

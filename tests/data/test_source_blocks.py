@@ -167,7 +167,7 @@ def test_tvls_folders(world: Path) -> None:
 
 
 WRONG = {
-    "lerobot:r": "lerobot is read by one process; leave out --ray, or write r as webdataset or parquet shards",
+    "lerobot:r": "lerobot is read by one process; leave out --ray and torchrun, or write r as webdataset or parquet shards",
     "video:v": "video is read by one process",
     "pairs:none.csv": "no such table: none.csv",
     "pairs:t.csv": "t.csv has no 'touch'; it has image, b",

@@ -400,7 +400,7 @@ REFUSED = {
     "--vision_key cam --every 0": "--every 0 is out of range",
     "--vision_key cam --views -1": "--views -1 is out of range",
     "--vision_key cam --tactile_key gel --worker_cpus 2": "--worker_cpus is of an encode on Ray; give it with --ray",
-    "--vision_key cam --tactile_key gel --ray local": "lerobot is read by one process; leave out --ray",
+    "--vision_key cam --tactile_key gel --ray local": "lerobot is read by one process; leave out --ray and torchrun",
     "--vision_key cam --ray local --block_rows 0": "--block_rows 0 is out of range",
     "--label_keys force": "registers align two or more modalities, and there are keys of text",
     "--vision_key cam": "encoding needs the Stage-1 encoders of vision, text",
@@ -415,9 +415,13 @@ def test_flags_that_are_refused(flags: str, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        with monkeypatch.context() as patch:
-            patch.setenv(name, "2")
-            with pytest.raises(UserError, match="read by one process, and there are 2; run it"):
-                run(["--source", "video:v", "--out", str(tmp_path / "s"), "--vision_key", "a", "--tactile_key", "b"])
+def test_tasks_of_slurm_without_torchrun_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    flags = ["--source", "video:v", "--out", str(tmp_path / "s"), "--vision_key", "a", "--tactile_key", "b"]
+    with pytest.raises(UserError, match="2 tasks of Slurm would each encode all of the source; start torchrun in one task"):
+        run(flags)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of torchrun in each of the two tasks
+    with pytest.raises(UserError, match="video is read by one process; leave out --ray and torchrun"):
+        run(flags)
+    with pytest.raises(UserError, match="--ray starts processes of its own; give it without torchrun"):
+        run([*flags, "--ray", "local"])

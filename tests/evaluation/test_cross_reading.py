@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tvl_align.evaluation.cross_reading import cross_readings, mean_leak
+from tvl_align.evaluation.cross_reading import cross_readings
+from tvl_align.evaluation.scores import mean_leak
 from tvl_align.evaluation.split_tokens import SplitTokens
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvl_align.evaluation import probes as module
-from tvl_align.evaluation.probes import Probed, ProbeKind, Problem, Target, accuracy, bits, fit_probes, normalised_score, r2
+from tvl_align.evaluation.probes import Probed, ProbeKind, Problem, Target, accuracy, bits, fit_probes, r2
 from tvl_align.system.console import UserError
 
 ROWS, TEST = 1500, 1000
@@ -211,11 +211,3 @@ def test_bits_of_hand_made_predictions() -> None:
     made = Probed("linear", torch.tensor([[0.0, math.log(3)]] * 2), 0.0)
     assert bits(made, torch.tensor([0, 1])).tolist() == pytest.approx([2.0, math.log2(4 / 3)])
     assert accuracy(made, torch.tensor([0, 1])).tolist() == [0, 1]
-
-
-def test_normalised_score() -> None:
-    assert normalised_score(20, 20, 80) == 0
-    assert normalised_score(80, 20, 80) == 100
-    assert normalised_score(5, 20, 80) == -25
-    with pytest.raises(ValueError, match="not above chance"):
-        normalised_score(50, 50, 50)

@@ -1,11 +1,10 @@
-"""Intervals: the bootstrap over groups against a plain loop, its coverage, and the t interval against scipy."""
+"""Intervals: the bootstrap over groups against a plain loop, and its coverage."""
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
-from tvl_align.evaluation.uncertainty import group_weights, interval, t_interval, weighted_mean
+from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
 
 
 def test_weights_draw_whole_groups() -> None:
@@ -59,15 +58,3 @@ def test_identical_rows_widen_the_interval() -> None:
     copies, groups = values[:50].repeat_interleave(4), torch.arange(50).repeat_interleave(4)
     grouped = interval(weighted_mean(copies, group_weights(groups, 0)))
     assert grouped[1] - grouped[0] == pytest.approx(2 * (alone[1] - alone[0]), rel=0.2)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 12, 100])
-def test_the_t_interval_is_that_of_scipy(count: int) -> None:
-    values = np.random.default_rng(count).standard_normal(count).tolist()
-    expected = stats.t.interval(0.95, count - 1, np.mean(values), stats.sem(values))
-    assert t_interval(values) == pytest.approx(expected, rel=1e-4)
-
-
-def test_one_value_has_no_interval() -> None:
-    with pytest.raises(ValueError, match="at least two values"):
-        t_interval([1.0])

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from tvl_align.config import from_plain, parse, to_plain
+from tvl_align.data.image_options import PHOTO_MEAN, PHOTO_STD, TOUCH_MEAN, ImageOptions
 from tvl_align.data.samples import Samples, TextOptions, make_samples
-from tvl_align.data.transforms import PHOTO_MEAN, PHOTO_STD, TOUCH_MEAN, ImageOptions, picture_tensor
+from tvl_align.data.transforms import picture_tensor
 from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.features import identity, inputs

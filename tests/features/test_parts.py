@@ -20,7 +20,7 @@ from tvl_align.data.split import join_groups
 from tvl_align.data.text import Sentence
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1, load_stage1
-from tvl_align.features.parts import Task, Work, encode_blocks, in_this_process, linked
+from tvl_align.features.parts import Task, Work, encode_blocks, in_process_group, linked
 from tvl_align.features.store import FeatureStore, StoredSplit
 from tvl_align.features.stream import encode_stream
 from tvl_align.features.tables import Parts, read_rows
@@ -132,7 +132,7 @@ def test_splits_are_drawn_from_groups_that_copies_join(stage1: Stage1, tmp_path:
 
 
 def backwards(tasks: Sequence[Task], make: Callable[[], Work]) -> Iterator[int]:
-    return in_this_process(tasks[::-1], make)
+    return in_process_group(tasks[::-1], make)
 
 
 def test_neither_blocks_nor_their_order_change_the_key(stage1: Stage1, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_interrupted_encode_goes_on_with_the_missing_blocks(stage1: Stage1, t
 
     def stops(tasks: Sequence[Task], make: Callable[[], Work]) -> Iterator[int]:
         done.extend(i for i, _ in tasks)
-        yield from in_this_process([tasks[0], tasks[2]], make)
+        yield from in_process_group([tasks[0], tasks[2]], make)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -167,7 +167,7 @@ def test_an_interrupted_encode_goes_on_with_the_missing_blocks(stage1: Stage1, t
 
     def counts(tasks: Sequence[Task], make: Callable[[], Work]) -> Iterator[int]:
         done.extend(i for i, _ in tasks)
-        return in_this_process(tasks, make)
+        return in_process_group(tasks, make)
 
     found = encode(samples(), stage1, tmp_path / "s", engine=counts)
     assert done == [0, 1, 2, 3, 1, 3]
@@ -185,7 +185,7 @@ def test_work_that_is_done_twice_is_kept_once(stage1: Stage1, tmp_path: Path) ->
     """As by a process that was taken for dead."""
 
     def twice(tasks: Sequence[Task], make: Callable[[], Work]) -> Iterator[int]:
-        for i in in_this_process(tasks, make):
+        for i in in_process_group(tasks, make):
             make()(i, tasks[i][1])
             yield i
 

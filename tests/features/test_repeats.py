@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tvl_align.contract import Features
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.samples import Samples, TextOptions, make_samples
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.evaluation.measure import Meanings

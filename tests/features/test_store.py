@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tvl_align.contract import Batch, Features
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.loading import load_images
 from tvl_align.data.samples import Samples, TextOptions, make_samples
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Row, Tolerance, read_tvl
 from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.features import encode as encode_module

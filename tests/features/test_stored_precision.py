@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.samples import Samples, TextOptions, make_samples
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import read_tvl
 from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import PrecisionOption, Stage1Config

@@ -11,7 +11,8 @@ import pytest
 from scipy.ndimage import map_coordinates
 from scipy.stats import chi2_contingency
 
-from tvl_align.data.transforms import ImageLoader, ImageOptions
+from tvl_align.data.image_options import ImageOptions
+from tvl_align.data.transforms import ImageLoader
 from tvl_align.data.tvl import read_tvl
 from tvl_align.synthetic.world import (
     FACTORS,

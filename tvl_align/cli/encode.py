@@ -3,17 +3,19 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 from tvl_align.cli.train import read_settings
 from tvl_align.config import parse
-from tvl_align.data.sources import BLOCK_ROWS, Keys, open_blocks, open_source
+from tvl_align.data.image_options import Crop, ImageOptions, Turn
+from tvl_align.data.sources import BLOCK_ROWS, Block, Keys, open_blocks, open_source
 from tvl_align.data.text import PROMPT
-from tvl_align.data.transforms import Crop, ImageOptions, Turn
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.names import check_modalities, one_each
 from tvl_align.encoders.own import load_encoders
@@ -26,7 +28,7 @@ from tvl_align.features.store import FeatureStore
 from tvl_align.features.stream import encode_stream, measured_colours, plain_images
 from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
-from tvl_align.system.distributed import is_main
+from tvl_align.system.distributed import is_main, join_process_group
 from tvl_align.system.runtime import pick_device
 from tvl_align.training.engine import make_accelerator
 
@@ -43,6 +45,7 @@ SOURCE_EXAMPLES = (
     "tvl-align encode --source 'webdataset:shards-{0..9}.tar' --vision_key photo.jpg --tactile_key touch.jpg --out S ...",
     "tvl-align encode --source lerobot:FOLDER --vision_key observation.images.top --every 10 --out S ...",
     "tvl-align encode --source video:FOLDER --vision_key camera --tactile_key touch --every 30 --out S ...",
+    "torchrun --nproc_per_node=8 --no_python tvl-align encode --source datasets:FOLDER --vision_key image --out S ...",
     "tvl-align encode --source 'webdataset:s3://bucket/{000..999}.tar' --ray HOST:PORT --vision_key photo.jpg --out S ...",
 )
 
@@ -104,9 +107,10 @@ class SourceConfig:
     ray: str | None = None
     """Encode in the processes of a Ray cluster: local (one that is started on this machine), auto (that of RAY_ADDRESS, else
     local), or its address, HOST:PORT. Each process has a GPU, or some cores. All machines share --out and the files of
-    --source. The same command goes on where an encode stopped. Default: this process."""
+    --source. The same command goes on where an encode stopped. Default: this process, or those of torchrun."""
     block_rows: int = BLOCK_ROWS
-    """With --ray: samples of a block, the part that one process encodes at a time; a shard of webdataset is a block."""
+    """With --ray or torchrun: samples of a block, the part that one process encodes at a time; a shard of webdataset is a
+    block."""
     worker_cpus: int | None = None
     """With --ray: cores of a process; default: 4, or as many as there are."""
     stage1: tyro.conf.OmitArgPrefixes[Stage1Config] = field(default_factory=Stage1Config)
@@ -116,9 +120,12 @@ class SourceConfig:
         at_least(0, self, "views")
         at_least(1, self, "block_rows", "worker_cpus")
         between(0, 1, self, "max_skipped")
-        for name in ("block_rows", "worker_cpus"):
-            if self.ray is None and getattr(self, name) != getattr(SourceConfig, name):
-                raise UserError(f"--{name} is of an encode on Ray; give it with --ray, or leave it out.")
+        if self.ray is None and self.worker_cpus is not None:
+            raise UserError("--worker_cpus is of an encode on Ray; give it with --ray, or leave it out.")
+        if self.ray is None and processes() == 1 and self.block_rows != BLOCK_ROWS:
+            raise UserError(
+                "--block_rows is of an encode in many processes; give it with --ray or torchrun, or leave it out."
+            )
         check_modalities(self.modalities)
         if len(self.modalities) < 2:
             given = ", ".join(self.modalities) or "nothing"
@@ -161,17 +168,33 @@ def run(argv: Sequence[str]) -> None:
         print(store.folder)
 
 
+def processes() -> int:
+    """The number of processes that torchrun has started; 1 without it. Raises UserError for tasks of Slurm alone."""
+    count, tasks = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    if count < tasks:
+        raise UserError(
+            f"{tasks} tasks of Slurm would each encode all of the source; start torchrun in one task per machine."
+        )
+    return count
+
+
 def _encode_source(config: SourceConfig) -> None:
-    processes = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
-    if processes > 1:
-        raise UserError(f"--source is read by one process, and there are {processes}; run it without torchrun or srun.")
     options = {
         "prompt": "" if config.no_text_prompt else PROMPT,
         "views": config.views,
         "tolerance": Tolerance(config.strict, config.max_skipped),
         "seed": config.seed,
     }
-    store = _encode_in_this_process(config, options) if config.ray is None else _encode_on_ray(config, config.ray, options)
+    if config.ray is not None:
+        if processes() > 1:
+            raise UserError("--ray starts processes of its own; give it without torchrun.")
+        store = _encode_on_ray(config, config.ray, options)
+    elif processes() > 1:
+        store = _encode_in_process_group(config, options)
+    else:
+        store = _encode_in_this_process(config, options)
+    if not is_main():
+        return
     rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())
     print(f"{', '.join(store.specs)}: {rows} rows")
     print(store.folder)
@@ -183,10 +206,25 @@ def _encode_in_this_process(config: SourceConfig, options: dict[str, Any]) -> Fe
     return encode_stream(source.samples, stage1, config.out, _images(config, stage1), total=source.total, **options)
 
 
-def _encode_on_ray(config: SourceConfig, address: str, options: dict[str, Any]) -> FeatureStore:
+def _encode_in_process_group(config: SourceConfig, options: dict[str, Any]) -> FeatureStore:
+    blocks = _blocks(config)
+    device = pick_device(config.device)
+    join_process_group(device, timedelta(hours=6))  # until the last has encoded its blocks
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    stage1 = _load(config, config.stage1)
+    return encode_blocks(blocks, stage1, lambda: stage1, config.out, _images(config, stage1), **options)
+
+
+def _blocks(config: SourceConfig) -> list[Block]:
     blocks = open_blocks(config.source, config.keys, config.block_rows)
     if config.every != 1:
-        raise UserError("--every counts frames, and --ray reads none; leave out one of them.")
+        raise UserError("--every counts frames, and many processes read none; leave it out.")
+    return blocks
+
+
+def _encode_on_ray(config: SourceConfig, address: str, options: dict[str, Any]) -> FeatureStore:
+    blocks = _blocks(config)
     with ray_cluster(address, config.worker_cpus) as cluster:
         encoders = config.stage1
         if encoders.stage1_checkpoint is not None:

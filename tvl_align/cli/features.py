@@ -9,7 +9,6 @@ from typing import Annotated
 import tyro
 
 from tvl_align.config import parse
-from tvl_align.features.store import FeatureStore
 from tvl_align.system.console import UserError
 
 ACTIONS = {"import": "write a feature store from arrays of two or more modalities (.npz, .h5, .zarr)"}
@@ -43,6 +42,8 @@ def run(argv: Sequence[str]) -> None:
         close = difflib.get_close_matches(argv[0], ACTIONS, 1) or list(ACTIONS)
         raise UserError(f"unknown action {argv[0]!r}; did you mean tvl-align features {close[0]}?")
     config = parse(ImportConfig, argv[1:], "tvl-align features import", examples=EXAMPLES)
+    from tvl_align.features.store import FeatureStore  # here: --help takes a second without torch
+
     store = FeatureStore.from_file(config.file, config.out, config.seed)
     rows = ", ".join(f"{len(split)} {name}" for name, split in store.splits.items())
     print(f"{', '.join(store.specs)}: {rows} rows")

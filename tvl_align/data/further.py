@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tvl_align.data.transforms import BadImage, Colours, as_source, whole_picture
+from tvl_align.data.image_options import Colours
+from tvl_align.data.pictures import BadImage
+from tvl_align.data.transforms import as_source, whole_picture
 
 
 @dataclass(frozen=True)
 class FurtherInput:
     """Makes the inputs of one further modality. encoder: as in `tvl_align.encoders.own`. bits: of 16-bit grey pictures that
-    do not say it themselves, see `tvl_align.data.transforms.inspect_images`.
+    do not say it themselves, see `tvl_align.data.pictures.inspect_images`.
     """
 
     encoder: Any

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tvl_align.data.further import FurtherInput
+from tvl_align.data.image_options import Colours, ImageOptions
+from tvl_align.data.pictures import BadImage
 from tvl_align.data.split import copies_across, repeats
 from tvl_align.data.text import PROMPT, caption_key, evaluation_text, read_synonyms, training_text
-from tvl_align.data.transforms import BadImage, Colours, ImageLoader, ImageOptions
+from tvl_align.data.transforms import ImageLoader
 from tvl_align.data.tvl import PICTURES, Row, TVLData, content_keys, file_of, locate
 
 log = logging.getLogger(__name__)

@@ -120,7 +120,9 @@ def open_blocks(name: str, keys: Keys, rows: int = BLOCK_ROWS) -> list[Block]:
     """
     kind, place = _kind(name)
     if kind in STREAMS:
-        raise UserError(f"{kind} is read by one process; leave out --ray, or write {place} as webdataset or parquet shards.")
+        raise UserError(
+            f"{kind} is read by one process; leave out --ray and torchrun, or write {place} as webdataset or parquet shards."
+        )
     return BLOCKS[kind](place, keys, rows)
 
 

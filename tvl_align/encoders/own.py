@@ -11,9 +11,7 @@ text one token per word piece. Pooled widths may differ between modalities.
 import json
 import logging
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,10 +19,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tvl_align.contract import MODALITIES
+from tvl_align.encoders.touch import anytouch_vit
 from tvl_align.encoders.tvl import Stage1, Stage1Config, load_clip, load_stage1, load_strictly, pooled_sequence, unwrapped
 from tvl_align.system.checkpoint import load_safely
 from tvl_align.system.console import UserError
@@ -32,20 +30,6 @@ from tvl_align.system.modules import error_and_place, import_named
 
 CONTEXT = 77  # word pieces of a sentence, at most, as in CLIP; a feature store has as many rows for each sentence
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-ANYTOUCH_PARTS = (  # weights in its checkpoints that are not those of a layer
-    "touch_model.embeddings.class_embedding",
-    "touch_model.embeddings.position_embedding.weight",
-    "video_patch_embedding.weight",
-    "touch_projection.weight",
-    "sensor_token",
-)
-ANYTOUCH_NAMES = {  # of layers: {in its checkpoints: in timm}
-    "pre_layrnorm": "norm_pre",
-    "post_layernorm": "norm",
-    "self_attn.out_proj": "attn.proj",
-    "layer_norm1": "norm1",
-    "layer_norm2": "norm2",
-}
 log = logging.getLogger(__name__)
 Channels = tuple[float, float, float]
 Encoded = tuple[Tensor, Tensor, Tensor]
@@ -332,53 +316,7 @@ def _weights(path: Path, option: str) -> dict[str, Any]:
 
 
 def _anytouch(rest: str, modality: str, option: str) -> TimmImages:
-    """The touch encoder of an AnyTouch checkpoint (Feng et al. 2025, arXiv:2502.12191), held by a timm ViT.
-
-    It is CLIP's ViT with 5 tokens of the sensor behind the class token and a patch embedding for 3 frames. As where AnyTouch
-    is evaluated on single images, the image stands for each frame; the sensor is the universal one, the last of its table.
-    pooled: the projected class token.
-    """
-    path = Path(rest)
-    file = {name.removeprefix("touch_mae_model."): value for name, value in _weights(path, option).items()}
-    if lacking := [name for name in ANYTOUCH_PARTS if name not in file]:
-        raise UserError(f"{path} is no checkpoint of AnyTouch, it lacks {', '.join(lacking)}; give one with sensor tokens.")
-    class_token, places, frames, projection, sensors = (file[name] for name in ANYTOUCH_PARTS)
-    width, patch, sensor = len(class_token), frames.shape[-1], sensors[-1]
-    state = {
-        "patch_embed.proj.weight": frames.sum(2),
-        "cls_token": class_token.view(1, 1, width),
-        "reg_token": sensor[None],
-        "pos_embed": torch.cat([places[:1], torch.zeros_like(sensor), places[1:]])[
-            None
-        ],  # the sensor's tokens have no place
-        "head.weight": projection,
-    }
-    for name, value in file.items():
-        part, _, kind = name.removeprefix("touch_model.").removeprefix("encoder.").rpartition(".")
-        layer = re.match(r"layers\.(\d+)\.", part)
-        if not name.startswith("touch_model.") or name.startswith("touch_model.embeddings."):
-            continue
-        if layer is None:
-            state[f"{ANYTOUCH_NAMES.get(part, part)}.{kind}"] = value
-        elif part.endswith("self_attn.q_proj"):
-            whole = [file.get(name.replace("q_proj", x)) for x in ("q_proj", "k_proj", "v_proj")]
-            state[f"blocks.{layer[1]}.attn.qkv.{kind}"] = torch.cat([x for x in whole if x is not None])
-        elif not part.endswith(("self_attn.k_proj", "self_attn.v_proj")):
-            inner = part[layer.end() :]
-            state[f"blocks.{layer[1]}.{ANYTOUCH_NAMES.get(inner, inner)}.{kind}"] = value
-    model = VisionTransformer(
-        img_size=math.isqrt(len(places) - 1) * patch,
-        patch_size=patch,
-        embed_dim=width,
-        depth=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        num_heads=max(1, width // 64),
-        reg_tokens=len(sensor),
-        num_classes=0,
-        pre_norm=True,
-        norm_layer=partial(nn.LayerNorm, eps=1e-5),
-    )
-    model.head = nn.Linear(width, len(projection), bias=False)
-    load_strictly(model, state, path, "give --tactile_encoder anytouch: an unchanged checkpoint of AnyTouch")
+    model = anytouch_vit(_weights(Path(rest), option), Path(rest))
     return TimmImages(model, "anytouch", projected=True, norm=(IMAGENET_MEAN, IMAGENET_STD))
 
 

@@ -6,8 +6,6 @@ complementary tokens from its overlapping ones. The score is R2 on test rows: 0 
 can still hide a class (see docs/DESIGN.md), so it orders methods; it does not replace labels.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -63,9 +61,3 @@ def _code(probe: Tensor, test: Tensor, rows: Tensor, test_rows: Tensor) -> tuple
     a, b = ((components(t) * components.weights(1.0))[:, :CODE_WIDTH] for t in (x, y))
     scale = a.square().mean().sqrt().clamp(min=1e-12)
     return a / scale, b / scale
-
-
-def mean_leak(readings: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> float | None:
-    """The R2 of the strongest probe, averaged over modalities; None if no modality could be read."""
-    scores = [max(entry[name].values()) for entry in readings.values() if name in entry]
-    return sum(scores) / len(scores) if scores else None

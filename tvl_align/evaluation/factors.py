@@ -29,9 +29,9 @@ from tvl_align.evaluation.probes import (
     accuracy,
     bits,
     fit_probes,
-    normalised_score,
     r2,
 )
+from tvl_align.evaluation.scores import normalised_score
 from tvl_align.evaluation.uncertainty import interval, weighted_mean
 from tvl_align.system.checkpoint import load_safely, save_checkpoint
 from tvl_align.system.console import UserError

@@ -327,10 +327,3 @@ def r2(probed: Probed, values: Tensor, mean: Tensor) -> float:
     """Share of the variance of (Q, C) values, around the mean (C,) of the probe rows, that is predicted; at most 1."""
     error = (probed.output.cpu() - values).square().sum()
     return 1 - float(error / (values - mean).square().sum().clamp(min=1e-12))
-
-
-def normalised_score(score: float, chance: float, ceiling: float = 100.0) -> float:
-    """Normalised score: 0 = chance, 100 = ceiling. Raises ValueError if the ceiling is not above chance."""
-    if not ceiling > chance:
-        raise ValueError(f"the ceiling {ceiling} is not above chance {chance}")
-    return 100 * (score - chance) / (ceiling - chance)

@@ -1,17 +1,12 @@
-"""Intervals: a bootstrap over groups of test rows, which are not independent, and the t interval of independent values."""
+"""Intervals by a bootstrap over groups of test rows, which are not independent."""
 
-import math
-from collections.abc import Sequence
-from functools import cache
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from tvl_align.evaluation.scores import COVERAGE
 from tvl_align.system.runtime import generator
 
 RESAMPLES = 1000
-COVERAGE = 0.95
 
 
 def group_weights(groups: Tensor, seed: int, resamples: int = RESAMPLES) -> Tensor:
@@ -35,21 +30,3 @@ def interval(samples: Tensor) -> tuple[float, float]:
     tail = (1 - COVERAGE) / 2
     low, high = samples.double().quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
-
-
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% t interval of the mean of independent values: (low, high). Raises ValueError for fewer than two values."""
-    if len(values) < 2:
-        raise ValueError(f"an interval needs at least two values, not {len(values)}")
-    half = _t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return float(np.mean(values)) - half, float(np.mean(values)) + half
-
-
-@cache
-def _t_quantile(freedom: int) -> float:
-    """The value below which a t variable lies with probability (1 + COVERAGE) / 2, by integration of its density."""
-    at = np.linspace(0, 13, 20_001)  # 12.7 with one degree of freedom
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(freedom * math.pi) / 2
-    density = np.exp(log_scale - (freedom + 1) / 2 * np.log1p(at**2 / freedom))
-    between = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(at))])
-    return float(np.interp(COVERAGE / 2, between, at))

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tvl_align.contract import FeatureSpec, Tokens
 from tvl_align.data.constant import constant_modalities
+from tvl_align.data.image_options import Colours
 from tvl_align.data.loading import ImageBatch, RowViews, load_images
 from tvl_align.data.samples import Samples
 from tvl_align.data.swapped import swapped_groups
-from tvl_align.data.transforms import Colours
 from tvl_align.data.tvl import PICTURES, Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.identity import Identity, identify, rows_digests

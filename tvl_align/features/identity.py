@@ -14,9 +14,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.samples import Samples, TextOptions
 from tvl_align.data.text import Sentence
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import background_file, file_of, name_of
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.tables import FORMAT

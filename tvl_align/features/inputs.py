@@ -12,10 +12,7 @@ import tyro
 from tvl_align.config import Ignored, from_plain
 from tvl_align.contract import MODALITIES, FeatureSpec
 from tvl_align.data.further import further_inputs
-from tvl_align.data.pairs import Columns, read_pairs
-from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
-from tvl_align.data.text import PROMPT, read_synonyms
-from tvl_align.data.transforms import (
+from tvl_align.data.image_options import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     PHOTO_MEAN,
@@ -26,9 +23,12 @@ from tvl_align.data.transforms import (
     Crop,
     ImageOptions,
     Turn,
-    inspect_images,
-    measure_colours,
 )
+from tvl_align.data.pairs import Columns, read_pairs
+from tvl_align.data.pictures import inspect_images
+from tvl_align.data.samples import Samples, TextOptions, find_synonyms, make_samples
+from tvl_align.data.text import PROMPT, read_synonyms
+from tvl_align.data.transforms import measure_colours
 from tvl_align.data.tvl import Tolerance, TVLData, read_tvl
 from tvl_align.encoders.names import check_modalities, one_each
 from tvl_align.encoders.own import load_encoders

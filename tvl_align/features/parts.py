@@ -1,6 +1,7 @@
 """A store in parts: the blocks of a source are encoded one by one, in any order, by any process, and joined by reference.
 
-`encode_blocks` does it; `tvl_align.features.cluster` gives the processes of a Ray cluster. A part is a folder:
+`encode_blocks` does it, in one process, in those of a process group (torchrun), or in those of a Ray cluster, which
+`tvl_align.features.cluster` gives. A part is a folder:
 
     parts/<number>/<modality>/   the table of a block, see `tables.py`: equal inputs of the block share a table row
     parts/<number>/rows.npz      names, groups, captions, split, label.<factor> (N,); index.<modality> (N, V+1) int64, table
@@ -19,6 +20,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from tvl_align.contract import FeatureSpec
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.sources import Block
 from tvl_align.data.split import repeats
 from tvl_align.data.text import PROMPT, Sentence, is_absent
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.arrays import MAX_CLASSES, MAX_TOKEN, SPLIT_FRACTIONS, SPLITS, ModalityArrays, check_modality
@@ -48,6 +50,7 @@ from tvl_align.features.stream import (
 from tvl_align.features.tables import FORMAT, hash_ids, part_name
 from tvl_align.features.writer import StoredRows
 from tvl_align.system.console import UserError, progress
+from tvl_align.system.distributed import barrier, is_main, rank, world_size
 from tvl_align.system.files import lock_folder, write_atomically
 from tvl_align.system.provenance import provenance
 from tvl_align.system.workers import run_in_threads
@@ -59,7 +62,7 @@ Work = Callable[[int, Block], None]
 """Encodes a block to the part of this number."""
 Engine = Callable[[Sequence[Task], Callable[[], Work]], Iterator[int]]
 """engine(tasks, make): calls make() once in each of its processes, and the work that it gives for every task; yields the
-numbers of the parts that are done. Work may be done twice."""
+numbers of all parts, when they are done. Work may be done twice."""
 log = logging.getLogger(__name__)
 
 
@@ -73,12 +76,15 @@ class Recipe:
     seed: int = 0
 
 
-def in_this_process(tasks: Sequence[Task], make: Callable[[], Work]) -> Iterator[int]:
-    """An engine: one block after the other."""
+def in_process_group(tasks: Sequence[Task], make: Callable[[], Work]) -> Iterator[int]:
+    """An engine: each of the N processes of the group encodes every N-th block; without a group, one process all of them."""
+    own = tasks[rank() :: world_size()]
     work = make()
-    for number, block in tasks:
+    for number, block in own:
         work(number, block)
         yield number
+    barrier()
+    yield from (number for number, _ in tasks if number not in dict(own))
 
 
 def encode_blocks(
@@ -88,7 +94,7 @@ def encode_blocks(
     out: Path,
     images: ImageOptions | None = None,
     *,
-    engine: Engine = in_this_process,
+    engine: Engine = in_process_group,
     prompt: str = PROMPT,
     views: int = 0,
     tolerance: Tolerance | None = None,
@@ -102,8 +108,9 @@ def encode_blocks(
     the blocks or on who encoded them. An encode that was interrupted goes on with the blocks that are missing. A sample
     that is one of the bad ones is treated as in `encode_stream`.
 
-    stage1: the encoders here. load: gives the same encoders in another process; it must be possible to pickle it. out: in a
-    file system that all processes share. engine: who does the work.
+    stage1: the encoders here. load: gives the encoders in each process of the engine; of a cluster, it must be possible to
+    pickle it. out: in a file system that all processes share. engine: who does the work; all processes of a process group
+    must call this.
 
     Raises UserError as `encode_stream`, and if `out` has parts of other blocks, encoders or options.
     """
@@ -116,10 +123,13 @@ def encode_blocks(
         raise UserError("there are no samples; check the source.")
     if not (out / "parts" / PLAN).is_file() and out.exists() and any(part.name != "parts" for part in out.iterdir()):
         raise UserError(f"{out} is not empty; give a new folder for the store.")
-    with lock_folder(out / "parts", wait=False, why="encodes into"):
-        ingredients = stream_ingredients(stage1, recipe.images, prompt, False)
-        ingredients |= {"views": views, "seed": seed} if views else {}
-        _plan(out, blocks, ingredients)
+    ingredients = stream_ingredients(stage1, recipe.images, prompt, False)
+    ingredients |= {"views": views, "seed": seed} if views else {}
+    barrier()  # all processes have checked before one starts to write
+    with lock_folder(out / "parts", wait=False, why="encodes into") if is_main() else nullcontext():
+        if is_main():
+            _plan(out, blocks, ingredients)
+        barrier()
         totals = [block.total for block in blocks]
         total = None if None in totals else sum(t for t in totals if t is not None)
         bad, missing = BadSamples(tolerance or Tolerance(), total), list[int]()
@@ -129,12 +139,15 @@ def encode_blocks(
             else:
                 missing.append(i)
         make = partial(_worker, out, load, encoder_ingredients(stage1), recipe)
-        with progress(len(blocks), "encode", "block", quiet, len(blocks) - len(missing)) as bar:
+        barrier()  # all processes know the same parts
+        with progress(len(blocks), "encode", "block", quiet or not is_main(), len(blocks) - len(missing)) as bar:
             for i in engine([(i, blocks[i]) for i in missing], make):
                 _count_bad(bad, out / part_name(i))
                 bar.update()
         bad.check()
-        _join(out, len(blocks), stage1.specs, ingredients, recipe)
+        if is_main():
+            _join(out, len(blocks), stage1.specs, ingredients, recipe)
+        barrier()
     return FeatureStore(out)
 
 

@@ -32,19 +32,12 @@ from torch import Tensor
 
 from tvl_align.contract import FeatureSpec, Tokens
 from tvl_align.data.further import further_inputs
+from tvl_align.data.image_options import Crop, ImageOptions, Turn
 from tvl_align.data.pairs import SPLITS
+from tvl_align.data.pictures import BadImage
 from tvl_align.data.samples import TextOptions, view_seed
 from tvl_align.data.text import PROMPT, Sentence, caption_key, evaluation_text
-from tvl_align.data.transforms import (
-    MEASURED,
-    BadImage,
-    ColourSums,
-    Crop,
-    ImageOptions,
-    Turn,
-    raw_colours,
-    source_views,
-)
+from tvl_align.data.transforms import MEASURED, ColourSums, raw_colours, source_views
 from tvl_align.data.tvl import PICTURES, Tolerance, caption_of
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.identity import encoder_ingredients, image_ingredients, text_ingredients

@@ -21,7 +21,7 @@ from tvl_align import __version__
 from tvl_align.contract import FeatureSpec, Method
 from tvl_align.data.tvl import is_synthetic
 from tvl_align.encoders.tvl import FILE_ENCODERS
-from tvl_align.evaluation.cross_reading import mean_leak
+from tvl_align.evaluation.scores import mean_leak
 from tvl_align.methods.registry import METHODS
 from tvl_align.system.checkpoint import load_checkpoint, load_weights, save_weights
 from tvl_align.system.console import UserError

@@ -29,8 +29,10 @@ from torch import Tensor, nn
 from tvl_align.config import from_plain
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method, Tokens
 from tvl_align.data.further import FurtherInput, further_inputs
+from tvl_align.data.image_options import ImageOptions
+from tvl_align.data.pictures import BadImage
 from tvl_align.data.text import adjectives, evaluation_text, is_absent
-from tvl_align.data.transforms import BadImage, ImageOptions, picture_tensor
+from tvl_align.data.transforms import picture_tensor
 from tvl_align.data.tvl import PICTURES
 from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import Precision, Stage1
@@ -38,6 +40,7 @@ from tvl_align.features.identity import precision_of
 from tvl_align.features.store import FeatureSource, FeatureStore
 from tvl_align.inference.export import CARD, CONFIG, WEIGHTS, ExportConfig, export, model_of, read_export
 from tvl_align.losses.alignment import pair_name
+from tvl_align.registers.attention import attention_maps
 from tvl_align.registers.nested import prefix
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.checkpoint import load_checkpoint
@@ -315,7 +318,7 @@ class Registers:
         def blanked(x: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {m: (z.float().cpu() * present[m].view(-1, *[1] * (z.ndim - 1))) for m, z in x.items()}
 
-        maps = blanked(self._attention(features, kept)) if attention else {}
+        maps = blanked(attention_maps(self.model, features, kept)) if attention else {}
         return Embeddings(
             blanked(output.overlapping_tokens), blanked(output.complementary_tokens), blanked(pooled), present, maps
         )
@@ -336,22 +339,6 @@ class Registers:
             tokens[m] = Tokens(x, rows[:, None].expand(x.shape[:2]), pooled, rows)
         count = self._rows(dict(arrays))
         return as_stored(Features(tokens, torch.arange(count)[:, None], torch.arange(count)))
-
-    def _attention(self, features: Features, kept: Tensor | None) -> dict[str, Tensor]:
-        """{modality: (B, N, T)}; see `embed`."""
-        with torch.enable_grad():
-            leaves = {m: t.tokens.float().detach().requires_grad_() for m, t in features.modalities.items()}
-            tokens = {m: Tokens(leaves[m], t.mask, t.pooled.float(), t.present) for m, t in features.modalities.items()}
-            output = self.model(Features(tokens, features.caption_keys, features.rows), kept=kept, joint=False)
-            maps: dict[str, list[Tensor]] = {m: [] for m in leaves}
-            for m, leaf in leaves.items():
-                registers = torch.cat([output.overlapping_tokens[m], output.complementary_tokens[m]], dim=1)
-                for n in range(registers.shape[1]):
-                    energy = registers[:, n].float().square().sum() / 2
-                    (slope,) = torch.autograd.grad(energy, leaf, retain_graph=True, allow_unused=True)
-                    maps[m].append(torch.zeros_like(leaf).norm(dim=-1) if slope is None else slope.norm(dim=-1))
-        stacked = {m: torch.stack(x, dim=1) * tokens[m].mask[:, None] for m, x in maps.items()}
-        return {m: x / x.sum(-1, keepdim=True).clamp(min=1e-12) for m, x in stacked.items()}
 
     def embed_split(
         self, source: FeatureSource, *, keep: int | None = None, attention: bool = False, quiet: bool = True

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from tvl_align.data.transforms import ImageOptions, preview
+from tvl_align.data.image_options import ImageOptions
+from tvl_align.data.pictures import preview
 from tvl_align.data.tvl import Row, file_of
-from tvl_align.evaluation.uncertainty import t_interval
+from tvl_align.evaluation.scores import t_interval
 from tvl_align.report.page import as_url, fill_template, image_options, is_synthetic, read_metrics
 from tvl_align.report.tables import GROUPS, LEAKS, Cells, leak, mean_known, number, plain, score, score_text
 from tvl_align.system.console import UserError

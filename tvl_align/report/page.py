@@ -10,7 +10,8 @@ import numpy as np
 
 from tvl_align.config import from_plain
 from tvl_align.data import tvl
-from tvl_align.data.transforms import ImageOptions, preview
+from tvl_align.data.image_options import ImageOptions
+from tvl_align.data.pictures import preview
 from tvl_align.data.tvl import Row, file_of
 from tvl_align.report import tables
 

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tvl_align.evaluation.cross_reading import mean_leak
-from tvl_align.evaluation.probes import normalised_score
+from tvl_align.evaluation.scores import mean_leak, normalised_score
 
 Cells = list[list[str]]
 CEILING = "stage1"  # the group of the frozen features

@@ -32,10 +32,10 @@ from einops import rearrange
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.loading import load_images
 from tvl_align.data.samples import Samples, TextOptions
 from tvl_align.data.text import PROMPT, evaluation_text, training_text
-from tvl_align.data.transforms import ImageOptions
 from tvl_align.data.tvl import DATASETS, Tolerance, read_tvl
 from tvl_align.encoders.small import SMALL_CLIP, SMALL_TOUCH, register_small_clip
 from tvl_align.encoders.tvl import GRID, Stage1, create_touch_encoder
