@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
 from made_results import factor, made_results, pair, write_run
 
@@ -16,7 +15,7 @@ from tvl_align.report.page import print_table, write_page
 def cells(html: str) -> list[list[str]]:
     """The cells of every table row of a page."""
     rows = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
-    return [[re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+    return [[re.sub(r"<.*?>", "", cell).strip() for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)] for row in rows]
 
 
 def words(document: str) -> set[str]:
@@ -81,7 +80,7 @@ def test_the_page_has_every_table(tmp_path: Path) -> None:
         "Means over modalities: shared from complementary 0.40, unique from overlapping -0.20.",
     ):
         assert part in text, part
-    assert html.count("data:image/png;base64,") == 3
+    assert html.count("data:image/png;base64,") == 4
     assert "http" not in html
     assert not words(html) & {"nan", "None"}
 
@@ -130,38 +129,81 @@ def test_the_terminal_has_the_main_numbers_in_80_columns(tmp_path: Path, capsys:
 
 
 def drawn(draw: object, monkeypatch: pytest.MonkeyPatch, *values: object) -> plt.Figure:
-    """The figure that a function of `plots` draws."""
+    """The first figure that a function of `plots` draws."""
     figures: list[plt.Figure] = []
     monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
     draw(*values)  # type: ignore[operator]
-    plt.close(figures[0])
+    plt.close("all")
     return figures[0]
 
 
-def test_the_heat_map_shows_linear_beside_strongest(monkeypatch: pytest.MonkeyPatch) -> None:
-    axes = drawn(plots.heat_map, monkeypatch, made_results()["factors"]).axes[0]
-    shown = {tuple(map(round, text.get_position())): text.get_text() for text in axes.texts}
-    assert [shown[x, 2] for x in range(4)] == ["0", "100", "25", "50"]  # tactile: shape
-    assert not [place for place in shown if place[1] == 1]  # vision: wood, ceiling at chance
-    labels = [label.get_text() for label in axes.get_xticklabels()]
-    assert labels[:3] == ["overlapping\nlinear", "overlapping\nstrongest", "complementary\nlinear"]
-    assert axes.get_yticklabels()[0].get_text() == "vision: hue (unique)"
+def test_the_score_table_has_a_scale_for_retention_and_one_for_leak() -> None:
+    factors = made_results()["factors"] | {"other": {"free": factor([])}}
+    table = tables.score_table(factors)
+    rows = dict(table.rows)
+    assert (table.heads, table.columns[:3]) == ([("retention", 3), ("leak", 3)], ["linear", "strongest", "untrained"])
+    shape = rows["tactile: shape (unique)"]  # unique: retained in complementary tokens, overlapping ones leak
+    assert shape is not None
+    assert [cell.text for cell in shape] == ["25", "50", "50", "0", "100", "50"]
+    assert [cell.shade for cell in shape] == ["retention-2", *["retention-5"] * 2, "leak-0", "leak-10", "leak-5"]
+    assert rows["vision: wood (shared)"] is None  # ceiling at chance
+    free = rows["other: free"]
+    assert free is not None and {cell.shade[:6] for cell in free} == {"share-"}
+
+
+def test_registers_alone_keep_the_scale_of_their_group() -> None:
+    shape = factor(["tactile"], register_1={"linear": 20.0}, register_2={"linear": 80.0})
+    table = tables.register_table({"tactile": {"shape": shape}}, overlapping=1)
+    assert table is not None
+    assert table.heads == [("overlapping", 1), ("complementary", 1)]
+    assert table.rows == [("tactile: shape (unique)", [tables.Shaded("0", "leak-0"), tables.Shaded("100", "retention-10")])]
+    assert tables.register_table(made_results()["factors"], 1) is None
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast of two colours, #rgb or #rrggbb."""
+
+    def luminance(colour: str) -> float:
+        digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+        return sum(w * x for w, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_numbers_can_be_read_on_every_shade() -> None:
+    found = tables.shades()
+    assert {scale: len(steps) for scale, steps in found.items()} == {"retention": 11, "leak": 11, "share": 11}
+    assert min(contrast(*step) for steps in found.values() for step in steps) >= 4.5
+    assert contrast("#fff", "#000") == pytest.approx(21)
+
+
+def test_directions_and_data_sets() -> None:
+    both = {"rows": 9, "acc1": 20.0, "low": 10.0, "high": 30.0, "acc5": 50.0, "chance1": 1.0, "stage1_acc1": None}
+    directions = [
+        {"query": "vision", "gallery": "tactile", "dataset": None} | both,
+        {"query": "vision", "gallery": "tactile", "dataset": "hct"} | both | {"rows": 5, "acc1": 40.0},
+        {"query": "tactile", "gallery": "vision", "dataset": None} | both | {"acc1": 25.0, "stage1_acc1": 7.0},
+    ]
+    columns, rows = tables.direction_table({"directions": directions})
+    assert columns == ["query → finds", "Acc@1", "Acc@5", "Stage 1", "chance", "hct"]
+    assert rows == [
+        ["vision → tactile", "20.0 [10.0, 30.0]", "50.0", "-", "1.00", "40.0 [10.0, 30.0] (5)"],
+        ["tactile → vision", "25.0 [10.0, 30.0]", "50.0", "7.0", "1.00", "-"],
+    ]
+
+
+def test_protocol_of_tvl() -> None:
+    numbers = {"acc1": 31.0, "acc5": 80.0, "stage1_acc1": 26.0, "stage1_acc5": 66.0}
+    protocol = {"text_vision": [{"threshold": t} | numbers for t in (0.6356, 0.8591)]}
+    columns, rows = tables.tvl_table({"tvl_protocol": protocol})
+    assert columns == ["threshold", "0.636", "0.859"]
+    assert rows == [["text-vision Acc@1", *["31.0 (26.0)"] * 2], ["text-vision Acc@5", *["80.0 (66.0)"] * 2]]
 
 
 def test_the_prefix_plot_has_an_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = drawn(plots.against_k, monkeypatch, made_results()["prefix"]).axes[0]
     band = axes.collections[0].get_paths()[0].vertices
     assert {(1.0, 9.0), (1.0, 12.0), (2.0, 9.0), (2.0, 12.0)} <= set(map(tuple, band.tolist()))
-
-
-def test_the_heat_map_leaves_a_cell_without_a_score_grey_and_empty() -> None:
-    figure, axes = plt.subplots()
-    plots._show_scores(axes, np.array([[50.0, np.nan], [np.nan, 120.0]]))
-    assert [text.get_text() for text in axes.texts] == ["50", "120"]
-    image = axes.images[0]
-    figure.canvas.draw()
-    opaque = image.to_rgba(image.get_array())[..., 3]
-    assert opaque.tolist() == [[1, 0], [0, 1]]
-    red, green, blue, _ = axes.get_facecolor()
-    assert red == green == blue
-    plt.close(figure)

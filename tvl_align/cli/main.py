@@ -15,6 +15,7 @@ COMMANDS = {
     "features": "import your own features into a feature store",
     "train": "train a Stage-2 method",
     "evaluate": "evaluate a run on the test split and write its report",
+    "explore": "see what each test row finds, where registers look and what they hold",
     "compare": "rank evaluated runs in one report",
     "embed": "tokens of new pictures and sentences, with a trained run",
     "search": "find the pictures or sentences that are nearest to a query",

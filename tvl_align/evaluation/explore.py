@@ -26,7 +26,7 @@ from tvl_align.registers.attention import attention_maps
 from tvl_align.registers.principal import leading_eigenvectors
 
 FINDS = 8  # nearest rows that are kept of every query
-AXES = 6  # principal components of a map
+AXES = 8  # principal components of a map
 MAX_TOKENS = 256  # of a modality; where registers look among more is not kept
 Positives = Callable[[str, str], Tensor | None]
 """Two modalities -> (Q, J) int64 keys, as `tvl_align.losses.contrastive.keys_of`; None: only the own row is positive."""
@@ -204,13 +204,15 @@ def _axes(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def single_registers(probe: SplitTokens, test: SplitTokens) -> dict[str, Group]:
-    """Each register alone, as groups of tokens for `FactorProbes.read`: register_1 ... register_N, overlapping ones first."""
+    """Each register alone, as groups for `FactorProbes.read`: register_1 ... register_N, overlapping ones first."""
     one, other = (
         {m: torch.cat([t.overlapping[m], t.complementary[m]], dim=1) for m in t.overlapping} for t in (probe, test)
     )
     count = next(iter(one.values())).shape[1]
     return {
-        f"register_{n + 1}": Group({m: x[:, n : n + 1] for m, x in one.items()}, {m: x[:, n : n + 1] for m, x in other.items()})
+        f"register_{n + 1}": Group(
+            {m: x[:, n : n + 1] for m, x in one.items()}, {m: x[:, n : n + 1] for m, x in other.items()}
+        )
         for n in range(count)
     }
 
@@ -233,7 +235,9 @@ def by_direction(
         rank, valid = torch.from_numpy(found.rank[-1, d]), torch.from_numpy(found.present[a] & found.present[b])
         before, keys = None, positives(a, b)
         if stage1[a].shape[1] == stage1[b].shape[1]:
-            before = torch.from_numpy(nearest(stage1[a], stage1[b], valid, keys, torch.zeros(len(found), dtype=torch.int64)).rank)
+            before = torch.from_numpy(
+                nearest(stage1[a], stage1[b], valid, keys, torch.zeros(len(found), dtype=torch.int64)).rank
+            )
         chances = _chances(keys, valid)
         for dataset, chosen in {None: everyone, **of_dataset}.items():
             rows = valid & chosen

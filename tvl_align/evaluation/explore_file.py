@@ -23,10 +23,10 @@ class Exploration:
     modalities (M,), names, datasets and captions (Q,): text; a caption is "" where a row has none, or it is not known.
     files: {modality: (Q,) paths in the data folder}, "" for none; empty for a run on features of its own.
     present: {modality: (Q,) bool}.
-    lengths (K,): numbers of kept overlapping registers. overlapping (): how many there are; N - overlapping are complementary.
+    lengths (K,): numbers of kept overlapping registers. overlapping (): how many there are; the others are complementary.
     directions (D, 2): modality of the query and of the finds, as indices.
     finds (K, D, Q, F) int32: the nearest rows, nearest first; of rows with equal content only the first is found. -1: none.
-    scores (K, D, Q, F) float16: their cosine similarities. right (K, D, Q, F) bool: which of them are positives of the query.
+    scores (K, D, Q, F) float16: their cosine similarities. right (K, D, Q, F) bool: which are positives of the query.
     rank (K, D, Q) int32: how many negatives of the full gallery are as near as the nearest positive; -1: not a query.
     answers (D, Q) int32: how many finds would be right, of rows with equal content one.
     attention: {modality: (Q, N, T) float16}, see `tvl_align.registers.attention`.
@@ -66,7 +66,7 @@ class Exploration:
             value = getattr(self, f.name)
             arrays |= {f"{f.name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {f.name: value}
         with atomic_file(run / NAME) as file:
-            np.savez_compressed(file, **arrays)
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, run: Path) -> "Exploration":

@@ -11,8 +11,8 @@ from tvl_align.contract import Features, Tokens
 
 
 def attention_maps(model: nn.Module, features: Features, kept: Tensor | None = None) -> dict[str, Tensor]:
-    """{modality: (B, N, T)} float32, of sum 1 over T: the norm of the gradient, at each frozen token, of half the squared norm
-    of a register.
+    """{modality: (B, N, T)} float32, of sum 1 over T: the norm of the gradient, at each frozen token, of half the squared
+    norm of a register.
 
     model: in evaluation mode. kept: (B, N) bool, the registers that are kept; default: all. A register that reads nothing,
     such as a dropped one, has zeros.

@@ -20,8 +20,24 @@ from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.pictures import preview
 from tvl_align.data.tvl import Row, file_of
 from tvl_align.evaluation.scores import t_interval
-from tvl_align.report.page import as_url, fill_template, image_options, is_synthetic, read_metrics
-from tvl_align.report.tables import GROUPS, LEAKS, Cells, leak, mean_known, number, plain, score, score_text
+from tvl_align.report.page import as_url, as_urls, fill_template, image_options, is_synthetic, read_metrics
+from tvl_align.report.tables import (
+    GROUPS,
+    LEAKS,
+    Cells,
+    HeatTable,
+    Shaded,
+    both_groups,
+    leak,
+    mean_known,
+    number,
+    plain,
+    scale_of,
+    score,
+    score_text,
+    shaded,
+    with_owners,
+)
 from tvl_align.system.console import UserError
 
 MAIN = "tactile_vision"
@@ -282,16 +298,16 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str, images: Path
     results = load_results(runs)
     groups = by_method(results)
     factors = _with_all({m: mean_factors(rs) for m, rs in groups.items()})
-    figures = {"score": as_url(plots.methods_against_k({m: [r["prefix"] for r in rs] for m, rs in groups.items()}))}
-    figures["curves"] = as_url(
-        plots.methods_curves(
-            {m: [read_metrics(Path(r["folder"])) for r in rs] for m, rs in groups.items()}, main_pair(results[0])
-        )
-    )
-    if any(factors.values()):
-        figures["heat"] = as_url(plots.methods_heat_map(factors))
-    confusions = {
+    prefixes = {m: [r["prefix"] for r in rs] for m, rs in groups.items()}
+    trained = {m: [read_metrics(Path(r["folder"])) for r in rs] for m, rs in groups.items()}
+    strips = {
         m: _confusion(images or Path(rs[0]["root"]), image_options(rs[0]), rs[0]["confusions"]) for m, rs in groups.items()
+    }
+    shown = {
+        "prefixes": as_urls(plots.methods_against_k(prefixes)),
+        "curves": as_urls(plots.methods_curves(trained, main_pair(results[0]))),
+        "heat": heat_of_methods(factors) if any(factors.values()) else None,
+        "confusions": {m: strip for m, strip in strips.items() if strip},
     }
     facts = {
         "board": leaderboard(groups),
@@ -304,7 +320,7 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str, images: Path
         "command": command,
     }
     out.mkdir(parents=True, exist_ok=True)
-    page = fill_template("compare.html", **facts, **figures, confusions=confusions)
+    page = fill_template("compare.html", **facts, **shown)
     (out / "report.html").write_text(page, encoding="utf-8")
     (out / "report.md").write_text(_markdown(facts, groups, factors), encoding="utf-8")
     return out / "report.html"
@@ -316,6 +332,21 @@ def _with_all(factors: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[s
         f: {"ownership": e["ownership"]} | dict.fromkeys(GROUPS) for table in factors.values() for f, e in table.items()
     }
     return {m: {f: table.get(f, empty) for f, empty in names.items()} for m, table in factors.items()}
+
+
+def heat_of_methods(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> HeatTable:
+    """Retention and leak by the strongest probe, of every factor and method. factors: {method: `mean_factors`}."""
+    some = next(iter(factors.values()))
+    rows: list[tuple[str, list[Shaded] | None]] = []
+    for name, entry in some.items():
+        cells = [
+            shaded(of_method[name][group], scale_of(entry, group))
+            for of_method in factors.values()
+            for group in both_groups(entry)
+        ]
+        rows.append((with_owners(name, entry), cells if any(cell.text for cell in cells) else None))
+    heads, gaps = [(method, 2) for method in factors], frozenset(range(2, 2 * len(factors), 2))
+    return HeatTable("factor", heads, ["retention", "leak"] * len(factors), rows, gaps)
 
 
 def _confusion(root: Path, options: ImageOptions | None, confusions: Sequence[Mapping[str, Any]]) -> str | None:

@@ -6,37 +6,67 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from tvl_align.config import from_plain
 from tvl_align.data import tvl
 from tvl_align.data.image_options import ImageOptions
-from tvl_align.data.pictures import preview
-from tvl_align.data.tvl import Row, file_of
+from tvl_align.evaluation.explore_file import NAME, Exploration
 from tvl_align.report import tables
+from tvl_align.report.parts import Parts
+from tvl_align.report.pictures import Pictures
+from tvl_align.system.files import write_atomically
+
+FILE_ROWS = 2000  # test rows of a page in one file; more are served
+FILE_SIDE, SERVED_SIDE = 80, 224  # pixels of a picture
+FILE_PART = 100  # rows of a part that is embedded
 
 
-def write_page(run: Path) -> Path:
-    """Write report.html into a run folder from its results.json and metrics.jsonl; returns its path.
+def write_page(run: Path, images: Path | None = None) -> Path:
+    """Write report.html into a run folder from its results.json, explore.npz and metrics.jsonl; returns its path.
 
-    The page is self-contained: it loads nothing from the network.
+    The page is self-contained: it loads nothing from the network. It has what there is to explore, if explore.npz exists and
+    has no more than FILE_ROWS rows. images: data folder of the pictures; default: the recorded one.
     """
+    found = Exploration.load(run) if (run / NAME).is_file() else None
+    small = found is not None and len(found) <= FILE_ROWS
+    parts = parts_of(run, found, FILE_PART, FILE_SIDE, images) if found is not None and small else None
+    write_atomically(run / "report.html", render_page(run, found, parts, embed=True))
+    return run / "report.html"
+
+
+def parts_of(run: Path, found: Exploration, rows: int, side: int, images: Path | None = None) -> Parts:
+    """The data of an explorable page. rows, side, images: see `Parts` and `write_page`."""
+    results = _results(run)
+    return Parts(found, Pictures(found, images or Path(results["root"]), image_options(results)), rows, side)
+
+
+def render_page(run: Path, found: Exploration | None, parts: Parts | None, embed: bool) -> str:
+    """The page of a run as HTML. parts: what can be explored; embed: in the page, not fetched from a server."""
     from tvl_align.report import plots
 
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    figures = {
-        "curves": plots.curves(read_metrics(run), list(results["retrieval"])),
-        "order": plots.against_k(results["prefix"]),
-    }
-    if results["factors"]:
-        figures["heat"] = plots.heat_map(results["factors"])
-    strip = _strip(Path(results["root"]), image_options(results), [Row(**row) for row in results["examples"]])
-    if strip:
-        figures["strip"] = plots.samples(strip)
-    urls = {name: as_url(image) for name, image in figures.items()}
-    page = fill_template("run.html", r=results, synthetic=is_synthetic(results), tables=tables, **urls)
-    (run / "report.html").write_text(page, encoding="utf-8")
-    return run / "report.html"
+    results = _results(run)
+    explorable: dict[str, Any] = {}
+    if parts is not None:
+        contents = {name: base64.b64encode(parts.read(name)[0]).decode() for name in parts} if embed else {}
+        explorable = {"head": as_script(parts.head()), "embedded": contents}
+    elif found is not None:
+        explorable = {
+            "notice": f"With {len(found)} rows the rows are explored by tvl-align explore {run}, which serves them."
+        }
+    registers = tables.register_table(results["factors"], int(found.overlapping)) if found is not None else None
+    return fill_template(
+        "run.html",
+        r=results,
+        synthetic=is_synthetic(results),
+        tables=tables,
+        registers=registers,
+        curves=as_urls(plots.curves(read_metrics(run), list(results["retrieval"]))),
+        order=as_urls(plots.against_k(results["prefix"])),
+        **explorable,
+    )
+
+
+def _results(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))
 
 
 def fill_template(name: str, **values: Any) -> str:
@@ -44,7 +74,14 @@ def fill_template(name: str, **values: Any) -> str:
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     pages = Environment(loader=PackageLoader("tvl_align.report"), autoescape=select_autoescape())
-    return pages.get_template(name).render(**values)
+    return pages.get_template(name).render(shades=tables.shades(), **values)
+
+
+def as_script(content: Any) -> Any:
+    """JSON that can stand in a script element: it has no "<", so that no text in it ends the element."""
+    from markupsafe import Markup
+
+    return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -57,6 +94,11 @@ def as_url(image: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(image).decode()
 
 
+def as_urls(images: Mapping[str, bytes]) -> dict[str, str]:
+    """PNG bytes by name as data URLs."""
+    return {name: as_url(image) for name, image in images.items()}
+
+
 def is_synthetic(results: Mapping[str, Any]) -> bool:
     """True for results on the data folder of a synthetic world."""
     return tvl.is_synthetic(Path(results["root"]))
@@ -66,15 +108,6 @@ def image_options(results: Mapping[str, Any]) -> ImageOptions | None:
     """The transforms of the run's images; None for imported features and for runs of earlier versions."""
     images = results["run"].get("features", {}).get("images")
     return from_plain(ImageOptions, images) if images else None
-
-
-def _strip(root: Path, options: ImageOptions | None, examples: list[Row]) -> list[tuple[np.ndarray, np.ndarray, str]]:
-    """Photo, touch image and caption of every example row whose image files exist."""
-    rows = []
-    for row in examples:
-        if row.vision and row.tactile and all(file_of(root, path).is_file() for path in (row.vision, row.tactile)):
-            rows.append((*preview(root, row, options), row.caption or ""))
-    return rows
 
 
 def print_table(path: Path) -> None:

@@ -1,7 +1,8 @@
 """The tables of one results.json as text cells, for the terminal and for pages."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tvl_align.evaluation.scores import mean_leak, normalised_score
 
@@ -60,6 +61,42 @@ def retrieval_rows(results: Mapping[str, Any]) -> Cells:
         ]
         for pair, n in results["retrieval"].items()
     ]
+
+
+def direction_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
+    """Columns and rows: Acc@1 of every direction with its interval, also by data set, in percent; the columns after Acc@5
+    are Acc@1 too."""
+    datasets = sorted({n["dataset"] for n in results["directions"] if n["dataset"]})
+    found: dict[tuple[str, str], dict[str | None, Mapping[str, Any]]] = {}
+    for n in results["directions"]:
+        found.setdefault((n["query"], n["gallery"]), {})[n["dataset"]] = n
+    rows = []
+    for (query, gallery), by_dataset in found.items():
+        of_all = by_dataset[None]
+        by_set = [by_dataset.get(d) for d in datasets]
+        rows.append(
+            [
+                f"{query} → {gallery}",
+                with_interval(of_all["acc1"], of_all["low"], of_all["high"]),
+                number(of_all["acc5"]),
+                number(of_all["stage1_acc1"]),
+                number(of_all["chance1"], 2),
+                *(f"{with_interval(n['acc1'], n['low'], n['high'])} ({n['rows']})" if n else "-" for n in by_set),
+            ]
+        )
+    return ["query → finds", "Acc@1", "Acc@5", "Stage 1", "chance", *datasets], rows
+
+
+def tvl_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
+    """Columns and rows: Acc@1 and Acc@5 under TVL's protocol at its thresholds, in percent, with those of Stage 1."""
+    protocol = results["tvl_protocol"]
+    rows = [
+        [f"{pair.replace('_', '-')} Acc@{k}", *(f"{number(n[f'acc{k}'])} ({number(n[f'stage1_acc{k}'])})" for n in of_pair)]
+        for pair, of_pair in protocol.items()
+        for k in (1, 5)
+    ]
+    thresholds = [number(n["threshold"], 3) for n in next(iter(protocol.values()), [])]
+    return ["threshold", *thresholds], rows
 
 
 def summary_rows(results: Mapping[str, Any]) -> Cells:
@@ -133,3 +170,99 @@ def mean_known(values: Sequence[float | None]) -> float | None:
     """Mean of the values that are not None; None if there are none."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
+
+
+class Shaded(NamedTuple):
+    """A cell of a heat table: its text, and the class of its colour, such as "leak-7"; see `shades`."""
+
+    text: str
+    shade: str
+
+
+@dataclass(frozen=True)
+class HeatTable:
+    """A table of shaded numbers. heads: names above groups of columns, with their numbers of columns. rows: names and cells;
+    None: the ceiling of the factor is at chance. gaps: columns that have space before them."""
+
+    title: str
+    heads: list[tuple[str, int]]
+    columns: list[str]
+    rows: list[tuple[str, list[Shaded] | None]]
+    gaps: frozenset[int] = frozenset()
+
+
+STEPS = 10  # of a colour scale
+SCALES = {"retention": (8, 69, 126), "leak": (150, 52, 0), "share": (58, 58, 58)}  # the colours of 100
+
+
+def shades() -> dict[str, list[tuple[str, str]]]:
+    """{scale: (background, ink) of 0, 10, ... 100}: from white to the colour of the scale. The ink is black or white,
+    whichever has the larger contrast, which is 4.5 or more."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for scale, colour in SCALES.items():
+        for step in range(STEPS + 1):
+            mixed = [round(250 + (c - 250) * step / STEPS) for c in colour]
+            linear = [((x / 255 + 0.055) / 1.055) ** 2.4 for x in mixed]
+            luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+            ink = "#000" if luminance > 0.18 else "#fff"
+            found.setdefault(scale, []).append(("#{:02x}{:02x}{:02x}".format(*mixed), ink))
+    return found
+
+
+def shaded(value: float | None, scale: str) -> Shaded:
+    """A normalised score as a cell, coloured by its scale; empty if the group was not read."""
+    if value is None:
+        return Shaded("", "")
+    return Shaded(f"{value:z.0f}", f"{scale}-{round(STEPS * min(max(value, 0), 100) / 100)}")
+
+
+def scale_of(entry: Mapping[str, Any], group: str) -> str:
+    """What a score of a factor in overlapping or complementary tokens is: retention, leak, or, without owners, a share."""
+    if not entry["ownership"]:
+        return "share"
+    return "retention" if (len(entry["ownership"]) > 1) == (group == "overlapping") else "leak"
+
+
+def with_owners(name: str, entry: Mapping[str, Any]) -> str:
+    """The name of a factor and whether it is shared or unique."""
+    owners = len(entry["ownership"])
+    return f"{name} ({'shared' if owners > 1 else 'unique'})" if owners else name
+
+
+def both_groups(entry: Mapping[str, Any]) -> tuple[str, str]:
+    """The group of tokens where a factor is retained, and the one where it leaks; without owners as they are."""
+    return ("overlapping", "complementary") if scale_of(entry, "overlapping") != "leak" else ("complementary", "overlapping")
+
+
+def score_table(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> HeatTable:
+    """Retention and leak of every factor, by linear and by the strongest probes, and of the untrained model."""
+    rows: list[tuple[str, list[Shaded] | None]] = []
+    for name, entry in entries(factors):
+        cells = [
+            shaded(value, scale_of(entry, group))
+            for group in both_groups(entry)
+            for value in (score(entry, group, "linear"), score(entry, group), score(entry, f"untrained_{group}"))
+        ]
+        rows.append((with_owners(name, entry), cells if entry["readable"] else None))
+    columns = ["linear", "strongest", "untrained"]
+    return HeatTable("factor", [("retention", 3), ("leak", 3)], 2 * columns, rows, frozenset({3}))
+
+
+def register_table(factors: Mapping[str, Mapping[str, Mapping[str, Any]]], overlapping: int) -> HeatTable | None:
+    """What a linear probe reads of every factor from each register alone; None if no register was read alone."""
+    read = {group for _, entry in entries(factors) for group in entry["accuracy"] if group.startswith("register_")}
+    if not read:
+        return None
+    groups = [(f"register_{n + 1}", "overlapping" if n < overlapping else "complementary") for n in range(len(read))]
+    rows = [
+        (
+            with_owners(name, entry),
+            [shaded(score(entry, register), scale_of(entry, group)) for register, group in groups]
+            if entry["readable"]
+            else None,
+        )
+        for name, entry in entries(factors)
+    ]
+    heads = [("overlapping", overlapping), ("complementary", len(read) - overlapping)]
+    columns = [f"register {n + 1}" for n in range(len(read))]
+    return HeatTable("factor", [head for head in heads if head[1]], columns, rows, frozenset({overlapping}))
