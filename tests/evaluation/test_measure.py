@@ -13,41 +13,16 @@ from torch import Tensor
 
 from tvl_align.contract import Features
 from tvl_align.data.tvl import Row
-from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.evaluation import measure as module
 from tvl_align.evaluation.factors import Rows
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, stage1_features
 from tvl_align.features.identity import Identity
-from tvl_align.features.inputs import DataConfig
 from tvl_align.features.subset import ShuffledPairs
 from tvl_align.losses.contrastive import positive_mask
-from tvl_align.methods.base import BASE, Stage2Config
 from tvl_align.system.console import UserError
-from tvl_align.training.engine import fit
-from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.run import Places, load_run
-from tvl_align.training.settings import RunConfig, Settings
-
-
-@pytest.fixture(scope="module")
-def run(once: Any, world: Path, stage1_checkpoint: Path, feature_dir: Path) -> Path:
-    """A run folder of one epoch."""
-
-    def make(folder: Path) -> None:
-        fit(
-            Settings(
-                Stage1Config(stage1_checkpoint),
-                Stage2Config(register_token_dim=32, num_heads=4),
-                DataConfig(world, views=1, feature_dir=feature_dir, num_workers=0),
-                OptimConfig(batch_size=16, epochs=1, warmup_epochs=0, lr=1e-3),
-                RunConfig(folder, "run", device="cpu"),
-            ),
-            BASE,
-        )
-
-    return once("measured run", make) / "run"
 
 
 def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

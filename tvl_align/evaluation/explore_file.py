@@ -73,7 +73,7 @@ class Exploration:
         """Read explore.npz of a run folder. Raises UserError if it is missing or damaged."""
         remedy = f"run tvl-align evaluate {run} again."
         try:
-            with np.load(run / NAME, allow_pickle=False) as file:
+            with (run / NAME).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
         except FileNotFoundError as error:
             raise UserError(f"{run} has no {NAME}; {remedy}") from error
