@@ -3,7 +3,7 @@ BIN := .venv/bin
 WITHOUT := "base --num_cross_attn_layers 0" "base --no_linear" "base --trunk_layers 0" "base --input_dropout 0" \
 	"base --independence_weight 0" "base --preservation_weight 0"
 
-.PHONY: demo compare ablation bench benchmarks faults test test-fast check docs
+.PHONY: demo compare ablation bench benchmarks faults screenshots test test-fast check docs
 
 demo: .venv/ready  ## the whole job on a synthetic world
 	$(BIN)/tvl-align demo
@@ -22,6 +22,9 @@ benchmarks: .venv/ready  ## methods on data of others; DATA=folder of clones
 
 faults: .venv/ready  ## the fault campaign: half an hour
 	$(BIN)/python tests/faults.py
+
+screenshots: .venv/ready  ## PNGs of pages, as a desktop and a phone show them; PAGES="demo/runs/base comparison"
+	$(BIN)/python tests/browser/screenshots.py $(or $(PAGES),demo/runs/base)
 
 test: .venv/ready  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest

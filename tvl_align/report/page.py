@@ -49,9 +49,7 @@ def render_page(run: Path, found: Exploration | None, parts: Parts | None, embed
         contents = {name: base64.b64encode(parts.read(name)[0]).decode() for name in parts} if embed else {}
         explorable = {"head": as_script(parts.head()), "embedded": contents}
     elif found is not None:
-        explorable = {
-            "notice": f"With {len(found)} rows the rows are explored by tvl-align explore {run}, which serves them."
-        }
+        explorable = {"notice": f"With {len(found):,} test rows, run tvl-align explore {run} to explore them."}
     registers = tables.register_table(results["factors"], int(found.overlapping)) if found is not None else None
     return fill_template(
         "run.html",

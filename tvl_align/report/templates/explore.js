@@ -99,7 +99,8 @@ function choose(row, query = state.query) {
 
 function chosenRows() {
   const { filter, cell, k, query } = state;
-  const [kind, d] = filter.split(" ");
+  const [kind, direction] = filter.split(" ");
+  const d = Number(direction);
   const wanted = {
     all: () => true,
     right: (row) => placed(rank, k, d, row) === 0,

@@ -1,9 +1,16 @@
-"""Run folders with made-up results, for tests of tables, pages and comparisons."""
+"""Run folders with made-up results and explorations, for tests of tables, pages and comparisons."""
 
 import copy
 import json
+from collections.abc import Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tvl_align.evaluation.explore_file import Exploration
 
 CEILING = {"attentive": 70.0, "linear on tokens": 80.0, "mlp on tokens": 75.0}
 GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_complementary")
@@ -103,8 +110,85 @@ def write_run(folder: Path, **changes: Any) -> Path:
     results["run"]["store"] = deep.get("store", results["run"]["store"])
     results["run"]["settings"]["data"]["shuffle_pairs"] = deep.get("shuffle_pairs", False)
     results["run"]["settings"]["knobs"] = deep.get("knobs", {})
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, allow_nan=False))
     epoch = {"epoch": 0, "train_total_loss": 2.0, "val_total_loss": 3.0, "val_tactile_vision_acc1": 9.0}
     (folder / "metrics.jsonl").write_text(json.dumps(epoch | {"val_tactile_vision_chance1": 1.0}) + "\n")
     return folder
+
+
+LEVELS = ("red", "green", "blue")
+
+
+def made_exploration(
+    rows: int = 12, modalities: tuple[str, ...] = ("vision", "tactile", "text"), files: bool = True
+) -> Exploration:
+    """Random finds of `rows` test rows, with 1 and with both overlapping registers; row 1 lacks the second modality.
+
+    files: with photos and touch images, see `draw_pictures`, and captions; else features of one's own.
+    """
+    rng, pairs = np.random.default_rng(0), list(permutations(range(len(modalities)), 2))
+    present = {m: np.ones(rows, bool) for m in modalities}
+    present[modalities[1]][1] = False
+    shape = 2, len(pairs), rows, 8
+    finds, scores = np.full(shape, -1, np.int32), np.zeros(shape, np.float16)
+    rank = np.full(shape[:3], -1, np.int32)
+    for k in range(2):
+        for d, (a, b) in enumerate(pairs):
+            valid = np.flatnonzero(present[modalities[a]] & present[modalities[b]])
+            for row in valid:
+                order = rng.permutation(valid)
+                finds[k, d, row, : min(8, len(order))] = order[:8]
+                scores[k, d, row, : min(8, len(order))] = np.linspace(0.9, 0.2, 8)[: len(order)]
+                rank[k, d, row] = int(np.flatnonzero(order == row)[0])
+    shades = rng.random((rows, 3, 17)).astype(np.float16)
+    pictures = [m for m in modalities if m in ("vision", "tactile")] if files else []
+    return Exploration(
+        modalities=np.array(modalities),
+        names=np.array([f"row-{i}" for i in range(rows)]),
+        datasets=np.array(["ssvtp" if files else ""] * rows),
+        captions=np.array([f"soft, word{i}" if files else "" for i in range(rows)]),
+        lengths=np.array([1, 2]),
+        overlapping=np.array(2),
+        directions=np.array(pairs),
+        finds=finds,
+        scores=scores,
+        right=finds == np.arange(rows)[None, None, :, None],
+        rank=rank,
+        answers=np.where(rank[-1] < 0, 0, 1).astype(np.int32),
+        present=present,
+        files={m: np.array([f"{m}-{i}.png" if present[m][i] else "" for i in range(rows)]) for m in pictures},
+        attention={m: shades / shades.sum(-1, keepdims=True) for m in modalities},
+        maps={
+            f"{g}.{m}": np.where(present[m][:, None], rng.normal(size=(rows, 4)), np.nan).astype(np.float16)
+            for g in ("pooled", "complementary")
+            for m in modalities
+        },
+        variance={f"{g}.{m}": np.array([0.4, 0.3, 0.2, 0.1]) for g in ("pooled", "complementary") for m in modalities},
+        levels={"hue": np.array(LEVELS), "size": np.array([f"quantile {i + 1}" for i in range(5)])},
+        labels={"hue": (np.arange(rows) % 3).astype(np.int16), "size": (np.arange(rows) % 5 - 1).astype(np.int16)},
+        owners={"hue": np.array(modalities[:2]), "size": np.array([], dtype=np.str_)},
+    )
+
+
+def colour_of(modality: str, row: int) -> tuple[int, int, int]:
+    """The colour of a made picture."""
+    return 10 * (row % 24), 200 if modality == "vision" else 40, 100
+
+
+def draw_pictures(root: Path, found: Exploration) -> None:
+    """Pictures of one colour for all files of an exploration, 24 pixels wide."""
+    root.mkdir(parents=True, exist_ok=True)
+    for m, paths in found.files.items():
+        for row, path in enumerate(paths.tolist()):
+            if path:
+                Image.new("RGB", (24, 24), colour_of(m, row)).save(root / path)
+
+
+def write_explored_run(folder: Path, rows: int = 12, results: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """A run folder with made results, an exploration and its pictures; options: those of `made_exploration`."""
+    found = made_exploration(rows, **options)
+    draw_pictures(folder / "pictures", found)
+    run = write_run(folder, root=str(folder / "pictures"), gallery=rows, **(results or {}))
+    found.save(run)
+    return run
