@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from tvl_align.data.image_options import TOUCH_MEAN, TOUCH_STD, ImageOptions
-from tvl_align.data.pictures import BadImage, open_picture
+from tvl_align.data.pictures import BadImage, Touch, open_picture
 from tvl_align.data.transforms import Geometry, ImageLoader, picture_tensor
 from tvl_align.data.tvl import Row, read_tvl
 from tvl_align.system.console import UserError
@@ -79,7 +79,7 @@ def test_pictures_are_normalised_by_the_given_numbers() -> None:
     assert torch.allclose(photo, torch.tensor([0.2, 0.0, -0.2])[:, None, None].expand(3, 8, 8), atol=1e-6)
     assert torch.allclose(touch, torch.tensor([2.0, 1.0, 0.5])[:, None, None].expand(3, 8, 8), atol=1e-6)
     difference = ImageOptions(8, 8, subtract_background=True, **numbers)
-    assert not picture_tensor(grey, "tactile", difference, background=grey).any()
+    assert not picture_tensor(Touch(grey, background=grey), "tactile", difference).any()
 
 
 @pytest.mark.parametrize(
@@ -170,5 +170,5 @@ def test_a_picture_of_no_modality_and_one_without_background_are_refused() -> No
         picture_tensor(image, "text", ImageOptions())
     with pytest.raises(UserError, match="unknown data set 'data3': give one of ssvtp, hct, hct/data3"):
         picture_tensor(image, "vision", ImageOptions(), dataset="data3")
-    with pytest.raises(UserError, match="give background"):
+    with pytest.raises(UserError, match=r"give Touch\(image, background=...\) of .*, or --touch_background"):
         picture_tensor(image, "tactile", ImageOptions(subtract_background=True))

@@ -399,7 +399,7 @@ def test_a_missing_package_names_its_extra(prefix: str, monkeypatch: pytest.Monk
         ("open_clip:ViT-B-32", "text", "names no weights; give open_clip:NAME:TAG or open_clip:NAME:FILE"),
         ("open_clip:ViT-Z:openai", "text", "unknown OpenCLIP model 'ViT-Z'; give --text_encoder"),
         ("open_clip:ViT-B-32:nonsense", "vision", "no CLIP weights 'nonsense' for ViT-B-32 .*; --vision_encoder open_clip"),
-        ("resnet18", "vision", "--vision_encoder resnet18 names no encoder; give timm:..., anytouch:..., open_clip:"),
+        ("resnet18", "vision", "--vision_encoder resnet18 names no encoder; give timm:..., anytouch:..., sparsh:"),
         ("nowhere:Means", "vision", "cannot be imported: there is no module 'nowhere'; install it, or give one of timm:"),
         ("encoders_of_mine:Nothing", "vision", "encoders_of_mine:Nothing is not defined; it must name a class or function"),
         ("encoders_of_mine:Letters", "vision", "has no size and no mean and no std; see tvl_align.encoders.own"),

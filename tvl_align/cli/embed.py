@@ -12,7 +12,7 @@ from tvl_align.config import parse
 from tvl_align.encoders.names import by_modality
 from tvl_align.encoders.tvl import Precision
 from tvl_align.evaluation.labels import read_labels
-from tvl_align.inference.files import picture_rows, write_npz
+from tvl_align.inference.files import picture_rows, with_background, write_npz
 from tvl_align.inference.registers import BATCH, Embeddings, Registers, load
 from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError
@@ -49,6 +49,8 @@ class EmbedConfig:
     """Keep only the first registers; default: all."""
     attention: bool = False
     """Also write how much each frozen token moves each register."""
+    touch_background: Path | None = None
+    """The touch image without contact, of a run that subtracts it from touch images."""
     dataset: str | None = None
     """Data set of TVL in whose way photos are cropped: ssvtp, hct or hct/data3; default: by their place, else ssvtp."""
     stage1_checkpoint: Path | None = None
@@ -101,7 +103,8 @@ def _of_files(config: EmbedConfig, registers: Registers) -> tuple[list[str], Emb
     given: dict[str, Any] = {}
     names = list(config.text)
     if config.files:
-        names, given = picture_rows(config.files, registers.takes_pictures)
+        names, files = picture_rows(config.files, registers.takes_pictures)
+        given |= {m: with_background(x, config.touch_background) if m == "tactile" else x for m, x in files.items()}
     out = registers.embed(
         **given,
         text=list(config.text) or None,

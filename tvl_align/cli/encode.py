@@ -22,7 +22,7 @@ from tvl_align.encoders.own import load_encoders
 from tvl_align.encoders.tvl import Stage1, Stage1Config
 from tvl_align.features.cluster import ray_cluster
 from tvl_align.features.encode import open_or_encode
-from tvl_align.features.inputs import MEASURED, NORMS, load_samples
+from tvl_align.features.inputs import MEASURED, NORMS, check_touch, load_samples
 from tvl_align.features.parts import encode_blocks
 from tvl_align.features.store import FeatureStore
 from tvl_align.features.stream import encode_stream, measured_colours, plain_images
@@ -69,6 +69,11 @@ class SourceConfig:
     """Key of sentences that are used as they are; default with lerobot: task."""
     more_keys: tuple[str, ...] = ()
     """Keys of further modalities: depth=observation.images.depth audio=wav. Each needs an encoder, see --more_encoders."""
+    earlier_touch_key: str | None = None
+    """Key of touch images of the same contact, some frames before, for encoders that take two (Sparsh: 5 frames before);
+    default: the touch image stands for both."""
+    touch_background_key: str | None = None
+    """Key of touch images without contact, for --subtract_background; of TVL: background."""
     group_key: str | None = None
     """Key of groups (object, trajectory) that are never split apart; default: every sample, episode or video is one."""
     split_key: str | None = None
@@ -83,6 +88,9 @@ class SourceConfig:
     """Part of a touch image: tvl (padded to a square), centre or none (all)."""
     touch_turn: Turn = 0
     """Degrees by which touch images are turned counterclockwise."""
+    subtract_background: Literal["background", "none"] | None = None
+    """background: subtract the touch image without contact from every touch image; none: do not; default: none. Sparsh needs
+    to be told."""
     photo_norm: Literal["clip", "imagenet", "half", "measured"] | None = None
     """Colours for the normalisation of photos: clip, imagenet, half (0.5), or measured on training samples, for which the
     stream is read twice; default: those of the encoder (TVL's: clip)."""
@@ -126,6 +134,10 @@ class SourceConfig:
             raise UserError(
                 "--block_rows is of an encode in many processes; give it with --ray or torchrun, or leave it out."
             )
+        if self.subtract_background == "background" and self.touch_background_key is None:
+            raise UserError(
+                "--subtract_background background needs touch images without contact; give --touch_background_key."
+            )
         check_modalities(self.modalities)
         if len(self.modalities) < 2:
             given = ", ".join(self.modalities) or "nothing"
@@ -138,7 +150,8 @@ class SourceConfig:
     def keys(self) -> Keys:
         """Where the parts of a sample are."""
         single = (self.vision_key, self.tactile_key, self.text_key, self.sentence_key, self.group_key, self.split_key)
-        return Keys(*single, self.label_keys, one_each("more_keys", self.more_keys))
+        beside = self.earlier_touch_key, self.touch_background_key
+        return Keys(*single, self.label_keys, one_each("more_keys", self.more_keys), *beside)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -242,7 +255,9 @@ def _load(config: SourceConfig, encoders: Stage1Config) -> Stage1:
 
 def _images(config: SourceConfig, stage1: Stage1) -> ImageOptions:
     """What is done to pictures; colours that are to be measured are measured, for which the stream is read once."""
-    images = plain_images(stage1, config.photo_crop, config.touch_crop, config.touch_turn)
+    check_touch(stage1, config.subtract_background, config.earlier_touch_key and "earlier_touch_key")
+    subtracted, earlier = config.subtract_background == "background", config.earlier_touch_key is not None
+    images = plain_images(stage1, config.photo_crop, config.touch_crop, config.touch_turn, subtracted, earlier)
     images = replace(images, randomize_crop=config.randomize_crop, shared_geometry=config.shared_geometry)
     norms = {"vision": config.photo_norm, "tactile": config.touch_norm}
     for modality, norm in norms.items():

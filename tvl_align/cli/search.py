@@ -10,6 +10,7 @@ import tyro
 
 from tvl_align.config import parse
 from tvl_align.encoders.names import by_modality
+from tvl_align.inference.files import with_background
 from tvl_align.inference.registers import Registers, load
 from tvl_align.inference.search import Index, find_pictures
 from tvl_align.system.bounds import at_least
@@ -47,6 +48,8 @@ class SearchConfig:
     """Folder that keeps the vectors of the gallery, so that it is embedded once; it is made if it does not exist."""
     approximate: bool = False
     """Search with faiss (extra `search`), faster in millions of rows and not exact."""
+    touch_background: Path | None = None
+    """The touch image without contact, of a run that subtracts it from touch images."""
     dataset: str | None = None
     """Data set of TVL in whose way photos are cropped: ssvtp, hct or hct/data3; default: by their place, else ssvtp."""
     stage1_checkpoint: Path | None = None
@@ -81,7 +84,7 @@ def run(argv: Sequence[str]) -> None:
     registers = load(config.run, stage1_checkpoint=config.stage1_checkpoint, method=config.method, device=config.device)
     index = _open_index(config, registers)
     (modality,), queries = config.queries, config.queries
-    out = registers.embed(**queries, dataset=config.dataset, quiet=False)
+    out = registers.embed(**_with_background(config, queries), dataset=config.dataset, quiet=False)
     found = index.search(out.pooled[modality], config.top, approximate=config.approximate)
     results: list[dict[str, Any]] = [
         {"query": str(query), "found": [{"name": n, "score": round(s, 6)} for n, s in zip(names, scores, strict=True)]}
@@ -94,6 +97,10 @@ def run(argv: Sequence[str]) -> None:
         print(result["query"])
         for hit in result["found"]:
             print(f"  {hit['score']:6.3f}  {hit['name']}")
+
+
+def _with_background(config: SearchConfig, items: dict[str, Any]) -> dict[str, Any]:
+    return {m: with_background(x, config.touch_background) if m == "tactile" else x for m, x in items.items()}
 
 
 def _open_index(config: SearchConfig, registers: Registers) -> Index:
@@ -109,7 +116,7 @@ def _open_index(config: SearchConfig, registers: Registers) -> Index:
         raise UserError(f"there is no index {config.index}; give --gallery FOLDER to make it.")
     names, items = _gallery(config, config.gallery, registers)
     gallery: dict[str, Any] = {config.gallery_modality: items}
-    out = registers.embed(**gallery, dataset=config.dataset, quiet=False)
+    out = registers.embed(**_with_background(config, gallery), dataset=config.dataset, quiet=False)
     index = Index.build(out.pooled[config.gallery_modality], names, made_by=registers.key, modality=config.gallery_modality)
     if config.index is not None:
         index.save(config.index, approximate=config.approximate)

@@ -27,7 +27,9 @@ class ImageOptions:
     touch_crop: "tvl", padded with black to a square; "centre" and "none" as for photos. touch_turn: degrees
     counterclockwise. photo_mean ... touch_std: of each colour channel, values in [0, 1], for the normalisation; with
     `subtract_background` TVL's numbers for touch images stand for its numbers for differences. more_bits: {further modality:
-    bits of its 16-bit grey files}, where they are not 16. Raises UserError for a value that is none of these.
+    bits of its 16-bit grey files}, where they are not 16. touch_frames: how many frames of a contact the touch encoder
+    takes, 1 or 2, of which the second is an earlier one. earlier_touch: whether rows name the earlier frame; where none is
+    named the present one stands for it. Raises UserError for a value that is none of these.
     """
 
     photo_size: int = 224
@@ -47,9 +49,12 @@ class ImageOptions:
     touch_mean: Channels = TOUCH_MEAN
     touch_std: Channels = TOUCH_STD
     more_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
+    touch_frames: int = 1
+    earlier_touch: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("photo_crop", Crop), ("touch_crop", Crop), ("touch_turn", Turn)):
+        chosen = ("photo_crop", Crop), ("touch_crop", Crop), ("touch_turn", Turn), ("touch_frames", Literal[1, 2])
+        for name, choices in chosen:
             if (value := getattr(self, name)) not in get_args(choices):
                 raise UserError(f"{name} is {value!r}; give one of {', '.join(map(str, get_args(choices)))}.")
         for name in ("photo_mean", "photo_std", "touch_mean", "touch_std"):

@@ -31,6 +31,8 @@ from tvl_align.system.console import UserError
 NAMES = {  # of columns that are found without being named, the first of a line that is there
     "photo": ("photo", "vision", "image", "rgb", "photo_path", "vision_path", "image_path", "url"),
     "touch": ("touch", "tactile", "touch_path", "tactile_path"),
+    "earlier_touch": (),
+    "touch_background": (),
     "caption": ("caption", "adjectives"),
     "sentence": ("sentence", "text", "description"),
     "group": ("group",),
@@ -51,7 +53,9 @@ class Columns:
 
     photo, touch: paths relative to the data folder. caption: adjectives, separated by commas. sentence: a text that is used
     as it is; where it is empty the caption is used. group: rows of a group are never split apart. split: train, val or test.
-    labels: factors that probes predict. more: {further modality: column of its files}.
+    labels: factors that probes predict. more: {further modality: column of its files}. earlier_touch: paths of touch images
+    of the same contact, some frames before. touch_background: paths of touch images without contact. These two are not found
+    by their names.
     """
 
     photo: str | None = None
@@ -62,6 +66,8 @@ class Columns:
     split: str | None = None
     labels: tuple[str, ...] = ()
     more: Mapping[str, str] = field(default_factory=dict)
+    earlier_touch: str | None = None
+    touch_background: str | None = None
 
 
 def read_pairs(
@@ -138,17 +144,19 @@ def _read(path: Path, columns: Columns) -> tuple[Columns, list[dict[str, str] | 
             "with --more_columns."
         )
     used = [*used, *labels]
-    return columns, read_table(path, used, used, of_files)
+    beside_touch = [c for c in (columns.earlier_touch, columns.touch_background) if c is not None]
+    return columns, read_table(path, used, used, [*of_files, *beside_touch])
 
 
 def _row(cells: dict[str, str], columns: Columns) -> Row:
     def cell(column: str | None) -> str:
         return cells[column] if column is not None else ""
 
-    photo, touch = (str(PurePosixPath(cell(c))) if cell(c) else None for c in (columns.photo, columns.touch))
+    of_files = columns.photo, columns.touch, columns.touch_background, columns.earlier_touch
+    photo, touch, background, earlier = (str(PurePosixPath(cell(c))) if cell(c) else None for c in of_files)
     more = {m: str(PurePosixPath(cell(c))) for m, c in sorted(columns.more.items()) if cell(c)}
     text = Sentence(cell(columns.sentence)) if cell(columns.sentence) else caption_of(cell(columns.caption))
-    row = Row(PAIRS, photo, touch, None, text, cell(columns.group), more=more)
+    row = Row(PAIRS, photo, touch, background, text, cell(columns.group), more=more, earlier=earlier)
     return row if row.group else replace(row, group=row.name)
 
 

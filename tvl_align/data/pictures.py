@@ -10,8 +10,9 @@ import struct
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -30,6 +31,17 @@ DARKEST = 64  # 16-bit colours below this, after reduction to 8 bits, are taken 
 DATA3_TOP = 200  # pixels; in HCT's folder data3 the sensor is lower in the photo
 DECODER_ERRORS = (OSError, ValueError, SyntaxError, EOFError, struct.error, MemoryError, Image.DecompressionBombError)
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Touch:
+    """A touch image, an earlier frame of the same contact, and the touch image without contact; pictures from anywhere, see
+    `tvl_align.data.transforms.as_source`. Some encoders take two frames, and from some the background is subtracted.
+    """
+
+    image: Any
+    earlier: Any = None
+    background: Any = None
 
 
 class BadImage(Exception):

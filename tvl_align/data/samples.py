@@ -113,7 +113,8 @@ class Samples(Dataset[Views]):
     def view_bytes(self) -> int:
         """Bytes of the images of a row that has all modalities."""
         options = self.images.options
-        pictures = 0 if set(PICTURES).isdisjoint(self.loaded) else 3 * (options.photo_size**2 + options.touch_size**2)
+        pixels = options.photo_size**2 + options.touch_frames * options.touch_size**2
+        pictures = 0 if set(PICTURES).isdisjoint(self.loaded) else 3 * pixels
         further = sum(math.prod(self.further[m].shape) for m in self.loaded if m in self.further)
         return torch.float32.itemsize * (pictures + further)
 
@@ -156,6 +157,10 @@ def make_samples(
     for name, samples in made.items():
         for modality, keys in samples.content_keys.items():
             log.warning("%s: %d rows repeat the %s of another row", name, repeats(keys.numpy()), modality)
+    touched = [row for row in every if row.tactile is not None] if images.touch_frames > 1 else []
+    if alone := sum(row.earlier is None or not images.earlier_touch for row in touched):
+        what = "%d of %d touch images have no earlier frame: the present one stands for it"
+        log.warning(what, alone, len(touched))
     sides = ["test" if name == "test" else "train and val" for name, split in rows.items() for _ in split]
     across = copies_across(content_keys(every, data.pictures), sides)
     if across:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from tvl_align.data.pairs import SPLITS
+from tvl_align.data.pictures import Touch
 from tvl_align.data.text import Sentence, is_absent
 from tvl_align.data.tvl import DELIMITERS, PICTURES, Row, file_of, read_header, read_table, read_tvl
 from tvl_align.system.console import UserError
@@ -36,14 +37,15 @@ from tvl_align.system.console import UserError
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 ROWS_AT_ONCE = 64  # of a parquet file
 BLOCK_ROWS = 1024  # samples of a block of a table
-TVL_KEYS = ("vision", "tactile", "caption", "group", "dataset")
+TVL_KEYS = ("vision", "tactile", "background", "caption", "group", "dataset")
 RATE_TOLERANCE = 0.01  # relative, between the frame rates of videos recorded together
 
 
 @dataclass(frozen=True)
 class Keys:
     """Where the parts of a sample are; None: nowhere. text: adjectives. sentence: a text that is used as it is; where a
-    sample has none its adjectives are used. labels: factors that probes predict. more: {further modality: its key}."""
+    sample has none its adjectives are used. labels: factors that probes predict. more: {further modality: its key}.
+    earlier_touch, touch_background: of touch images of the same contact, some frames before, and without contact."""
 
     vision: str | None = None
     tactile: str | None = None
@@ -53,12 +55,20 @@ class Keys:
     split: str | None = None
     labels: tuple[str, ...] = ()
     more: Mapping[str, str] = field(default_factory=dict)
+    earlier_touch: str | None = None
+    touch_background: str | None = None
 
     @property
     def files(self) -> dict[str, str]:
         """{modality: key} of pictures and of further modalities."""
         keys = {"vision": self.vision, "tactile": self.tactile, **self.more}
         return {m: key for m, key in keys.items() if key is not None}
+
+    @property
+    def of_files(self) -> list[str]:
+        """The keys whose values are files, pictures or numbers, and no texts."""
+        beside = (key for key in (self.earlier_touch, self.touch_background) if key is not None)
+        return list(dict.fromkeys([*self.files.values(), *beside]))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -138,9 +148,15 @@ def _sample(name: str, keys: Keys, value: Callable[[str], Any], **known: Any) ->
     sentence = _text(value(keys.sentence)) if keys.sentence is not None else None
     text = _text(value(keys.text)) if keys.text is not None else None
     sample: dict[str, Any] = {"name": name, "text": text if sentence is None else Sentence(sentence)}
-    for modality, key in keys.files.items():
-        found = value(key)
-        sample[modality] = np.asarray(found) if isinstance(found, list) else found
+
+    def of_file(key: str | None) -> Any:
+        found = value(key) if key is not None else None
+        return np.asarray(found) if isinstance(found, list) else found
+
+    sample |= {modality: of_file(key) for modality, key in keys.files.items()}
+    beside = of_file(keys.earlier_touch), of_file(keys.touch_background)
+    if sample.get("tactile") is not None and any(picture is not None for picture in beside):
+        sample["tactile"] = Touch(sample["tactile"], *beside)
     for part in ("group", "split"):
         key = getattr(keys, part)
         sample[part] = value(key) if key is not None else None
@@ -317,7 +333,7 @@ def _table_rows(
     open_table: Callable[[], _Table], keys: Keys, start: int, stop: int, split: str | None
 ) -> Iterator[dict[str, Any]]:
     """The samples of some rows of a table."""
-    table, of_files = open_table(), list(keys.files.values())
+    table, of_files = open_table(), keys.of_files
     known = {} if split is None else {"split": split}
     with _readable(table.place):
         for i, row in enumerate(table.rows(keys.used, start, stop), start):
@@ -426,7 +442,7 @@ def _pipes() -> set[str]:
 def _shard(shard: str, keys: Keys) -> Iterator[dict[str, Any]]:
     """The samples of a shard."""
     library, tar = import_extra("webdataset", "webdataset"), importlib.import_module("webdataset.tariterators")
-    of_files = list(keys.files.values())
+    of_files = keys.of_files
     with _readable(shard, tarfile.TarError):
         if _scheme(shard) in _pipes():
             opened = library.gopen(shard)
@@ -513,13 +529,13 @@ def _excerpt(place: str, start: int, stop: int) -> Iterator[Path]:
 def _table_samples(place: str, keys: Keys, start: int, stop: int, number: int) -> Iterator[dict[str, Any]]:
     """The samples of a part of a table, whose first row has this number."""
     folder, stem = place.rpartition("/")[0] or ".", PurePosixPath(place).stem
-    of_files = [key.strip().lower() for key in keys.files.values()]
+    of_files = [key.strip().lower() for key in keys.of_files]
     with _excerpt(place, start, stop) as table:
         found = read_table(table, _columns(keys), _columns(keys), of_files)
 
     def value(cells: Mapping[str, str], key: str) -> Any:
         cell = cells[key.strip().lower()] or None
-        return _file_in(folder, cell) if cell is not None and key in keys.files.values() else cell
+        return _file_in(folder, cell) if cell is not None and key in keys.of_files else cell
 
     for i, cells in enumerate(found, number):
         name = f"{stem}/{i}"
@@ -532,7 +548,8 @@ def _table_samples(place: str, keys: Keys, start: int, stop: int, number: int) -
 def tvl_blocks(place: str, keys: Keys, rows: int) -> list[Block]:
     """TVL's folder with `ssvtp/`, `hct/` or both, with its splits and groups. See `tvl_align.data.tvl.read_tvl`.
 
-    Keys are vision, tactile, caption, and dataset for a label. Its tables are read here: a block has its rows with it.
+    Keys are vision, tactile, background, caption, and dataset for a label. Its tables are read here: a block has its rows
+    with it.
     """
     folder = _folder(place, "tvl")
     _check_keys(keys.used, TVL_KEYS, place)
@@ -551,7 +568,7 @@ def tvl_blocks(place: str, keys: Keys, rows: int) -> list[Block]:
 def _tvl_samples(root: Path, keys: Keys, split: str, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     def value(row: Row, key: str) -> Any:
         cell = getattr(row, key)
-        return file_of(root, cell) if cell is not None and key in keys.files.values() else cell
+        return file_of(root, cell) if cell is not None and key in keys.of_files else cell
 
     for row in rows:
         yield _sample(row.name, keys, partial(value, row), group=row.group, split=split)
@@ -568,7 +585,7 @@ def read_video(place: str, keys: Keys, every: int = 1) -> Source:
     A name may lack any of them. Without --group_key a name is a group.
     """
     av, folder = import_extra("av", "video"), _folder(place, "video")
-    of_pictures = list(keys.files.values())
+    of_pictures = keys.of_files
     _check_keys(keys.used, sorted(p.name for p in folder.iterdir() if p.is_dir()), folder)
     videos: dict[str, dict[str, Path]] = {}
     for key in of_pictures:
@@ -642,8 +659,9 @@ def read_lerobot(place: str, keys: Keys, every: int = 1) -> Source:
     if version[:3] not in ("v2.", "v3."):
         raise UserError(f"{folder} has the LeRobot version {version}; convert it to version 2 or 3.")
     _check_keys(keys.used, [*features, "task"], info_file)
-    kinds = {key: str(features.get(key, {}).get("dtype")) for key in keys.files.values()}
-    of_pictures = [key for m, key in keys.files.items() if m in PICTURES]
+    kinds = {key: str(features.get(key, {}).get("dtype")) for key in keys.of_files}
+    further = {*keys.more.values()} - {keys.vision, keys.tactile}
+    of_pictures = [key for key in keys.of_files if key not in further]
     if wrong := [key for key in of_pictures if kinds[key] not in ("image", "video")]:
         raise UserError(f"{wrong[0]} of {folder} is {kinds[wrong[0]]}, not pictures; name a feature of type image or video.")
     with _readable(folder / "meta"):

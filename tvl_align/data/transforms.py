@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from tvl_align.data.image_options import TOUCH_MEAN, TOUCH_STD, Channels, Colours, ImageOptions
-from tvl_align.data.pictures import DECODER_ERRORS, BadImage, check_size, framed_photo, framed_touch, open_picture
+from tvl_align.data.pictures import DECODER_ERRORS, BadImage, Touch, check_size, framed_photo, framed_touch, open_picture
 from tvl_align.data.tvl import PICTURES, Row, TVLData, background_file, file_of
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.distributed import is_main
@@ -85,7 +85,8 @@ class ImageLoader:
         self.root, self.options = root, options
 
     def __call__(self, row: Row, seed: int | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Returns the images {"vision": (3, S, S), "tactile": (3, S', S')} and {modality: reason} of unusable images.
+        """Returns the images {"vision": (3, S, S), "tactile": (3 * options.touch_frames, S', S')} and {modality: reason} of
+        unusable images.
 
         Modalities that the row lacks are in neither dict. `seed=None` gives the plain view; without `options.augment` every
         seed does. Otherwise the augmentation depends on the seed alone. Raises UserError if background subtraction is on and
@@ -102,17 +103,18 @@ class ImageLoader:
 
     def _touch(self, row: Row, rng: random.Random | None, geometry: Geometry) -> Tensor:
         assert row.tactile is not None
-        bits, background = self.options.touch_bits, None
-        image = open_picture(file_of(self.root, row.tactile), bits)
+        background = None
         if self.options.subtract_background:
-            path = background_file(self.root, row)
-            if path is None:
+            background = background_file(self.root, row)
+            if background is None:
                 raise UserError(
                     f"{row.tactile} has no background image (tactile_bg_latent.jpg or digit_background.png); "
                     "add one or leave out --subtract_background."
                 )
-            background = open_picture(path, bits)
-        return _touch_view(image, self.options, background, rng, geometry)
+        named = row.earlier if self.options.earlier_touch else None
+        earlier = None if named is None else file_of(self.root, named)
+        touch = Touch(file_of(self.root, row.tactile), earlier, background)
+        return _touch_view(_touch_pixels(touch, self.options), self.options, rng, geometry)
 
 
 def source_views(
@@ -120,22 +122,26 @@ def source_views(
 ) -> tuple[list[dict[str, Tensor]], dict[str, str]]:
     """Views of pictures that are no files of a data folder: one for each seed, as `ImageLoader` gives them.
 
-    sources: {"vision": a photo, "tactile": a touch image}, or one of them, each as `as_source` takes it; cropped as SSVTP's.
-    Returns the images of each view, and {modality: reason} of pictures that cannot be used.
+    sources: {"vision": a photo, "tactile": a touch image or a `Touch`}, or one of them, as `as_source` takes pictures;
+    photos are cropped as SSVTP's. Returns the images of each view, and {modality: reason} of pictures that cannot be used.
+    Raises UserError for a background that is missing.
     """
-    pixels: dict[str, np.ndarray] = {}
+    pixels: dict[str, Any] = {}
     faults: dict[str, str] = {}
-    for modality, bits in zip(PICTURES, (options.photo_bits, options.touch_bits), strict=True):
+    for modality in PICTURES:
         if modality in sources:
             try:
-                pixels[modality] = _pixels(as_source(sources[modality]), bits)
+                if modality == "vision":
+                    pixels[modality] = _pixels(as_source(sources[modality]), options.photo_bits)
+                else:
+                    pixels[modality] = _touch_pixels(sources[modality], options)
             except BadImage as error:
                 faults[modality] = str(error)
 
     def load(modality: str, rng: random.Random | None, geometry: Geometry) -> Tensor:
         if modality == "vision":
             return _photo_view(pixels[modality], options, Row("ssvtp", "photo", None, None, None, ""), rng, geometry)
-        return _touch_view(pixels[modality], options, None, rng, geometry)
+        return _touch_view(pixels[modality], options, rng, geometry)
 
     views = []
     for seed in seeds:
@@ -182,30 +188,48 @@ def _photo_view(
     return _normalized(F.to_dtype(view, torch.float32, scale=True), options.photo_mean, options.photo_std)
 
 
+def _touch_pixels(source: Any, options: ImageOptions) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """A touch image, or a `Touch` -> the frames that the encoder takes, the present one first, and the background if it is
+    subtracted, each (H, W, 3) uint8. Raises BadImage for a picture that cannot be used, UserError for no background.
+    """
+    touch = source if isinstance(source, Touch) else Touch(source)
+    frames = [touch.image, touch.earlier][: options.touch_frames]
+    pixels = [_pixels(as_source(frame), options.touch_bits) for frame in frames if frame is not None]
+    if not options.subtract_background:
+        return pixels, None
+    if touch.background is None:
+        raise UserError(
+            "a touch image from which the background is subtracted needs it; give Touch(image, background=...) of "
+            "tvl_align.data.pictures, or --touch_background."
+        )
+    return pixels, _pixels(as_source(touch.background), options.touch_bits)
+
+
 def _touch_view(
-    image: np.ndarray,
+    pixels: tuple[Sequence[np.ndarray], np.ndarray | None],
     options: ImageOptions,
-    background: np.ndarray | None,
     rng: random.Random | None = None,
     geometry: Geometry = PLAIN,
 ) -> Tensor:
-    """(H, W, 3) uint8 -> (3, S, S) float32; a background (H', W', 3) uint8 is subtracted. With `rng` it is augmented."""
-    view = _tensor(framed_touch(image, options))
+    """What `_touch_pixels` gives -> (3 * options.touch_frames, S, S) float32. With `rng` it is augmented.
+
+    All frames have the same geometry and colour jitter, and the background is subtracted from each. The present frame stands
+    for an earlier one that is not there.
+    """
+    frames, background = pixels
+    first, *others = (_tensor(framed_touch(x, options)) for x in (frames if background is None else [*frames, background]))
+    size = list(first.shape[-2:])
+    view = torch.stack([first, *(F.resize(x, size, antialias=True) for x in others)]) if others else first[None]
+    if rng is not None and (options.color_jitter or background is None):
+        view = v2.RandomApply([_TOUCH_JITTER], p=0.8)(view)
+    view = F.to_dtype(view, torch.float32, scale=True)
     mean, std = options.touch_mean, options.touch_std
-    jitter = rng is not None and (options.color_jitter or background is None)
     if background is not None:
-        without = F.resize(_tensor(framed_touch(background, options)), list(view.shape[-2:]), antialias=True)
-        pair = torch.stack([view, without])  # both get the same colour jitter
-        pair = v2.RandomApply([_TOUCH_JITTER], p=0.8)(pair) if jitter else pair
-        pair = F.to_dtype(pair, torch.float32, scale=True)
-        view = pair[0] - pair[1]
+        view = view[:-1] - view[-1]
         if (mean, std) == (TOUCH_MEAN, TOUCH_STD):
             mean, std = SUBTRACTED_MEAN, SUBTRACTED_STD
-    elif jitter:
-        view = v2.RandomApply([_TOUCH_JITTER], p=0.8)(view)
-    size = options.touch_size
-    view = geometry(F.resize(F.to_dtype(view, torch.float32, scale=True), [size, size], antialias=True))
-    return _normalized(view, mean, std)
+    view = _normalized(geometry(F.resize(view, [options.touch_size] * 2, antialias=True)), mean, std)
+    return view.repeat(options.touch_frames // len(view), 1, 1, 1).flatten(0, 1)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
@@ -218,21 +242,20 @@ def _normalized(image: Tensor, mean: Channels, std: Channels) -> Tensor:
 
 
 def picture_tensor(
-    source: Source,
+    source: Source | Touch,
     modality: str,
     options: ImageOptions,
     row: Row | None = None,
     dataset: str = "ssvtp",
-    background: Source | None = None,
 ) -> Tensor:
-    """The plain view of one picture, as an encoder takes it -> (3, S, S) float32, normalised.
+    """The plain view of one picture, as an encoder takes it -> (3, S, S) float32, normalised; (6, S, S) of two touch frames.
 
     For a file it equals what `ImageLoader` gives, bit for bit. source: a path, a PIL image, or an array or tensor (H, W),
     (H, W, 3) or (3, H, W), of uint8 or of floats in [0, 1], which are rounded to 256 levels. modality: "vision" or
     "tactile". row: with photo_crop "tvl" its data set says where the sensor is; without a row `dataset` does, one of
-    "ssvtp", "hct" and "hct/data3". background: the touch image without contact, for `options.subtract_background`.
-    Raises BadImage, with the reason, for a picture that cannot be used, and UserError for another modality or data set and
-    for a background that is missing.
+    "ssvtp", "hct" and "hct/data3". A `Touch` also has the touch image without contact, for `options.subtract_background`,
+    and an earlier frame, for encoders that take two; without it the frame stands for both. Raises BadImage, with the reason,
+    for a picture that cannot be used, and UserError for another modality or data set and for a background that is missing.
     """
     if modality not in PICTURES:
         raise UserError(f"{modality!r} has no pictures; give the modality vision or tactile.")
@@ -240,12 +263,8 @@ def picture_tensor(
         raise UserError(f"unknown data set {dataset!r}: give one of {', '.join(PLACES)}.")
     if modality == "vision":
         place = row or Row(dataset.partition("/")[0], f"{dataset}/photo", None, None, None, "")
-        return _photo_view(_pixels(source, options.photo_bits), options, place)
-    if not options.subtract_background:
-        return _touch_view(_pixels(source, options.touch_bits), options, None)
-    if background is None:
-        raise UserError("a touch image from which the background is subtracted needs it; give background.")
-    return _touch_view(_pixels(source, options.touch_bits), options, _pixels(background, options.touch_bits))
+        return _photo_view(_pixels(as_source(source), options.photo_bits), options, place)
+    return _touch_view(_touch_pixels(source, options), options)
 
 
 def whole_picture(source: Source, size: int, colours: Colours, bits: int = 16) -> Tensor:
@@ -301,8 +320,8 @@ def _pixels(source: Source, bits: int) -> np.ndarray:
 
 
 def raw_colours(options: ImageOptions, modality: str) -> ImageOptions:
-    """These options without normalisation of a modality's pictures, whose values are then in [0, 1]."""
-    return options.normalised_by(modality, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
+    """These options without normalisation of a modality's pictures, whose values are then in [0, 1]; one frame of touch."""
+    return replace(options.normalised_by(modality, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))), touch_frames=1)
 
 
 class ColourSums:

@@ -45,6 +45,7 @@ class Row:
     vision, tactile, background: POSIX paths relative to the data folder, None if the row has no such image. background: the
     touch image without contact. caption: adjectives, separated by commas, or a `Sentence`. group: rows of a group are never
     split apart. contact: whether the sensor touches something. more: {further modality: path of its file}, sorted by name.
+    earlier: the touch image of some frames before `tactile`, of the same contact.
     """
 
     dataset: str
@@ -55,10 +56,12 @@ class Row:
     group: str
     contact: bool = True
     more: Mapping[str, str] = field(default_factory=dict, hash=False)
+    earlier: str | None = None
 
     def __repr__(self) -> str:
-        """With `more` only where there is any: stores are identified by it, also those from before further modalities."""
-        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "more" or self.more]
+        """With `more` and `earlier` only where there are any: stores are identified by it, also those from before them."""
+        later = ("more", "earlier")
+        shown = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in later or getattr(self, f.name)]
         return f"Row({', '.join(shown)})"
 
     @property
@@ -269,10 +272,10 @@ def usable(rows: Iterable[Row | str], data: TVLData) -> list[Row]:
 def _reject_reason(row: Row, root: Path) -> str | None:
     if len(row.modalities) < 2:
         return "fewer than two modalities"
-    for kind, path in (row.files | {"background": row.background}).items():
+    for kind, path in (row.files | {"background": row.background, "earlier touch": row.earlier}).items():
         if path is not None and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
             return f"{kind} path is outside the data folder"
-    for modality, path in row.files.items():
+    for modality, path in (row.files | ({"earlier touch": row.earlier} if row.earlier else {})).items():
         if "\0" in path:
             return f"{modality} path contains a NUL character"
         try:

@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tvl_align.contract import MODALITIES
-from tvl_align.encoders.touch import anytouch_vit
+from tvl_align.encoders.touch import anytouch_vit, sparsh_vit
 from tvl_align.encoders.tvl import Stage1, Stage1Config, load_clip, load_stage1, load_strictly, pooled_sequence, unwrapped
 from tvl_align.system.checkpoint import load_safely
 from tvl_align.system.console import UserError
@@ -43,6 +43,10 @@ class ImageEncoder(Protocol):
     These three stand for a transform: tvl_align.data.transforms crops, turns, augments, resizes and normalises the images of
     all encoders, so that photo and touch image keep the same geometry and a feature store knows what was done to them. name:
     what it is beside its weights (optional); in the fingerprint. Pictures of a further modality are used as a whole.
+
+    frames: of an encoder of touch, 2 if it takes two frames of a contact, the present one and an earlier one, as images of 6
+    channels (optional). subtracted: (mean, std) for touch images from which the background is subtracted, values in [-1, 1]
+    (optional); an encoder that has it wants to be told whether it is, see --subtract_background.
     """
 
     size: int
@@ -50,7 +54,7 @@ class ImageEncoder(Protocol):
     std: Channels
 
     def encode(self, images: Tensor) -> Encoded:
-        """Normalised images (B, 3, S, S) -> tokens, mask, pooled, see `Encoded`; T is the same for every batch."""
+        """Normalised images (B, 3 * frames, S, S) -> tokens, mask, pooled, see `Encoded`; T is the same for every batch."""
 
 
 class InputEncoder(Protocol):
@@ -122,10 +126,10 @@ def load_encoder(name: str, modality: str, never_from: Path | None = None) -> An
     one input.
 
     name: timm:NAME, timm:NAME:FILE, open_clip:NAME:TAG_OR_FILE, hf:NAME_OR_FOLDER (transformers), st:NAME_OR_FOLDER
-    (sentence-transformers, text), anytouch:FILE (touch), or package.module:NAME, a class or function without arguments that
-    gives one. modality: vision, tactile, text, or any other name. never_from: a folder that no module is imported from.
-    Raises UserError for any other name, for a missing package, for weights that cannot be downloaded or do not fit, and for
-    an encoder that gives something else than the protocol says.
+    (sentence-transformers, text), anytouch:FILE and sparsh:FILE (touch), or package.module:NAME, a class or function without
+    arguments that gives one. modality: vision, tactile, text, or any other name. never_from: a folder that no module is
+    imported from. Raises UserError for any other name, for a missing package, for weights that cannot be downloaded or do
+    not fit, and for an encoder that gives something else than the protocol says.
     """
     further = modality not in MODALITIES
     option = f"--more_encoders {modality}={name}" if further else f"--{modality}_encoder {name}"
@@ -177,8 +181,11 @@ def _check(encoder: Any, modality: str, option: str) -> None:
             numbers = [*encoder.mean, *encoder.std]
             if len(encoder.mean) != 3 or len(numbers) != 6 or not all(map(math.isfinite, numbers)) or min(encoder.std) <= 0:
                 raise UserError(f"{option}: mean and std must be three numbers each, std above 0, not {numbers}.")
-            ramp = torch.linspace(-1, 1, 3 * encoder.size**2)  # features of zeros are zero in a network without biases
-            given = ramp.view(1, 3, encoder.size, encoder.size)
+            frames = getattr(encoder, "frames", 1)
+            if frames != 1 and (frames != 2 or modality != "tactile"):
+                raise UserError(f"{option} takes {frames} frames; only an encoder of tactile may take more than one, two.")
+            shape = (1, 3 * frames, encoder.size, encoder.size)
+            given = torch.linspace(-1, 1, math.prod(shape)).view(shape)  # zeros give zeros in a network without biases
         encoded = encoder.encode(given)
     except UserError:
         raise
@@ -318,6 +325,22 @@ def _weights(path: Path, option: str) -> dict[str, Any]:
 def _anytouch(rest: str, modality: str, option: str) -> TimmImages:
     model = anytouch_vit(_weights(Path(rest), option), Path(rest))
     return TimmImages(model, "anytouch", projected=True, norm=(IMAGENET_MEAN, IMAGENET_STD))
+
+
+class SparshImages(TimmImages):
+    """A Sparsh encoder. Differences to the background are shifted to [0, 1], frames without one are used as they are."""
+
+    frames = 2
+    subtracted = ((-0.5,) * 3, (1.0,) * 3)
+
+    def encode(self, images: Tensor) -> Encoded:
+        """See `ImageEncoder`. Larger differences than half of the range are cut."""
+        return super().encode(images.clamp(0, 1))
+
+
+def _sparsh(rest: str, modality: str, option: str) -> SparshImages:
+    model = sparsh_vit(_weights(Path(rest), option), Path(rest))
+    return SparshImages(model, "sparsh", norm=((0.0,) * 3, (1.0,) * 3))
 
 
 class OpenClipImages(nn.Module):
@@ -547,6 +570,7 @@ def _st(source: str, modality: str, option: str) -> nn.Module:
 LOADERS: dict[str, tuple[tuple[str, ...], Callable[[str, str, str], nn.Module]]] = {  # prefix: (modalities, function)
     "timm": (("vision", "tactile"), _timm),
     "anytouch": (("tactile",), _anytouch),
+    "sparsh": (("tactile",), _sparsh),
     "open_clip": (MODALITIES, _open_clip),
     "hf": (MODALITIES, _hf),
     "st": (("text",), _st),

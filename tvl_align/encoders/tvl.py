@@ -55,7 +55,7 @@ OWN_PARTS = ("clip.", "tactile_encoder.", *(f"modality_heads.{m}." for m in MODA
 log = logging.getLogger(__name__)
 PANGRAM = "The quick brown fox jumps over the lazy dog, 0123456789."  # its token ids identify a tokenizer
 GRID = 4  # side of the average-pooled patch grid
-FILE_ENCODERS = ("timm", "open_clip", "hf", "st", "anytouch")  # encoders of one's own whose name may end with a path
+FILE_ENCODERS = ("timm", "open_clip", "hf", "st", "anytouch", "sparsh")  # encoders whose name may end with a path
 FeatureKind = Literal["tokens", "pooled"]
 Precision = Literal["float32", "bf16", "fp16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -82,7 +82,7 @@ class Stage1Config:
     """Encoder of one's own for photos: timm:NAME, timm:NAME:FILE, open_clip:NAME:TAG_OR_FILE, hf:NAME_OR_FOLDER, or
     package.module:NAME; default: TVL's."""
     tactile_encoder: str | None = None
-    """Encoder of one's own for touch images: as for photos, or anytouch:FILE; default: TVL's."""
+    """Encoder of one's own for touch images: as for photos, anytouch:FILE or sparsh:FILE; default: TVL's."""
     text_encoder: str | None = None
     """Encoder of one's own for sentences: open_clip:NAME:TAG_OR_FILE, hf:NAME_OR_FOLDER, st:NAME_OR_FOLDER
     (sentence-transformers), or package.module:NAME; default: TVL's."""
@@ -207,6 +207,11 @@ class Stage1(nn.Module):
         return int(embed.img_size[0]) if embed is not None else 224
 
     @property
+    def touch_frames(self) -> int:
+        """How many frames of a contact the touch encoder takes: 1 or 2."""
+        return int(getattr(self.own["tactile"], "frames", 1)) if "tactile" in self.own else 1
+
+    @property
     def further(self) -> dict[str, nn.Module]:
         """{modality: encoder} of the modalities beside vision, tactile and text."""
         return {m: self.own[m] for m in self.modalities if m not in MODALITIES}
@@ -216,21 +221,34 @@ class Stage1(nn.Module):
         return modality in ("vision", "tactile") or (modality != "text" and not hasattr(self.own[modality], "transform"))
 
     def input_shape(self, modality: str) -> tuple[int, ...]:
-        """Shape of an input of any modality but text, without the axis of the batch; (3, S, S) for pictures."""
+        """Shape of an input of any modality but text, without the axis of the batch: (3, S, S) for pictures, and (6, S, S)
+        for two touch frames.
+        """
         if not self.takes_pictures(modality):
             return tuple(self.own[modality].shape)
         sizes = {"vision": self.photo_size, "tactile": self.touch_size}
         size = sizes[modality] if modality in sizes else int(self.own[modality].size)
-        return (3, size, size)
+        return (3 * self.touch_frames if modality == "tactile" else 3, size, size)
 
-    def picture_norm(self, modality: str) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    def picture_norm(
+        self, modality: str, subtracted: bool = False
+    ) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
         """(mean, std) of each colour channel, values in [0, 1], that an image encoder of one's own takes for normalisation.
 
-        None without an encoder of one's own, whose numbers are those of the image options, and where no pictures are taken.
+        subtracted: those for touch images from which the background is subtracted, if the encoder has others for them. None
+        without an encoder of one's own, whose numbers are those of the image options, and where no pictures are taken.
         """
         if modality not in self.own or not self.takes_pictures(modality):
             return None
+        if subtracted and modality == "tactile" and self.knows_subtraction:
+            mean, std = self.own["tactile"].subtracted
+            return tuple(mean), tuple(std)
         return tuple(self.own[modality].mean), tuple(self.own[modality].std)
+
+    @property
+    def knows_subtraction(self) -> bool:
+        """Whether the touch encoder has numbers of its own for touch images from which the background is subtracted."""
+        return "tactile" in self.own and hasattr(self.own["tactile"], "subtracted")
 
     @cached_property
     def specs(self) -> dict[str, FeatureSpec]:

@@ -280,7 +280,8 @@ def _encode_split(
             plain = [i for i, position in enumerate(positions) if row_views[position][1] == 0]
             if plain and modality in plan.looks:
                 rows = [row_views[positions[i]][0] for i in plain]
-                done[f"{LOOK}{modality}"][rows] = _colour_statistics(images[plain], samples.colours(modality))
+                look = _colour_statistics(images[plain, :3], samples.colours(modality))  # of the first of two touch frames
+                done[f"{LOOK}{modality}"][rows] = look
             _write(tables[modality], torch.stack([plan.index[modality][row_views[i]] for i in positions]), encoded)
         done[name].numpy()[batch.numpy()] = True
         return len(batch)

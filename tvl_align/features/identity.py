@@ -30,7 +30,7 @@ LATER_OPTIONS = {  # of images: {name: default}
     name: getattr(ImageOptions(), name)
     for name in (
         *("photo_crop", "touch_crop", "touch_turn", "photo_mean", "photo_std", "touch_mean", "touch_std"),
-        "more_bits",
+        *("more_bits", "touch_frames", "earlier_touch"),
     )
 }
 UNNAMED = {"precision": "float32"}  # ingredients that are left out where they have this value, so that stores keep their key
@@ -135,9 +135,11 @@ def rows_digests(samples: Mapping[str, Samples], feature_dir: Path) -> dict[str,
 
 
 def _files(samples: Samples) -> Iterator[str]:
-    """The files of a split, relative to the data folder; backgrounds where they are subtracted."""
+    """The files of a split, relative to the data folder; earlier frames and backgrounds where they are used."""
     for row in samples.rows:
         yield from row.files.values()
+        if samples.images.options.earlier_touch and row.earlier is not None:
+            yield row.earlier
         if samples.images.options.subtract_background and (path := background_file(samples.root, row)) is not None:
             yield name_of(path.relative_to(samples.root))
 

@@ -44,7 +44,7 @@ from tvl_align.system.console import UserError
 log = logging.getLogger(__name__)
 COLUMNS = (
     *("photo_column", "touch_column", "caption_column", "sentence_column", "group_column", "split_column"),
-    *("label_columns", "more_columns"),
+    *("label_columns", "more_columns", "earlier_touch_column", "touch_background_column"),
 )  # of --pairs
 MEASURED = "measured"
 NORMS: dict[str, Colours] = {
@@ -84,6 +84,12 @@ class DataConfig:
     more_columns: tuple[str, ...] | None = None
     """Columns of the files of further modalities, of any names: depth=depth_path audio=wav. Each needs an encoder, see
     --more_encoders."""
+    earlier_touch_column: str | None = None
+    """Column of touch images of the same contact, some frames before, for encoders that take two (Sparsh: 5 frames before);
+    default: none, the touch image stands for both."""
+    touch_background_column: str | None = None
+    """Column of touch images without contact, for --subtract_background; default: none, and the file digit_background.png in
+    a folder above a touch image is its background."""
     photo_crop: Crop | None = None
     """Part of a photo: tvl (under the sensor), centre (largest square) or none (all); default: tvl, with --pairs none."""
     touch_crop: Crop | None = None
@@ -113,8 +119,9 @@ class DataConfig:
     """Also jitter the colours of background-subtracted touch images; other touch images are always jittered."""
     randomize_crop: bool = False
     """Shift the photo's crop by up to 5% of its side in augmented views."""
-    subtract_background: Literal["background"] | None = None
-    """Subtract the trajectory's touch image without contact from every touch image."""
+    subtract_background: Literal["background", "none"] | None = None
+    """background: subtract the touch image without contact, of the trajectory or of --touch_background_column, from every
+    touch image; none: do not; default: none. Sparsh needs to be told."""
     shared_geometry: bool = True
     """Same flips and rotation for photo and touch image; --no_shared_geometry samples them independently, as TVL does."""
     augment_pictures: bool = True
@@ -185,7 +192,7 @@ class DataConfig:
         touch = "tvl" if self.pairs is None else MEASURED
         return {"vision": self.photo_norm or "clip", "tactile": self.touch_norm or touch}
 
-    def image_options(self, photo_size: int, touch_size: int) -> ImageOptions:
+    def image_options(self, photo_size: int, touch_size: int, touch_frames: int = 1) -> ImageOptions:
         """The options of the image transforms. Colours that are to be measured have their default."""
         own = self.pairs is not None
         options = ImageOptions(
@@ -193,12 +200,14 @@ class DataConfig:
             touch_size,
             self.randomize_crop,
             self.color_jitter,
-            self.subtract_background is not None,
+            self.subtract_background == "background",
             self.shared_geometry,
             self.augment_pictures,
             photo_crop=self.photo_crop or ("none" if own else "tvl"),
             touch_crop=self.touch_crop or ("none" if own else "tvl"),
             touch_turn=self.touch_turn if self.touch_turn is not None else (0 if own else 90),
+            touch_frames=touch_frames,
+            earlier_touch=touch_frames > 1 and self.earlier_touch_column is not None,
         )
         for modality, norm in self.norms.items():
             options = options.normalised_by(modality, NORMS.get(norm, options.colours(modality)))
@@ -311,8 +320,10 @@ def load_samples(
         not_contact = data.use_not_contact, data.percent_not_contact
         rows = read_tvl(data.datasets_dir, data.datasets, seed, *not_contact, tolerance)
     stage1 = load_encoders(frozen, data.active_modality_names, never_from).to(device)
+    check_touch(stage1, data.subtract_background, data.earlier_touch_column and "earlier_touch_column")
     of_pictures = [m for m in stage1.further if stage1.takes_pictures(m)]
-    images = inspect_images(data.image_options(stage1.photo_size, stage1.touch_size), rows, of_pictures)
+    options = data.image_options(stage1.photo_size, stage1.touch_size, stage1.touch_frames)
+    images = inspect_images(options, rows, of_pictures)
     recorded = expected.ingredients.get("images", {}) if expected is not None else {}
     images = _with_colours(images, rows, data, stage1, recorded)
     synonyms = {}
@@ -333,6 +344,21 @@ def _check_modalities(rows: TVLData, data: DataConfig) -> None:
         raise UserError(f"no training row of {data.pairs} has {' or '.join(absent)}; {remedy}.")
 
 
+def check_touch(stage1: Stage1, subtract_background: str | None, earlier: str | None) -> None:
+    """Raise UserError unless a touch encoder is told what it needs to know, and nothing that it cannot use.
+
+    subtract_background: the value of that flag. earlier: the flag by which the data name earlier frames, None if they do
+    not.
+    """
+    if stage1.knows_subtraction and subtract_background is None:
+        raise UserError(
+            "this touch encoder was trained on differences to a touch image without contact (Sparsh, of DIGIT and GelSight "
+            "Mini), or on touch images as they are (GelSight with markers); give --subtract_background background or none."
+        )
+    if earlier is not None and stage1.touch_frames == 1:
+        raise UserError(f"--{earlier} is for touch encoders of two frames, and this one takes one; leave it out.")
+
+
 def _with_colours(
     options: ImageOptions, rows: TVLData, data: DataConfig, stage1: Stage1, recorded: Mapping[str, Any]
 ) -> ImageOptions:
@@ -343,7 +369,7 @@ def _with_colours(
     """
     flags = {"vision": data.photo_norm, "tactile": data.touch_norm}
     for modality, norm in data.norms.items():
-        colours = stage1.picture_norm(modality) if flags[modality] is None else None
+        colours = stage1.picture_norm(modality, options.subtract_background) if flags[modality] is None else None
         if colours is None and norm == MEASURED:
             colours = from_plain(ImageOptions, recorded).colours(modality)
             if colours in NORMS.values():  # not measured by that run

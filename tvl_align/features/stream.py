@@ -4,7 +4,7 @@ A sample is a mapping; what it lacks may be left out or None:
 
     name      unique in the stream; required
     vision    a photo: a path, a PIL image, the bytes of an image file, or an array as `picture_tensor` takes it
-    tactile   a touch image, likewise
+    tactile   a touch image, likewise, or a `tvl_align.data.pictures.Touch`
     <other>   of a further modality, such as depth: a picture, or whatever its encoder's `transform` takes
     text      adjectives, separated by commas, or a `Sentence`, which is used as it is
     group     samples of a group (object, episode) are never split apart; default: every sample is its own
@@ -54,16 +54,31 @@ DRAWS = threading.Lock()  # augmented views are drawn with the generator of the 
 log = logging.getLogger(__name__)
 
 
-def plain_images(stage1: Stage1, photo_crop: Crop = "none", touch_crop: Crop = "none", touch_turn: Turn = 0) -> ImageOptions:
+def plain_images(
+    stage1: Stage1,
+    photo_crop: Crop = "none",
+    touch_crop: Crop = "none",
+    touch_turn: Turn = 0,
+    subtract_background: bool = False,
+    earlier_touch: bool = False,
+) -> ImageOptions:
     """What is done to the pictures of a stream: by default the whole picture is resized to the input of its encoder.
 
     Colours are normalised as the encoders expect it: an encoder of one's own has its own numbers; for TVL's they are CLIP's
-    for photos, and those of TVL's touch images.
+    for photos, and those of TVL's touch images. The last two arguments are those of `ImageOptions`.
     """
-    sizes = stage1.photo_size, stage1.touch_size
-    images = ImageOptions(*sizes, photo_crop=photo_crop, touch_crop=touch_crop, touch_turn=touch_turn)
+    images = ImageOptions(
+        stage1.photo_size,
+        stage1.touch_size,
+        subtract_background=subtract_background,
+        photo_crop=photo_crop,
+        touch_crop=touch_crop,
+        touch_turn=touch_turn,
+        touch_frames=stage1.touch_frames,
+        earlier_touch=earlier_touch and stage1.touch_frames > 1,
+    )
     for modality in PICTURES:
-        if (colours := stage1.picture_norm(modality)) is not None:
+        if (colours := stage1.picture_norm(modality, subtract_background)) is not None:
             images = images.normalised_by(modality, colours)
     return images
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from tvl_align.contract import MODALITIES
+from tvl_align.data.pictures import Touch
 from tvl_align.inference.registers import Embeddings
 from tvl_align.inference.search import find_pictures
 from tvl_align.system.console import UserError
@@ -44,6 +45,15 @@ def picture_rows(
             found[m][name] = path
     names = sorted(set().union(*found.values()))
     return names, {m: [of.get(name) for name in names] for m, of in found.items()}
+
+
+def with_background(items: Sequence[Path | None], background: Path | None) -> list[Path | Touch | None]:
+    """Touch images, each with the image without contact, if there is one. Raises UserError if it is no file."""
+    if background is None:
+        return list(items)
+    if not background.is_file():
+        raise UserError(f"there is no picture {background}; give --touch_background an existing file.")
+    return [None if item is None else Touch(item, background=background) for item in items]
 
 
 def _flag(modality: str) -> str:

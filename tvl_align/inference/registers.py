@@ -30,7 +30,7 @@ from tvl_align.config import from_plain
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Method, Tokens
 from tvl_align.data.further import FurtherInput, further_inputs
 from tvl_align.data.image_options import ImageOptions
-from tvl_align.data.pictures import BadImage
+from tvl_align.data.pictures import BadImage, Touch
 from tvl_align.data.text import adjectives, evaluation_text, is_absent
 from tvl_align.data.transforms import picture_tensor
 from tvl_align.data.tvl import PICTURES
@@ -52,7 +52,7 @@ from tvl_align.training.settings import Settings
 
 BATCH = 64  # rows
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-Picture = str | Path | Image.Image | np.ndarray | Tensor
+Picture = str | Path | Image.Image | np.ndarray | Tensor | Touch
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,11 @@ class Registers:
     ) -> Embeddings:
         """Embed pictures, sentences and items of further modalities: B per modality, None where a row lacks one.
 
-        vision, tactile: paths, PIL images, arrays or tensors, see `tvl_align.data.transforms.picture_tensor`. text: captions
-        of adjectives, "soft, woven", which get the prompt of the run. more: further modalities by name, depth=["d.png"]:
-        pictures, or what the `transform` of their encoder takes. One item alone is a batch of one. Modalities that are not
-        given are not in the result.
+        vision, tactile: paths, PIL images, arrays or tensors, see `tvl_align.data.transforms.picture_tensor`; a touch image
+        may be a `tvl_align.data.pictures.Touch`, with an earlier frame, and with the image without contact that the run
+        subtracts. text: captions of adjectives, "soft, woven", which get the prompt of the run. more: further modalities by
+        name, depth=["d.png"]: pictures, or what the `transform` of their encoder takes. One item alone is a batch of one.
+        Modalities that are not given are not in the result.
 
         keep: only the first `keep` registers; the others are zero. sentences: whether texts are sentences, used as they are;
         default: as in the run. dataset: of runs on TVL's data, whose photos are cropped as in this data set: "ssvtp"
@@ -285,6 +286,7 @@ class Registers:
                 return self.further[modality](source)
             return picture_tensor(source, modality, self.image_options, dataset=dataset or self._dataset_of(source))
         except BadImage as error:
+            source = source.image if isinstance(source, Touch) else source
             name = source if isinstance(source, str | Path) else type(source).__name__
             raise UserError(
                 f"item {item} of {modality} ({name}) cannot be used: {error}; leave it out or give None."
@@ -424,7 +426,7 @@ def check_keep(keep: int | None, registers: int) -> None:
 
 def _as_list(modality: str, items: Any, pictures: bool) -> list[Any]:
     """The items of a modality as a list; one item alone is a list of one. pictures: four axes are those of a batch."""
-    if isinstance(items, str | Path | Image.Image):
+    if isinstance(items, str | Path | Image.Image | Touch):
         return [items]
     if isinstance(items, np.ndarray | Tensor):
         return list(items) if pictures and items.ndim == 4 else [items]
