@@ -30,7 +30,8 @@ TEXTS = """() => {
     }
     for (const { left: from, right: to, top, bottom } of range.getClientRects()) {
       const [left, right] = clip ? [Math.max(from, clip.left), Math.min(to, clip.right)] : [from, to];
-      if (right - left > 1) found.push({ text: node.textContent.trim().slice(0, 40), node: count, left, right, top, bottom });
+      const text = node.textContent.trim().slice(0, 40);
+      if (right - left > 1) found.push({ text, node: count, left, right, top, bottom });
 
     }
   }

@@ -47,7 +47,7 @@ def render_page(run: Path, found: Exploration | None, parts: Parts | None, embed
     explorable: dict[str, Any] = {}
     if parts is not None:
         contents = {name: base64.b64encode(parts.read(name)[0]).decode() for name in parts} if embed else {}
-        explorable = {"head": as_script(parts.head()), "embedded": contents}
+        explorable = {"head": parts.head(), "embedded": contents}
     elif found is not None:
         explorable = {"notice": f"With {len(found):,} test rows, run tvl-align explore {run} to explore them."}
     registers = tables.register_table(results["factors"], int(found.overlapping)) if found is not None else None
@@ -73,13 +73,6 @@ def fill_template(name: str, **values: Any) -> str:
 
     pages = Environment(loader=PackageLoader("tvl_align.report"), autoescape=select_autoescape())
     return pages.get_template(name).render(shades=tables.shades(), **values)
-
-
-def as_script(content: Any) -> Any:
-    """JSON that can stand in a script element: it has no "<", so that no text in it ends the element."""
-    from markupsafe import Markup
-
-    return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

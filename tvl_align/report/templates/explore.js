@@ -162,8 +162,11 @@ function picture(modality, row, name) {
   return node;
 }
 
-const textOf = (modality, row) =>
-  (modalities[modality].name === "text" && head.captions[row]) || `row ${row}: ${head.names[row]}`;
+function textOf(modality, row) {
+  if (modalities[modality].name === "text" && head.captions[row]) return head.captions[row];
+  const known = factors.flatMap((f, i) => (labelOf(i, row) < 0 ? [] : [`${f.name} ${f.levels[labelOf(i, row)]}`]));
+  return [`row ${row}: ${head.names[row]}`, ...known.slice(0, 2)].join(", "); // nothing to see, so what is known about it
+}
 
 // A picture or a sentence of a row, as a button that makes it the query.
 function item(modality, row, { place, score, right, query, chosen } = {}) {
