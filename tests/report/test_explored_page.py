@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +50,24 @@ def test_parts_are_the_arrays(run: Path) -> None:
         assert np.array_equal(read, expected, equal_nan=read.dtype.kind == "f"), name
     shape = head["arrays"]["finds"]["shape"]
     assert shape == (12, 2, 6, 8)
-    last = np.frombuffer(of_page.read("finds/2")[0], np.int32).reshape(2, *shape[1:])  # rows 10 and 11
+    last = np.frombuffer(of_page.read("finds/2")[0], np.int16).reshape(2, *shape[1:])  # rows 10 and 11
     expected = np.moveaxis(found.finds, 2, 0)[10:]
     assert np.array_equal(np.where(last < 0, -1, last >> 1), expected)
     assert np.array_equal((last >= 0) & (last % 2 == 1), np.moveaxis(found.right, 2, 0)[10:])
-    scores = np.frombuffer(of_page.read("scores/0")[0], np.int16).reshape(5, *shape[1:]) / head["scoreSteps"]
-    assert scores == pytest.approx(np.moveaxis(found.scores, 2, 0)[:5].astype(float), abs=1e-3)
+    scores = np.frombuffer(of_page.read("scores/0")[0], np.int8).reshape(5, *shape[1:]) / head["scoreSteps"]
+    assert scores == pytest.approx(np.moveaxis(found.scores, 2, 0)[:5].astype(float), abs=6e-3)
     looks = np.frombuffer(of_page.read("attention.text/1")[0], np.uint8).reshape(5, 3, 17).astype(float)
     assert looks / looks.sum(-1, keepdims=True) == pytest.approx(found.attention["text"][5:10].astype(float), abs=2e-3)
+
+
+def test_numbers_of_many_rows_fit_their_type(run: Path) -> None:
+    found = made_exploration()
+    many = replace(found, **{name: np.repeat(getattr(found, name), 2000, axis=2) for name in ("finds", "scores", "right")})
+    many = replace(many, names=np.repeat(found.names, 2000), finds=np.where(many.finds < 0, -1, many.finds + 23_000))
+    of_page = Parts(many, parts(run).pictures, 100, 16)
+    kind = of_page.head()["arrays"]["finds"]["type"]
+    read = np.frombuffer(of_page.read("finds/0")[0], kind).reshape(100, 2, 6, 8)
+    assert np.array_equal(np.where(read < 0, -1, read >> 1), np.moveaxis(many.finds, 2, 0)[:100])
 
 
 def test_a_sheet_has_the_pictures_of_its_rows(run: Path) -> None:
@@ -79,10 +90,14 @@ def test_there_are_no_other_parts(run: Path, name: str) -> None:
 def test_a_page_in_one_file_embeds_every_part(run: Path) -> None:
     html = write_page(run).read_text()
     embedded = dict(re.findall(r'data-part="([^"]+)">([^<]*)<', html))
-    of_page = parts_of(run, made_exploration(), module.FILE_PART, module.FILE_SIDE)
+    of_page = parts_of(run, made_exploration(), module.FILE_PART, module.side_of(12))
     assert set(embedded) == set(of_page) and "picture.vision/0" in embedded
     assert all(base64.b64decode(text) == of_page.read(name)[0] for name, text in embedded.items())
     assert "http" not in re.sub(r">[A-Za-z0-9+/=]+<", "><", html).replace("parts/${", "")
+
+
+def test_pictures_of_few_rows_are_larger() -> None:
+    assert [module.side_of(rows) for rows in (0, 12, 1000, 2000)] == [112, 112, 101, 72]
 
 
 def test_text_of_the_data_cannot_end_a_script(run: Path) -> None:

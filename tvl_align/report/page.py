@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from tvl_align.report.pictures import Pictures
 from tvl_align.system.files import write_atomically
 
 FILE_ROWS = 2000  # test rows of a page in one file; more are served
-FILE_SIDE, SERVED_SIDE = 80, 224  # pixels of a picture
+FILE_PIXELS = FILE_ROWS * 72**2  # of all pictures of a modality in a file: with fewer rows they are larger
+FILE_SIDE, SERVED_SIDE = 112, 224  # most pixels of a side of a picture
 FILE_PART = 100  # rows of a part that is embedded
 
 
@@ -28,9 +30,14 @@ def write_page(run: Path, images: Path | None = None) -> Path:
     """
     found = Exploration.load(run) if (run / NAME).is_file() else None
     small = found is not None and len(found) <= FILE_ROWS
-    parts = parts_of(run, found, FILE_PART, FILE_SIDE, images) if found is not None and small else None
+    parts = parts_of(run, found, FILE_PART, side_of(len(found)), images) if found is not None and small else None
     write_atomically(run / "report.html", render_page(run, found, parts, embed=True))
     return run / "report.html"
+
+
+def side_of(rows: int) -> int:
+    """Pixels of a side of a picture in a file of so many rows."""
+    return min(FILE_SIDE, math.isqrt(FILE_PIXELS // max(1, rows)))
 
 
 def parts_of(run: Path, found: Exploration, rows: int, side: int, images: Path | None = None) -> Parts:

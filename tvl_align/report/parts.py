@@ -15,7 +15,7 @@ from tvl_align.evaluation.explore_file import Exploration
 from tvl_align.report.pictures import COLUMNS, Pictures
 
 LABELS = {"vision": ("photo", "photos"), "tactile": ("touch image", "touch images"), "text": ("sentence", "sentences")}
-SCORE_STEPS = 10_000  # of a score of 1
+SCORE_STEPS = 100  # of a score of 1: a page shows two decimals
 NAME = re.compile(r"(?P<array>[^/]+)(/(?P<part>\d{1,9}))?")
 
 
@@ -35,8 +35,8 @@ class Parts:
         self.whole |= {f"map.{key}": at.astype(np.float32) for key, at in found.maps.items()}
         finds = np.where(found.finds < 0, -1, 2 * found.finds.astype(np.int32) + found.right)  # odd: a right one
         self.by_row: dict[str, np.ndarray] = {
-            "finds": np.moveaxis(finds, 2, 0).astype(np.int32),
-            "scores": np.moveaxis(np.round(found.scores.astype(np.float32) * SCORE_STEPS), 2, 0).astype(np.int16),
+            "finds": np.moveaxis(finds, 2, 0).astype(np.int16 if 2 * len(found) < 2**15 else np.int32),
+            "scores": np.moveaxis(np.round(found.scores.astype(np.float32) * SCORE_STEPS), 2, 0).astype(np.int8),
         }
         self.by_row |= {f"attention.{m}": _of_largest(x) for m, x in found.attention.items()}
 

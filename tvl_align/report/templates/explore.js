@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const head = JSON.parse($("explore-head").textContent);
 const { modalities, lengths, directions, factors } = head;
-const ARRAYS = { int32: Int32Array, int16: Int16Array, uint8: Uint8Array, float32: Float32Array };
+const ARRAYS = { int32: Int32Array, int16: Int16Array, int8: Int8Array, uint8: Uint8Array, float32: Float32Array };
 const SHOWN = 24; // rows of the strip
 const COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c6d00"]; // Okabe and Ito
 const RAMP = ["#b7d4ea", "#7fb2d9", "#4a8fc4", "#21689f", "#0b3d66"]; // levels that have an order
@@ -73,6 +73,7 @@ const state = {
   classes: 0,
   ...fromAddress(),
 };
+if (!has(state.query, state.row)) state.query = modalities.findIndex((_, m) => has(m, state.row));
 state.modality = state.query;
 
 function fromAddress() {
