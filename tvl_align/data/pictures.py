@@ -219,7 +219,9 @@ def _padded(image: np.ndarray) -> np.ndarray:
     """Pad an image (H, W, 3) with black to a square."""
     height, width = image.shape[:2]
     pad_x, pad_y = (max(height, width) - width) // 2, (max(height, width) - height) // 2
-    return np.pad(image, ((pad_y, pad_y), (pad_x, pad_x), (0, 0)))
+    padded = np.zeros((height + 2 * pad_y, width + 2 * pad_x, 3), image.dtype)
+    padded[pad_y : pad_y + height, pad_x : pad_x + width] = image
+    return padded
 
 
 def _cropped(image: np.ndarray, crop: Crop) -> np.ndarray:

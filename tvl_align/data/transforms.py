@@ -229,7 +229,7 @@ def _touch_view(
         if (mean, std) == (TOUCH_MEAN, TOUCH_STD):
             mean, std = SUBTRACTED_MEAN, SUBTRACTED_STD
     view = _normalized(geometry(F.resize(view, [options.touch_size] * 2, antialias=True)), mean, std)
-    return view.repeat(options.touch_frames // len(view), 1, 1, 1).flatten(0, 1)
+    return torch.cat([view] * (options.touch_frames // len(view))).flatten(0, 1)
 
 
 def _tensor(pixels: np.ndarray) -> Tensor:
