@@ -71,6 +71,11 @@ def test_the_documented_openclip_and_timm_models_are_supported() -> None:
         }
 
 
+def test_nothing_is_said_of_random_weights(stage1_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_stage1(stage1_checkpoint)
+    assert not caplog.messages
+
+
 def test_frozen_encoders_stay_frozen(stage1_checkpoint: Path) -> None:
     stage1 = load_stage1(stage1_checkpoint)
     stage1.train()

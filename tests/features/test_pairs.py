@@ -136,9 +136,8 @@ def test_pairs_without_a_modality_need_a_choice_of_modalities(stage1_checkpoint:
     frozen = Stage1Config(stage1_checkpoint)
     path = table.with_name("two.csv")
     path.write_text("\n".join(["photo,touch", *(f"p{i}.png,t{i}.png" for i in range(ROWS))]))
-    with pytest.raises(
-        UserError, match=r"no training row of .*two.csv has text; give --active_modality_names vision tactile"
-    ):
+    both = r"has text; give --active_modality_names vision tactile, or name their columns with --caption_column or"
+    with pytest.raises(UserError, match=rf"no training row of .*two.csv {both}"):
         load_samples(frozen, DataConfig(pairs=path), 0, CPU)
     with pytest.raises(UserError, match=r"no training row of .*two.csv has text; name their columns"):
         load_samples(frozen, DataConfig(pairs=path, active_modality_names=("vision", "text")), 0, CPU)

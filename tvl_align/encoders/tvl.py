@@ -526,13 +526,10 @@ def load_clip(
         known = ", ".join(tags) or "none"
         raise UserError(f"no CLIP weights {weights!r} for {name} (tags: {known}); {weights_option} also takes a file.")
     try:
-        if not local:
-            with warnings.catch_warnings():
+        with warnings.catch_warnings():
+            if not local:
                 warnings.simplefilter("error")  # open_clip only warns when it falls back to random weights
-                return open_clip.create_model(name, pretrained=weights, require_pretrained=True)
-        clip = open_clip.create_model(name, load_weights=False)
-        open_clip.load_checkpoint(clip, weights, strict=True, weights_only=True)
-        return clip
+            return open_clip.create_model(name, pretrained=weights, require_pretrained=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         what = f"{weights} does not fit {name}" if local else f"the CLIP weights {weights!r} of {name} cannot be downloaded"

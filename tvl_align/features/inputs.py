@@ -46,6 +46,7 @@ COLUMNS = (
     *("photo_column", "touch_column", "caption_column", "sentence_column", "group_column", "split_column"),
     *("label_columns", "more_columns", "earlier_touch_column", "touch_background_column"),
 )  # of --pairs
+COLUMN_FLAGS = {"vision": "--photo_column", "tactile": "--touch_column", "text": "--caption_column or --sentence_column"}
 MEASURED = "measured"
 NORMS: dict[str, Colours] = {
     "tvl": (TOUCH_MEAN, TOUCH_STD),
@@ -340,7 +341,10 @@ def _check_modalities(rows: TVLData, data: DataConfig) -> None:
     there = [m for m in data.active_modality_names if m in found]
     absent = [m for m in data.active_modality_names if m not in there]
     if absent:
-        remedy = f"give --active_modality_names {' '.join(there)}" if len(there) > 1 else "name their columns"
+        columns = ", ".join(COLUMN_FLAGS.get(m, "--more_columns") for m in absent)
+        remedy = f"name their columns with {columns}"
+        if len(there) > 1:
+            remedy = f"give --active_modality_names {' '.join(there)}, or {remedy}"
         raise UserError(f"no training row of {data.pairs} has {' or '.join(absent)}; {remedy}.")
 
 
