@@ -121,7 +121,10 @@ LEVELS = ("red", "green", "blue")
 
 
 def made_exploration(
-    rows: int = 12, modalities: tuple[str, ...] = ("vision", "tactile", "text"), files: bool = True
+    rows: int = 12,
+    modalities: tuple[str, ...] = ("vision", "tactile", "text"),
+    files: bool = True,
+    look_step: int = 1,
 ) -> Exploration:
     """Random finds of `rows` test rows, with 1 and with both overlapping registers; row 1 lacks the second modality.
 
@@ -142,6 +145,7 @@ def made_exploration(
                 scores[k, d, row, : min(8, len(order))] = np.linspace(0.9, 0.2, 8)[: len(order)]
                 rank[k, d, row] = int(np.flatnonzero(order == row)[0])
     shades = rng.random((rows, 3, 17)).astype(np.float16)
+    shares = shades / shades.sum(-1, keepdims=True) * (np.arange(rows) % look_step == 0)[:, None, None]
     pictures = [m for m in modalities if m in ("vision", "tactile")] if files else []
     return Exploration(
         modalities=np.array(modalities),
@@ -156,9 +160,10 @@ def made_exploration(
         right=finds == np.arange(rows)[None, None, :, None],
         rank=rank,
         answers=np.where(rank[-1] < 0, 0, 1).astype(np.int32),
+        look_step=np.array(look_step),
         present=present,
         files={m: np.array([f"{m}-{i}.png" if present[m][i] else "" for i in range(rows)]) for m in pictures},
-        attention={m: shades / shades.sum(-1, keepdims=True) for m in modalities},
+        attention={m: shares for m in modalities},
         maps={
             f"{g}.{m}": np.where(present[m][:, None], rng.normal(size=(rows, 4)), np.nan).astype(np.float16)
             for g in ("pooled", "complementary")

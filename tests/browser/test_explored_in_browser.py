@@ -203,6 +203,16 @@ def test_where_registers_look(page: Page) -> None:
     assert tiles.nth(2 * 3).locator(".bars i").count() == 17  # tokens of the sentence
 
 
+def test_rows_whose_attention_was_not_measured_lead_to_one_that_was(browser: Browser, tmp_path: Path) -> None:
+    run = write_explored_run(tmp_path / "run", look_step=5)
+    with opened(browser, f"{write_page(run).as_uri()}#row=8", 1400) as page:
+        assert page.locator("#maps .tile").count() == 0
+        assert "Measured for one row in 5 only" in page.locator("#maps").inner_text()
+        click(page, page.locator("#maps button"))
+        assert page.locator("#item-title").inner_text() == "Row 5"
+        assert page.locator("#maps .tile").count() == 9
+
+
 def test_features_of_ones_own_have_names_instead_of_pictures(browser: Browser, tmp_path: Path) -> None:
     run = write_explored_run(tmp_path / "run", modalities=("force", "sound", "smell"), files=False)
     with opened(browser, write_page(run).as_uri(), 1400) as page:

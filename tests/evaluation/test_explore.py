@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tvl_align.contract import Features, Tokens
 from tvl_align.data.tvl import Row
-from tvl_align.evaluation import factors
+from tvl_align.evaluation import explore, factors
 from tvl_align.evaluation.explore import AXES, FINDS, _contents, by_direction, nearest, single_registers, token_maps
 from tvl_align.evaluation.explore_file import NAME, Exploration
 from tvl_align.evaluation.measure import EvaluateConfig, measure
@@ -151,6 +151,17 @@ def test_an_evaluation_writes_what_can_be_explored(explored: tuple[Exploration, 
     alone = [e["accuracy"] for table in results["factors"].values() for e in table.values()]
     assert alone and all({f"register_{n}" for n in (1, 2, 3, 4)} <= a.keys() for a in alone)
     assert all(set(a["register_1"]) == {"linear"} for a in alone)
+
+
+def test_attention_of_many_registers_is_measured_in_some_rows(explored: Any, run: Path, monkeypatch: Any) -> None:
+    """Of those rows it is the same, up to rounding, as batches differ."""
+    monkeypatch.setattr(explore, "LOOKS", 16 * len(explored[0]) // 3)
+    measure(EvaluateConfig(run, probe_steps=1, device="cpu"))
+    some = Exploration.load(run)
+    assert (explored[0].look_step, some.look_step) == (1, 3)
+    seen = some.attention["tactile"]
+    assert seen[::3].astype(float) == pytest.approx(explored[0].attention["tactile"][::3].astype(float), abs=2e-3)
+    assert not seen[1::3].any() and not seen[2::3].any()
 
 
 def test_prefixes_and_directions_agree_with_retrieval(explored: tuple[Exploration, dict[str, Any]]) -> None:

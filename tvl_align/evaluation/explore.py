@@ -27,6 +27,7 @@ from tvl_align.registers.principal import leading_eigenvectors
 
 FINDS = 8  # nearest rows that are kept of every query
 AXES = 8  # principal components of a map
+LOOKS = 32_000  # most rows x registers^2 whose attention is measured: a gradient for each register, through all of them
 MAX_TOKENS = 256  # of a modality; where registers look among more is not kept
 Positives = Callable[[str, str], Tensor | None]
 """Two modalities -> (Q, J) int64 keys, as `tvl_align.losses.contrastive.keys_of`; None: only the own row is positive."""
@@ -71,6 +72,7 @@ def explore(
         for t in by_length.values()
     ]
     maps, variance = token_maps(tokens, frozen)
+    step = -(-len(source) * len(model.get_parameter("registers")) ** 2 // LOOKS)
     rows = samples.rows if samples else []
     factors = labels.levels if labels is not None else {}
 
@@ -91,9 +93,10 @@ def explore(
         right=stacked("right"),
         rank=stacked("rank"),
         answers=stacked("answers")[-1],
+        look_step=np.array(step),
         present={m: x.numpy() for m, x in present.items()},
         files={m: np.array([row.files.get(m, "") for row in rows]) for m in names if any(m in row.files for row in rows)},
-        attention=_attention(model, source, device),
+        attention=_attention(model, source, step, device),
         maps=maps,
         variance=variance,
         levels={f: np.array(x) for f, x in factors.items()},
@@ -155,17 +158,20 @@ def _contents(source: FeatureSource, samples: Samples | None, names: Sequence[st
     return known
 
 
-def _attention(model: nn.Module, source: FeatureSource, device: torch.device) -> dict[str, np.ndarray]:
-    """{modality: (Q, N, T) float16} of modalities with 2 to MAX_TOKENS tokens; zero for absent rows and tokens."""
+def _attention(model: nn.Module, source: FeatureSource, step: int, device: torch.device) -> dict[str, np.ndarray]:
+    """{modality: (Q, N, T) float16} of modalities with 2 to MAX_TOKENS tokens, of every step-th row; zero for the others,
+    and for absent rows and tokens."""
     parts: dict[str, list[np.ndarray]] = {}
-    for features in plain_batches(source, all_rows(source), device):
+    for features in plain_batches(source, all_rows(source)[::step], device):
         for m, x in attention_maps(model, features).items():
             parts.setdefault(m, []).append((x * features.modalities[m].present[:, None, None]).half().cpu().numpy())
     found = {}
     for m, of_batch in parts.items():
         longest = max(x.shape[2] for x in of_batch)
         if 1 < longest <= MAX_TOKENS:
-            found[m] = np.concatenate([np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2]))) for x in of_batch])
+            seen = np.concatenate([np.pad(x, ((0, 0), (0, 0), (0, longest - x.shape[2]))) for x in of_batch])
+            found[m] = np.zeros((len(source), *seen.shape[1:]), np.float16)
+            found[m][::step] = seen
     return found
 
 

@@ -29,7 +29,8 @@ class Exploration:
     scores (K, D, Q, F) float16: their cosine similarities. right (K, D, Q, F) bool: which are positives of the query.
     rank (K, D, Q) int32: how many negatives of the full gallery are as near as the nearest positive; -1: not a query.
     answers (D, Q) int32: how many finds would be right, of rows with equal content one.
-    attention: {modality: (Q, N, T) float16}, see `tvl_align.registers.attention`.
+    attention: {modality: (Q, N, T) float16}, see `tvl_align.registers.attention`, of every look_step-th row, from row 0 on;
+    zero for the others. look_step: ().
     maps: {"group.modality": (Q, C) float16}, principal components; NaN for absent rows. variance: {"group.modality": (C,)},
     their share of the variance.
     levels: {factor: (L,) text}. labels: {factor: (Q,) int16}, -1: none. owners: {factor: modalities that contain it}.
@@ -47,6 +48,7 @@ class Exploration:
     right: np.ndarray
     rank: np.ndarray
     answers: np.ndarray
+    look_step: np.ndarray
     present: Arrays
     files: Arrays = field(default_factory=dict)
     attention: Arrays = field(default_factory=dict)

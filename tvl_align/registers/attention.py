@@ -21,12 +21,15 @@ def attention_maps(model: nn.Module, features: Features, kept: Tensor | None = N
         leaves = {m: t.tokens.float().detach().requires_grad_() for m, t in features.modalities.items()}
         tokens = {m: Tokens(leaves[m], t.mask, t.pooled.float(), t.present) for m, t in features.modalities.items()}
         output = model(Features(tokens, features.caption_keys, features.rows), kept=kept, joint=False)
-        maps: dict[str, list[Tensor]] = {m: [] for m in leaves}
-        for m, leaf in leaves.items():
-            registers = torch.cat([output.overlapping_tokens[m], output.complementary_tokens[m]], dim=1)
-            for n in range(registers.shape[1]):
-                energy = registers[:, n].float().square().sum() / 2
-                (slope,) = torch.autograd.grad(energy, leaf, retain_graph=True, allow_unused=True)
-                maps[m].append(torch.zeros_like(leaf).norm(dim=-1) if slope is None else slope.norm(dim=-1))
-    stacked = {m: torch.stack(x, dim=1) * tokens[m].mask[:, None] for m, x in maps.items()}
+        both = (output.overlapping_tokens, output.complementary_tokens)
+        registers = torch.stack([torch.cat([of[m] for of in both], dim=1) for m in leaves]).float()  # (M, B, N, D)
+        slopes = []
+        for n in range(registers.shape[2]):
+            energy = registers[:, :, n].square().sum() / 2  # of all modalities at once: each reads its own tokens only
+            found = torch.autograd.grad(energy, list(leaves.values()), retain_graph=True, allow_unused=True)
+            slopes.append(found)
+    stacked: dict[str, Tensor] = {}
+    for (m, leaf), of_leaf in zip(leaves.items(), zip(*slopes, strict=True), strict=True):
+        norms = [torch.zeros_like(leaf[..., 0]) if slope is None else slope.norm(dim=-1) for slope in of_leaf]
+        stacked[m] = torch.stack(norms, dim=1) * tokens[m].mask[:, None]
     return {m: x / x.sum(-1, keepdim=True).clamp(min=1e-12) for m, x in stacked.items()}

@@ -75,6 +75,7 @@ class Parts:
             "lengths": found.lengths.tolist(),
             "overlapping": int(found.overlapping),
             "finds": found.finds.shape[-1],
+            "lookStep": int(found.look_step),
             "names": found.names.tolist(),
             "captions": found.captions.tolist(),
             "factors": [

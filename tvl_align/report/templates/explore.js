@@ -308,7 +308,15 @@ function drawStrip() {
 function drawLook(of) {
   const shown = modalities.flatMap((m, i) => (of[`attention.${m.name}`] && has(i, state.row) ? [i] : []));
   $("look").hidden = !shown.length;
-  $("maps").replaceChildren(...shown.map((m) => lookOf(m, of[`attention.${modalities[m].name}`])));
+  const measured = state.row - (state.row % head.lookStep);
+  if (measured === state.row) $("maps").replaceChildren(...shown.map((m) => lookOf(m, of[`attention.${modalities[m].name}`])));
+  else {
+    const name = `Show row ${measured}`;
+    $("maps").replaceChildren(
+      make("p", {}, `Measured for one row in ${head.lookStep} only, as it takes long with many registers.`),
+      make("button", { "data-key": "measured", onclick: () => choose(measured) }, name),
+    );
+  }
 }
 
 function lookOf(modality, shares) {
