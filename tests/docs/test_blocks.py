@@ -37,6 +37,16 @@ NOTE = re.compile(r"<!-- (not run|tested with|file|in the checkout|after)(?:: (.
 BLOCK = re.compile(r"(?P<notes>(?:^<!--[^\n]*-->\n)*)^```(?P<language>\S*)\n(?P<code>.*?)^```$", re.M | re.S)
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
+LEFT = {  # what the blocks of a page leave behind
+    "README.md": ("demo/runs/base/report.html",),
+    "own_data.md": ("output_dir/mine/results.json", "tokens.npz", "test.npz", "press.npz", "own_store/manifest.json"),
+    "own_encoders.md": ("own.npz", "knocks.npz", "output_dir/knocks/results.json"),
+    "own_method.md": ("output_dir/squeezed/results.json",),
+    "quickstart.md": ("output_dir/mine/report.html", "output_dir/digits/report.html"),
+    "train.md": ("comparison/report.html",),
+    "use.md": ("tokens.npz", "test.npz", "photos.index", "touch-registers/model.safetensors"),
+}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -120,6 +130,8 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path, once: Once) -> Non
     prepared(page, tmp_path / "reader", once)
     for number, block in enumerate(blocks_of(page)):
         run_block(block, tmp_path / "reader", number)
+    for left in LEFT.get(page.name, ()):
+        assert (tmp_path / "reader" / left).exists(), f"the blocks leave no {left}"
 
 
 def commands(code: str) -> Iterator[list[str]]:
