@@ -5,10 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tvl_align.encoders.tvl import read_checkpoint
-from tvl_align.synthetic.pretrain import Heads, PretrainConfig, TokenTargets, WordTargets, pretrain
+from tvl_align.synthetic.pretrain import (
+    Heads,
+    PretrainConfig,
+    PretrainPrecision,
+    SpectrumTarget,
+    TokenTargets,
+    WordTargets,
+    _losses,
+    pretrain,
+)
 
 
 def targets(heads: Heads, colour_spectrum: bool = True) -> TokenTargets:
@@ -91,3 +100,43 @@ def test_the_heads_are_those_of_the_config(
     assert [type(module.decoder) for module in made] == [nn.Identity, nn.Identity]
     assert (args.heads, default.heads) == ("linear", "nonlinear")
     assert state.keys() == before.keys()
+
+
+def first_losses(
+    world: Path, folder: Path, precision: PretrainPrecision, monkeypatch: pytest.MonkeyPatch
+) -> tuple[bool, Tensor]:
+    """Whether the first step computes in bf16, and its losses: contrastive, pixels, spectrum, words."""
+    found: list[tuple[bool, Tensor]] = []
+
+    def recorded(*args: Any) -> tuple[Tensor, ...]:
+        found.append((torch.is_autocast_enabled("cpu"), torch.stack(losses := _losses(*args)).detach()))
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tvl_align.synthetic.pretrain._losses", recorded)
+        config = PretrainConfig(world, folder, epochs=1, batch_size=32, num_workers=0, precision=precision)
+        pretrain(config, quiet=True)
+    return found[0]
+
+
+def test_bf16_changes_no_loss_by_a_percent(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full, half = (first_losses(world, tmp_path, p, monkeypatch) for p in ("float32", "bf16"))
+    assert (full[0], half[0]) == (False, True)
+    assert torch.allclose(half[1], full[1], rtol=0.01), (half[1], full[1])
+    assert half[1].dtype == torch.float32 and not torch.equal(half[1], full[1])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_computes_in_bf16_where_the_processor_does(
+    world: Path, tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": native}, raising=False)
+    assert first_losses(world, tmp_path, "auto", monkeypatch)[0] is native
+
+
+def test_spectra_are_float32_under_autocast() -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    target = SpectrumTarget(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = target(images)
+    assert torch.equal(under, target(images))

@@ -15,7 +15,7 @@ from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.features.inputs import DataConfig
 from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.report.page import print_table, write_page
-from tvl_align.synthetic.pretrain import PretrainConfig, pretrain
+from tvl_align.synthetic.pretrain import PretrainConfig, PretrainPrecision, pretrain
 from tvl_align.synthetic.world import write_world
 from tvl_align.system.bounds import at_least, between
 from tvl_align.training.engine import fit
@@ -39,6 +39,8 @@ class DemoConfig:
     """Number of test samples."""
     pretrain_epochs: int = 6
     """Epochs of the small Stage 1."""
+    pretrain_precision: PretrainPrecision = "auto"
+    """Precision of the training of the small Stage 1; auto: bf16 where the processor multiplies in it, else float32."""
     epochs: int = 40
     """Epochs of Stage 2."""
     views: int = 4
@@ -80,8 +82,9 @@ def prepare(config: DemoConfig) -> tuple[Path, Path]:
         registration = config.misregistration
         timed(title, lambda: write_world(world, config.train, config.test, config.seed, misregistration=registration))
     if not checkpoint.is_file():
-        settings = PretrainConfig(world, checkpoint.parent, epochs=config.pretrain_epochs, seed=config.seed)
-        timed(f"Stage 1: small encoders, {config.pretrain_epochs} epochs", lambda: pretrain(settings))
+        epochs, precision = config.pretrain_epochs, config.pretrain_precision
+        settings = PretrainConfig(world, checkpoint.parent, epochs=epochs, precision=precision, seed=config.seed)
+        timed(f"Stage 1: small encoders, {epochs} epochs", lambda: pretrain(settings))
     return world, checkpoint
 
 

@@ -31,6 +31,12 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bf16 matrices: a GPU, or a CPU with AVX-512 BF16 or AMX."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cuda" or any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def seed_everything(seed: int) -> None:
     """Seed the global generators of Python and PyTorch (parameter initialisation, dropout). Other draws use `generator`."""
     random.seed(seed)
