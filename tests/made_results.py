@@ -64,8 +64,6 @@ def made_results(**changes: Any) -> dict[str, Any]:
         "probe_rows": {"split": "probe", "rows": 80},
         "checkpoint": "checkpoint.pth",
         "root": "nowhere",
-        "examples": [],
-        "confusions": [],
         "retrieval": {"tactile_vision": pair(10.0)},
         "controls": {"shuffled_acc1": 1.5},
         "label_free": {

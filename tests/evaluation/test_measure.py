@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tvl_align.contract import Features
-from tvl_align.data.tvl import Row
 from tvl_align.evaluation import measure as module
 from tvl_align.evaluation.factors import Rows
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
-from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, stage1_features
+from tvl_align.evaluation.split_tokens import all_rows, compute_tokens, stage1_features
 from tvl_align.features.identity import Identity
 from tvl_align.features.subset import ShuffledPairs
 from tvl_align.losses.contrastive import positive_mask
@@ -164,18 +162,6 @@ def test_rows_with_the_same_picture_are_positives_in_pairs_with_it() -> None:
             positive = positive_mask(keys, keys)
             assert [(i, j) for i in range(3) for j in range(i + 1, 3) if positive[i, j]] == expected
     assert Meanings(None, names, torch.arange(3)[:, None], {}).of("vision", "tactile") is None
-
-
-def test_a_copy_of_the_photo_is_no_confusion() -> None:
-    """Row 0 finds the photo of row 2, which is a copy of its own; row 1 finds a wrong one; row 3 has none."""
-    rows = [Row("ssvtp", f"v{i}", f"t{i}", None, None, f"g{i}") for i in range(4)]
-    present = {"vision": torch.tensor([True, True, True, False]), "tactile": torch.ones(4, dtype=torch.bool)}
-    pooled = {"tactile": torch.eye(3)[[0, 0, 0, 1]], "vision": torch.eye(3)[[1, 2, 0, 0]]}
-    tokens = SplitTokens({}, {}, pooled, present, torch.arange(4)[:, None], 1.0, {})
-    samples = SimpleNamespace(rows=rows)
-    for contents, wrong in (({}, [("v0", "v2"), ("v1", "v2")]), ({"vision": torch.tensor([0, 1, 0, 3])}, [("v1", "v2")])):
-        found = module._confusions(tokens, samples, Meanings(None, list("abcd"), tokens.keys, contents))
-        assert [(f["query"]["vision"], f["found"]["vision"]) for f in found] == wrong
 
 
 def test_the_oracle_knows_the_factors_that_both_own() -> None:

@@ -1,5 +1,6 @@
 """Comparisons of runs: means, paired differences over stores and seeds, floors; runs that are not comparable are refused."""
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -8,10 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_results import factor, made_results, write_run
+from made_results import colour_of, factor, made_exploration, made_results, write_explored_run, write_run
+from PIL import Image
 from scipy import stats
 
-from tvl_align.report.compare import by_method, leaderboard, load_results, mean_factors, write_comparison
+from tvl_align.report.compare import (
+    by_method,
+    leaderboard,
+    load_results,
+    mean_factors,
+    retrieval_errors,
+    write_comparison,
+)
 from tvl_align.synthetic.contest import ContestConfig, contest, worlds_of
 from tvl_align.synthetic.demo import run_name, with_options
 from tvl_align.system.console import UserError
@@ -162,6 +171,28 @@ def test_the_page_and_its_markdown_say_the_same(tmp_path: Path) -> None:
     assert "http" not in html
     for document in (re.sub(r"base64,[^\"]+", "", html), text):
         assert not {"nan", "None"} & set(re.findall(r"\w+", document))
+
+
+def test_retrieval_errors_are_pictures_of_the_first_wrong_finds(tmp_path: Path) -> None:
+    """Row by row: the touch images, their photos, and the photos that were found first; on the page as one JPEG a method."""
+    runs = [write_explored_run(tmp_path / name, results={"method": name}) for name in ("one", "other")]
+    found = made_exploration()
+    d = [[found.modalities[i] for i in pair] for pair in found.directions.tolist()].index(["tactile", "vision"])
+    first, right = found.finds[-1, d, :, 0], found.right[-1, d, :, 0]
+    wrong = [row for row in range(len(found)) if first[row] >= 0 and not right[row]][:8]
+    assert len(wrong) == 8 and 1 not in wrong  # row 1 has no touch image
+    made = retrieval_errors({**made_results(), "folder": str(runs[0]), "root": str(runs[0] / "pictures")})
+    assert made is not None
+    pixels = np.asarray(Image.open(io.BytesIO(made)))
+    assert pixels.shape == (3 * 112, 8 * 112, 3)
+    for i, row in enumerate(wrong):
+        shown = colour_of("tactile", row), colour_of("vision", row), colour_of("vision", int(first[row]))
+        for line, colour in enumerate(shown):
+            assert np.abs(pixels[56 + 112 * line, 56 + 112 * i].astype(int) - colour).max() <= 4
+    html = write_comparison(runs, tmp_path / "out", "command").read_text()
+    assert html.count("data:image/jpeg;base64,") == 2
+    (runs[0] / "explore.npz").unlink()
+    assert write_comparison(runs, tmp_path / "out", "command").read_text().count("data:image/jpeg;base64,") == 1
 
 
 def test_a_script_in_a_name_is_text_on_the_page(tmp_path: Path) -> None:

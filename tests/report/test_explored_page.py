@@ -121,7 +121,8 @@ def test_without_pictures_rows_have_names(tmp_path: Path) -> None:
 
 
 def test_pictures_that_are_gone_become_names(run: Path) -> None:
-    of_page = parts_of(run, made_exploration(), 100, 16, images=run / "nowhere")
+    (run / "pictures").rename(run / "moved")
+    of_page = parts_of(run, made_exploration(), 100, 16)
     assert not of_page.pictures.modalities
 
 
@@ -147,6 +148,51 @@ def test_the_command_names_what_is_missing(tmp_path: Path, run: Path) -> None:
         command.run([str(run)])
     with pytest.raises(UserError, match="--port 70000 is out of range"):
         command.run([str(run), "--port", "70000"])
+    with pytest.raises(UserError, match="there is no folder nowhere; give --datasets_dir"):
+        write_page(write_explored_run(tmp_path / "other"), Path("nowhere"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "an array", "text"])
+def test_a_damaged_exploration_is_named(run: Path, damage: str) -> None:
+    path = run / NAME
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    for i in range(200, len(whole) - 4000, 97):  # in the compressed arrays, not in the directory at the end
+        flipped[i] ^= 255
+    array = io.BytesIO()
+    np.save(array, np.ones(3))
+    contents = {"empty": b"", "cut": whole[:-100], "flipped": bytes(flipped), "an array": array.getvalue(), "text": b"no"}
+    path.write_bytes(contents[damage])
+    with pytest.raises(UserError, match=r"explore\.npz is damaged; run tvl-align evaluate .*run again\.$"):
+        command.run([str(run)])
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("results.json", "{", r"results\.json is damaged; run tvl-align evaluate"),
+        ("results.json", "[]", r"results\.json is from an older version; run tvl-align evaluate"),
+        ("metrics.jsonl", "{", r"metrics\.jsonl is damaged; give the whole run folder"),
+        ("metrics.jsonl", None, r"has no metrics\.jsonl, which training writes; give the whole run folder"),
+    ],
+)
+def test_a_damaged_run_is_named(run: Path, name: str, content: str | None, said: str) -> None:
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        command.run([str(run)])
+    assert not (run / "report.html").exists()
+
+
+def test_a_page_without_its_pictures_says_where_they_were(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "pictures").rename(run / "moved")
+    assert "picture.vision/0" not in write_page(run).read_text()
+    assert f"no pictures of the test rows are in {run}/pictures; give --datasets_dir" in caplog.text
+    caplog.clear()
+    assert "picture.vision/0" in write_page(run, run / "moved").read_text()
+    assert not caplog.text
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import tyro
 from tvl_align.config import parse
 from tvl_align.evaluation.explore_file import Exploration
 from tvl_align.report.page import FILE_ROWS, SERVED_SIDE, parts_of, render_page, write_page
+from tvl_align.report.results import read_results
 from tvl_align.report.server import PageServer
 from tvl_align.system.bounds import between
-from tvl_align.system.console import UserError
 
 EXAMPLES = ("tvl-align explore output_dir/mine", "tvl-align explore output_dir/mine --port 9000")
 
@@ -37,8 +37,7 @@ class ExploreConfig:
 
 def run(argv: Sequence[str]) -> None:
     config = parse(ExploreConfig, argv, "tvl-align explore", examples=EXAMPLES)
-    if not (config.run / "results.json").is_file():
-        raise UserError(f"{config.run} has no results.json; run tvl-align evaluate {config.run} first.")
+    read_results(config.run)  # first, since without it there is no explore.npz either
     found = Exploration.load(config.run)
     if len(found) <= FILE_ROWS:
         print(write_page(config.run, config.datasets_dir).resolve())

@@ -230,18 +230,3 @@ def _cropped(image: np.ndarray, crop: Crop) -> np.ndarray:
     side = min(height, width)
     top, left = round((height - side) / 2), round((width - side) / 2)
     return image if crop == "none" else image[top : top + side, left : left + side]
-
-
-def preview(root: Path, row: Row, options: ImageOptions | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The cropped photo and the rotated touch image of a row for display, each (H, W, 3) uint8.
-
-    If either file cannot be used, both are 8 x 8 grey images. options: their crops, rotation and numbers of bits are used.
-    """
-    options = options or ImageOptions()
-    assert row.vision is not None and row.tactile is not None
-    try:
-        photo = framed_photo(open_picture(file_of(root, row.vision), options.photo_bits), options, row)
-        touch = framed_touch(open_picture(file_of(root, row.tactile), options.touch_bits), options)
-    except BadImage:
-        photo = touch = np.full((8, 8, 3), 128, np.uint8)
-    return photo, touch

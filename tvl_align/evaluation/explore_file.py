@@ -4,6 +4,7 @@ Shapes: Q test rows, K numbers of kept registers, D directions, F finds, N regis
 """
 
 import zipfile
+import zlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -79,8 +80,8 @@ class Exploration:
                 arrays = {name: file[name] for name in file.files}
         except FileNotFoundError as error:
             raise UserError(f"{run} has no {NAME}; {remedy}") from error
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{run / NAME} is damaged ({error}); {remedy}") from error
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{run / NAME} is damaged; {remedy}") from error
         plain = {name: x for name, x in arrays.items() if "." not in name}
         nested: dict[str, Arrays] = {}
         for name, x in arrays.items():

@@ -6,7 +6,7 @@ neither the model nor its closed forms saw: the probe rows, or the validation ro
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,6 @@ import tyro
 from torch import Tensor, nn
 
 from tvl_align.data.pairs import pair_labels
-from tvl_align.data.samples import Samples
 from tvl_align.data.split import repeats
 from tvl_align.evaluation.cross_reading import cross_readings
 from tvl_align.evaluation.explore import by_direction, explore, single_registers
@@ -36,12 +35,12 @@ from tvl_align.metrics.retrieval import TVL_THRESHOLDS, Retrieval, retrieval, tv
 from tvl_align.system.bounds import at_least
 from tvl_align.system.checkpoint import load_checkpoint
 from tvl_align.system.console import UserError
+from tvl_align.system.files import write_atomically
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, pick_device, seed_everything
 from tvl_align.training.engine import build_model, calibrate
 from tvl_align.training.run import Places, load_run
 
-EXAMPLES = 8  # number of test rows shown on the page
 CEILING_ROWS = 10_000  # most rows that probes of the frozen features are fitted on
 
 
@@ -118,7 +117,6 @@ def measure(options: EvaluateConfig) -> Path:
         "checkpoint": options.checkpoint,
         "progress": {name: (checkpoint.get("progress") or {}).get(name) for name in ("epoch", "step")},
         "root": str((samples.root if samples else settings.data.store or Path()).resolve()),
-        "examples": [asdict(row) for row in samples.rows[:: max(1, len(test) // EXAMPLES)][:EXAMPLES]] if samples else [],
     }
     labels = _labels(options, settings.data)
     trained_tokens, untrained_tokens = (compute_tokens(m, test, all_rows(test), device) for m in (model, untrained))
@@ -132,8 +130,6 @@ def measure(options: EvaluateConfig) -> Path:
     results["tvl_protocol"] = _tvl_protocol(trained_tokens, pooled, names) if samples else {}
     results["repeated"] = {m: repeats(keys.numpy()) for m, keys in test.content_keys.items()}
     results["controls"] = {"shuffled_acc1": _shuffled_acc1(trained_tokens, names, meanings, settings.run.seed)}
-    has_pair = {"vision", "tactile"} <= set(names)
-    results["confusions"] = _confusions(trained_tokens, samples, meanings) if samples and has_pair else []
     on_probe = compute_tokens(model, probe, rows, device)
     results["label_free"] = cross_readings(on_probe, trained_tokens, settings.run.seed, device, options.probe_steps)
     factors: FactorProbes | None = None
@@ -174,7 +170,7 @@ def measure(options: EvaluateConfig) -> Path:
     if options.split == "test":
         explored.save(options.run)
     written = options.run / ("results.json" if options.split == "test" else f"results-{options.split}.json")
-    written.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(written, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return written
 
 
@@ -350,17 +346,6 @@ def _retrievals(tokens: SplitTokens, names: Sequence[str], meanings: Meanings) -
             scores = retrieval(tokens.pooled[a], tokens.pooled[b], valid, meanings.of(a, b), tokens.scale)
             found[pair_name(a, b)] = scores, valid
     return found
-
-
-def _confusions(tokens: SplitTokens, samples: Samples, meanings: Meanings) -> list[dict[str, Any]]:
-    """The first touch images for which a wrong photo is retrieved: the query row and the retrieved row of each."""
-    valid = (tokens.present["tactile"] & tokens.present["vision"]).nonzero().squeeze(1)
-    retrieved = (tokens.pooled["tactile"][valid] @ tokens.pooled["vision"][valid].T).argmax(1)
-    keys = meanings.of("tactile", "vision")
-    own = torch.arange(len(tokens.keys)) if keys is None else keys
-    wrong = [i for i, j in enumerate(valid[retrieved].tolist()) if not (own[valid[i]] == own[j]).any()][:EXAMPLES]
-    pairs = [(int(valid[i]), int(valid[retrieved[i]])) for i in wrong]
-    return [{"query": asdict(samples.rows[a]), "found": asdict(samples.rows[b])} for a, b in pairs]
 
 
 def _shuffled_acc1(tokens: SplitTokens, names: Sequence[str], meanings: Meanings, seed: int) -> float | None:

@@ -5,8 +5,6 @@ several stores (worlds, or seeds of the data) are compared if they have the same
 methods are averaged over stores and seeds, and differences are taken between runs of the same store and seed.
 """
 
-import io
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from tvl_align.data.image_options import ImageOptions
-from tvl_align.data.pictures import preview
-from tvl_align.data.tvl import Row, file_of
+from tvl_align.evaluation.explore_file import NAME, Exploration
 from tvl_align.evaluation.scores import t_interval
-from tvl_align.report.page import as_url, as_urls, fill_template, image_options, is_synthetic, read_metrics
+from tvl_align.report.page import as_urls, fill_template, pictures_of
+from tvl_align.report.pictures import sheet
+from tvl_align.report.results import is_synthetic, read_metrics, read_results
 from tvl_align.report.tables import (
     GROUPS,
     LEAKS,
@@ -43,7 +40,7 @@ from tvl_align.system.console import UserError
 MAIN = "tactile_vision"
 SUMMARY = ("shared_retention", "unique_retention", "unique_leak", "shared_leak")
 SHUFFLED = ", shuffled pairs"
-SIDE, GAP = 112, 8  # pixels of the images of retrieval errors, and between them
+ERRORS, SIDE = 8, 112  # retrieval errors that are shown of a method, and pixels of a side of their pictures
 Results = Mapping[str, Any]
 Groups = Mapping[str, Sequence[Results]]
 
@@ -52,14 +49,7 @@ def load_results(runs: Sequence[Path]) -> list[dict[str, Any]]:
     """Read results.json of every run. Raises UserError if one is missing or the runs are not comparable."""
     if len({run.resolve() for run in runs}) < 2:
         raise UserError("a comparison needs at least two different runs; give compare their folders.")
-    results = []
-    for run in runs:
-        path = run / "results.json"
-        if not path.is_file():
-            raise UserError(f"{run} has no results.json; run tvl-align evaluate {run} first.")
-        results.append(json.loads(path.read_text(encoding="utf-8")) | {"folder": str(run)})
-        if "label_free" not in results[-1]:
-            raise UserError(f"{path} is from an older version; run tvl-align evaluate {run} again.")
+    results = [read_results(run) | {"folder": str(run)} for run in runs]
     for other in results[1:]:
         store = other["run"]["store"]
         same = next(r for r in results if r["run"]["store"] == store)
@@ -300,14 +290,12 @@ def write_comparison(runs: Sequence[Path], out: Path, command: str, images: Path
     factors = _with_all({m: mean_factors(rs) for m, rs in groups.items()})
     prefixes = {m: [r["prefix"] for r in rs] for m, rs in groups.items()}
     trained = {m: [read_metrics(Path(r["folder"])) for r in rs] for m, rs in groups.items()}
-    strips = {
-        m: _confusion(images or Path(rs[0]["root"]), image_options(rs[0]), rs[0]["confusions"]) for m, rs in groups.items()
-    }
+    errors = {m: retrieval_errors(rs[0], images) for m, rs in groups.items()}
     shown = {
         "prefixes": as_urls(plots.methods_against_k(prefixes)),
         "curves": as_urls(plots.methods_curves(trained, main_pair(results[0]))),
         "heat": heat_of_methods(factors) if any(factors.values()) else None,
-        "confusions": {m: strip for m, strip in strips.items() if strip},
+        "errors": as_urls({m: strip for m, strip in errors.items() if strip}, "jpeg"),
     }
     facts = {
         "board": leaderboard(groups),
@@ -349,27 +337,24 @@ def heat_of_methods(factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> H
     return HeatTable("factor", heads, ["retention", "leak"] * len(factors), rows, gaps)
 
 
-def _confusion(root: Path, options: ImageOptions | None, confusions: Sequence[Mapping[str, Any]]) -> str | None:
-    """Figure of retrieval errors: touch image, its photo, the retrieved photo. None without image files."""
-    strip = []
-    for entry in confusions:
-        query, wrong = Row(**entry["query"]), Row(**entry["found"])
-        if all(file_of(root, path).is_file() for row in (query, wrong) for path in (row.vision or "", row.tactile or "")):
-            photo, touch = preview(root, query, options)
-            strip.append((touch, photo, preview(root, wrong, options)[0]))
-    return as_url(_sheet(strip)) if strip else None
-
-
-def _sheet(columns: Sequence[Sequence[np.ndarray]]) -> bytes:
-    """Columns of images (H, W, 3) uint8 as one PNG, each image in a square of SIDE pixels."""
-    step = SIDE + GAP
-    sheet = Image.new("RGB", (step * len(columns), step * len(columns[0])), "white")
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            sheet.paste(ImageOps.pad(Image.fromarray(image), (SIDE, SIDE), color="white"), (step * x, step * y))
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="png")
-    return buffer.getvalue()
+def retrieval_errors(results: Results, images: Path | None = None) -> bytes | None:
+    """The first touch images whose nearest photo is a wrong one, by all registers of a run, as a JPEG of ERRORS columns:
+    touch image, its photo, the photo that is found. None without errors, pictures or an explore.npz. results: those of
+    `load_results`. images: data folder of the pictures; default: the recorded one."""
+    run = Path(results["folder"])
+    if not (run / NAME).is_file():
+        return None
+    found = Exploration.load(run)
+    pictures, names = pictures_of(found, results, images), found.modalities.tolist()
+    if not {"tactile", "vision"} <= set(pictures.modalities):
+        return None
+    d = found.directions.tolist().index([names.index("tactile"), names.index("vision")])
+    nearest, right = found.finds[-1, d, :, 0], found.right[-1, d, :, 0]
+    queries = np.flatnonzero((nearest >= 0) & ~right)[:ERRORS]
+    if not len(queries):
+        return None
+    lines = (("tactile", queries), ("vision", queries), ("vision", nearest[queries]))
+    return sheet([pictures.picture(m, row) for m, rows in lines for row in rows], SIDE, len(queries))
 
 
 def _markdown(facts: Mapping[str, Any], groups: Groups, factors: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

@@ -2,24 +2,25 @@
 
 import base64
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvl_align.config import from_plain
-from tvl_align.data import tvl
-from tvl_align.data.image_options import ImageOptions
 from tvl_align.evaluation.explore_file import NAME, Exploration
 from tvl_align.report import tables
 from tvl_align.report.parts import Parts
 from tvl_align.report.pictures import Pictures
+from tvl_align.report.results import image_options, is_synthetic, read_metrics, read_results
+from tvl_align.system.console import UserError
 from tvl_align.system.files import write_atomically
 
 FILE_ROWS = 2000  # test rows of a page in one file; more are served
 FILE_PIXELS = FILE_ROWS * 72**2  # of all pictures of a modality in a file: with fewer rows they are larger
 FILE_SIDE, SERVED_SIDE = 112, 224  # most pixels of a side of a picture
 FILE_PART = 100  # rows of a part that is embedded
+log = logging.getLogger(__name__)
 
 
 def write_page(run: Path, images: Path | None = None) -> Path:
@@ -42,15 +43,26 @@ def side_of(rows: int) -> int:
 
 def parts_of(run: Path, found: Exploration, rows: int, side: int, images: Path | None = None) -> Parts:
     """The data of an explorable page. rows, side, images: see `Parts` and `write_page`."""
-    results = _results(run)
-    return Parts(found, Pictures(found, images or Path(results["root"]), image_options(results)), rows, side)
+    return Parts(found, pictures_of(found, read_results(run), images), rows, side)
+
+
+def pictures_of(found: Exploration, results: Mapping[str, Any], images: Path | None) -> Pictures:
+    """The pictures of an exploration, from the recorded data folder or from `images`. Says so if none can be shown; raises
+    UserError if `images` is no folder."""
+    if images is not None and not images.is_dir():
+        raise UserError(f"there is no folder {images}; give --datasets_dir the data folder of the pictures.")
+    root = images or Path(results["root"])
+    pictures = Pictures(found, root, image_options(results))
+    if found.files and not pictures.modalities:
+        log.warning("no pictures of the test rows are in %s; give --datasets_dir the folder where they are", root)
+    return pictures
 
 
 def render_page(run: Path, found: Exploration | None, parts: Parts | None, embed: bool) -> str:
     """The page of a run as HTML. parts: what can be explored; embed: in the page, not fetched from a server."""
     from tvl_align.report import plots
 
-    results = _results(run)
+    results = read_results(run)
     explorable: dict[str, Any] = {}
     if parts is not None:
         contents = {name: base64.b64encode(parts.read(name)[0]).decode() for name in parts} if embed else {}
@@ -70,10 +82,6 @@ def render_page(run: Path, found: Exploration | None, parts: Parts | None, embed
     )
 
 
-def _results(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text(encoding="utf-8"))
-
-
 def fill_template(name: str, **values: Any) -> str:
     """Render a template of tvl_align/report/templates; values are HTML-escaped."""
     from jinja2 import Environment, PackageLoader, select_autoescape
@@ -82,30 +90,9 @@ def fill_template(name: str, **values: Any) -> str:
     return pages.get_template(name).render(shades=tables.shades(), **values)
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run folder, one dict per epoch, from metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def as_url(image: bytes) -> str:
-    """PNG bytes as a data URL."""
-    return "data:image/png;base64," + base64.b64encode(image).decode()
-
-
-def as_urls(images: Mapping[str, bytes]) -> dict[str, str]:
-    """PNG bytes by name as data URLs."""
-    return {name: as_url(image) for name, image in images.items()}
-
-
-def is_synthetic(results: Mapping[str, Any]) -> bool:
-    """True for results on the data folder of a synthetic world."""
-    return tvl.is_synthetic(Path(results["root"]))
-
-
-def image_options(results: Mapping[str, Any]) -> ImageOptions | None:
-    """The transforms of the run's images; None for imported features and for runs of earlier versions."""
-    images = results["run"].get("features", {}).get("images")
-    return from_plain(ImageOptions, images) if images else None
+def as_urls(images: Mapping[str, bytes], kind: str = "png") -> dict[str, str]:
+    """Images by name as data URLs. kind: png or jpeg."""
+    return {name: f"data:image/{kind};base64,{base64.b64encode(image).decode()}" for name, image in images.items()}
 
 
 def print_table(path: Path) -> None:

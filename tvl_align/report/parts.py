@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tvl_align.evaluation.explore_file import Exploration
-from tvl_align.report.pictures import COLUMNS, Pictures
+from tvl_align.report.pictures import COLUMNS, Pictures, sheet
 
 LABELS = {"vision": ("photo", "photos"), "tactile": ("touch image", "touch images"), "text": ("sentence", "sentences")}
 SCORE_STEPS = 100  # of a score of 1: a page shows two decimals
@@ -59,7 +59,7 @@ class Parts:
             raise KeyError(name)
         modality = array.removeprefix("picture.")
         if modality != array and modality in self.pictures.modalities:
-            return self.pictures.sheet(modality, rows, self.side), "image/jpeg"
+            return sheet([self.pictures.picture(modality, row) for row in rows], self.side), "image/jpeg"
         return self.by_row[array][rows.start : rows.stop].tobytes(), "application/octet-stream"
 
     def head(self) -> dict[str, Any]:

@@ -44,15 +44,15 @@ class Pictures:
         except BadImage:
             return None
 
-    def sheet(self, modality: str, rows: Sequence[int], side: int) -> bytes:
-        """The pictures of rows as one JPEG, COLUMNS beside each other, each padded to a square of `side` pixels."""
-        lines = -(-len(rows) // COLUMNS)
-        sheet = Image.new("RGB", (side * min(COLUMNS, len(rows)), side * lines), BLANK)
-        for i, row in enumerate(rows):
-            pixels = self.picture(modality, row)
-            if pixels is not None:
-                small = ImageOps.pad(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
-                sheet.paste(small, (side * (i % COLUMNS), side * (i // COLUMNS)))
-        buffer = io.BytesIO()
-        sheet.save(buffer, format="jpeg", quality=QUALITY)
-        return buffer.getvalue()
+
+def sheet(pictures: Sequence[np.ndarray | None], side: int, columns: int = COLUMNS) -> bytes:
+    """Pictures (H, W, 3) uint8 as one JPEG, row by row, each padded to a square of `side` pixels; None: blank."""
+    lines = -(-len(pictures) // columns)
+    whole = Image.new("RGB", (side * min(columns, len(pictures)), side * lines), BLANK)
+    for i, pixels in enumerate(pictures):
+        if pixels is not None:
+            small = ImageOps.pad(Image.fromarray(pixels), (side, side), Image.Resampling.LANCZOS)
+            whole.paste(small, (side * (i % columns), side * (i // columns)))
+    buffer = io.BytesIO()
+    whole.save(buffer, format="jpeg", quality=QUALITY)
+    return buffer.getvalue()
