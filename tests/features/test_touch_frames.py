@@ -148,6 +148,8 @@ def test_other_encoders_take_one_frame(table: Path, encoders: Stage1Config) -> N
     other = Stage1Config(vision_encoder=encoders.vision_encoder, tactile_encoder=encoders.vision_encoder)
     with pytest.raises(UserError, match="--earlier_touch_column is for touch encoders of two frames, and this one"):
         load_samples(other, data(table), 0, torch.device("cpu"))
+    with pytest.raises(UserError, match="--touch_background_column is for --subtract_background background; give it too"):
+        load_samples(other, data(table, earlier_touch_column=None, subtract_background=None), 0, torch.device("cpu"))
     _, samples = load_samples(other, data(table, earlier_touch_column=None), 0, torch.device("cpu"))
     assert samples["train"][0, 0].images["tactile"].shape == (3, 32, 32)
 
@@ -196,6 +198,11 @@ def test_a_run_embeds_touch_as_it_was_trained(table: Path, encoders: Stage1Confi
         assert np.allclose(written["tactile.pooled"][0], once.numpy(), atol=1e-5)
     with pytest.raises(UserError, match="there is no picture nowhere.png; give --touch_background"):
         embed([*flags, "--touch_background", "nowhere.png", "--device", "cpu"])
+    config = json.loads((tmp_path / "out/run/config.json").read_text())
+    config["features"]["images"]["subtract_background"] = False
+    (tmp_path / "out/run/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="subtracts no background .*; leave out --touch_background"):
+        embed([*flags, "--touch_background", str(folder / "still1.png"), "--device", "cpu"])
 
 
 STREAM = "--vision_key photo --tactile_key touch --split_key split --device cpu"

@@ -104,7 +104,7 @@ def _of_files(config: EmbedConfig, registers: Registers) -> tuple[list[str], Emb
     names = list(config.text)
     if config.files:
         names, files = picture_rows(config.files, registers.takes_pictures)
-        given |= {m: with_background(x, config.touch_background) if m == "tactile" else x for m, x in files.items()}
+        given = with_background(files, config.touch_background, registers)
     out = registers.embed(
         **given,
         text=list(config.text) or None,

@@ -255,7 +255,8 @@ def _load(config: SourceConfig, encoders: Stage1Config) -> Stage1:
 
 def _images(config: SourceConfig, stage1: Stage1) -> ImageOptions:
     """What is done to pictures; colours that are to be measured are measured, for which the stream is read once."""
-    check_touch(stage1, config.subtract_background, config.earlier_touch_key and "earlier_touch_key")
+    given = [name for name in ("earlier_touch_key", "touch_background_key") if getattr(config, name) is not None]
+    check_touch(stage1, config.subtract_background, given)
     subtracted, earlier = config.subtract_background == "background", config.earlier_touch_key is not None
     images = plain_images(stage1, config.photo_crop, config.touch_crop, config.touch_turn, subtracted, earlier)
     images = replace(images, randomize_crop=config.randomize_crop, shared_geometry=config.shared_geometry)

@@ -84,7 +84,8 @@ def run(argv: Sequence[str]) -> None:
     registers = load(config.run, stage1_checkpoint=config.stage1_checkpoint, method=config.method, device=config.device)
     index = _open_index(config, registers)
     (modality,), queries = config.queries, config.queries
-    out = registers.embed(**_with_background(config, queries), dataset=config.dataset, quiet=False)
+    given = with_background(queries, config.touch_background, registers)
+    out = registers.embed(**given, dataset=config.dataset, quiet=False)
     found = index.search(out.pooled[modality], config.top, approximate=config.approximate)
     results: list[dict[str, Any]] = [
         {"query": str(query), "found": [{"name": n, "score": round(s, 6)} for n, s in zip(names, scores, strict=True)]}
@@ -99,10 +100,6 @@ def run(argv: Sequence[str]) -> None:
             print(f"  {hit['score']:6.3f}  {hit['name']}")
 
 
-def _with_background(config: SearchConfig, items: dict[str, Any]) -> dict[str, Any]:
-    return {m: with_background(x, config.touch_background) if m == "tactile" else x for m, x in items.items()}
-
-
 def _open_index(config: SearchConfig, registers: Registers) -> Index:
     """The saved index of the gallery, or a new one, which is saved where --index says."""
     if config.index is not None and config.index.is_dir() and any(config.index.iterdir()):
@@ -115,8 +112,8 @@ def _open_index(config: SearchConfig, registers: Registers) -> Index:
     if config.gallery is None:
         raise UserError(f"there is no index {config.index}; give --gallery FOLDER to make it.")
     names, items = _gallery(config, config.gallery, registers)
-    gallery: dict[str, Any] = {config.gallery_modality: items}
-    out = registers.embed(**_with_background(config, gallery), dataset=config.dataset, quiet=False)
+    gallery = with_background({config.gallery_modality: items}, config.touch_background, registers)
+    out = registers.embed(**gallery, dataset=config.dataset, quiet=False)
     index = Index.build(out.pooled[config.gallery_modality], names, made_by=registers.key, modality=config.gallery_modality)
     if config.index is not None:
         index.save(config.index, approximate=config.approximate)

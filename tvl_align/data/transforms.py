@@ -109,7 +109,7 @@ class ImageLoader:
             if background is None:
                 raise UserError(
                     f"{row.tactile} has no background image (tactile_bg_latent.jpg or digit_background.png); "
-                    "add one or leave out --subtract_background."
+                    "add one, name the column of a table with --touch_background_column, or give --subtract_background none."
                 )
         named = row.earlier if self.options.earlier_touch else None
         earlier = None if named is None else file_of(self.root, named)

@@ -1,7 +1,7 @@
 """Options of the data -> the inputs of a training run: a feature source for every split."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -321,7 +321,8 @@ def load_samples(
         not_contact = data.use_not_contact, data.percent_not_contact
         rows = read_tvl(data.datasets_dir, data.datasets, seed, *not_contact, tolerance)
     stage1 = load_encoders(frozen, data.active_modality_names, never_from).to(device)
-    check_touch(stage1, data.subtract_background, data.earlier_touch_column and "earlier_touch_column")
+    given = [name for name in ("earlier_touch_column", "touch_background_column") if getattr(data, name) is not None]
+    check_touch(stage1, data.subtract_background, given)
     of_pictures = [m for m in stage1.further if stage1.takes_pictures(m)]
     options = data.image_options(stage1.photo_size, stage1.touch_size, stage1.touch_frames)
     images = inspect_images(options, rows, of_pictures)
@@ -348,19 +349,22 @@ def _check_modalities(rows: TVLData, data: DataConfig) -> None:
         raise UserError(f"no training row of {data.pairs} has {' or '.join(absent)}; {remedy}.")
 
 
-def check_touch(stage1: Stage1, subtract_background: str | None, earlier: str | None) -> None:
+def check_touch(stage1: Stage1, subtract_background: str | None, beside: Sequence[str]) -> None:
     """Raise UserError unless a touch encoder is told what it needs to know, and nothing that it cannot use.
 
-    subtract_background: the value of that flag. earlier: the flag by which the data name earlier frames, None if they do
-    not.
+    subtract_background: the value of that flag. beside: the flags that are given of those that name earlier frames
+    (earlier_touch_...) and touch images without contact (touch_background_...).
     """
     if stage1.knows_subtraction and subtract_background is None:
         raise UserError(
             "this touch encoder was trained on differences to a touch image without contact (Sparsh, of DIGIT and GelSight "
             "Mini), or on touch images as they are (GelSight with markers); give --subtract_background background or none."
         )
-    if earlier is not None and stage1.touch_frames == 1:
-        raise UserError(f"--{earlier} is for touch encoders of two frames, and this one takes one; leave it out.")
+    for flag in beside:
+        if flag.startswith("earlier_touch") and stage1.touch_frames == 1:
+            raise UserError(f"--{flag} is for touch encoders of two frames, and this one takes one; leave it out.")
+        if flag.startswith("touch_background") and subtract_background is None:
+            raise UserError(f"--{flag} is for --subtract_background background; give it too, or leave out --{flag}.")
 
 
 def _with_colours(

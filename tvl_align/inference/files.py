@@ -8,7 +8,7 @@ import numpy as np
 
 from tvl_align.contract import MODALITIES
 from tvl_align.data.pictures import Touch
-from tvl_align.inference.registers import Embeddings
+from tvl_align.inference.registers import Embeddings, Registers
 from tvl_align.inference.search import find_pictures
 from tvl_align.system.console import UserError
 from tvl_align.system.files import atomic_file
@@ -47,13 +47,19 @@ def picture_rows(
     return names, {m: [of.get(name) for name in names] for m, of in found.items()}
 
 
-def with_background(items: Sequence[Path | None], background: Path | None) -> list[Path | Touch | None]:
-    """Touch images, each with the image without contact, if there is one. Raises UserError if it is no file."""
+def with_background(items: Mapping[str, Any], background: Path | None, registers: Registers) -> dict[str, Any]:
+    """Items by modality; each touch image with the image without contact, if one is given.
+
+    Raises UserError if it is no file, and if the run does not subtract it.
+    """
     if background is None:
-        return list(items)
+        return dict(items)
     if not background.is_file():
         raise UserError(f"there is no picture {background}; give --touch_background an existing file.")
-    return [None if item is None else Touch(item, background=background) for item in items]
+    if not registers.image_options.subtract_background:
+        raise UserError("this run subtracts no background from touch images; leave out --touch_background.")
+    touched = [None if item is None else Touch(item, background=background) for item in items.get("tactile", ())]
+    return {**items, "tactile": touched} if "tactile" in items else dict(items)
 
 
 def _flag(modality: str) -> str:
