@@ -92,7 +92,7 @@ def test_import_and_help_do_not_import_torch(code: str) -> None:
     assert ("usage: tvl-align COMMAND" in said) == ("main" in code)
 
 
-@pytest.mark.parametrize("command", ["compare", "features", "world", "bench"])
+@pytest.mark.parametrize("command", ["explore", "compare", "features", "world", "bench"])
 def test_light_commands_do_not_import_torch(command: str) -> None:
     """Reports of measured runs, and the help of what needs no model, take a second."""
     ask = "print('heavy:', sorted({'torch', 'torchvision', 'timm', 'open_clip', 'sklearn'} & sys.modules.keys()))"
