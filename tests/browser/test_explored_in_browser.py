@@ -151,6 +151,7 @@ def test_confusions_are_counted_and_lead_to_their_rows(page: Page) -> None:
     counts = np.zeros((3, 3), int)
     for row in valid:
         counts[hue[row], hue[FOUND.finds[1, d, row, 0]]] += 1
+    assert page.locator("#classes-factor option").all_inner_texts() == ["hue (shared)", "size"]  # of size no owner is known
     shown = page.locator("#classes td").all_inner_texts()
     expected = [f"{round(100 * float(n) / counts[i].sum() + 1e-9)}" for i in range(3) for n in counts[i]]
     assert shown == expected

@@ -13,6 +13,7 @@ import numpy as np
 
 from tvl_align.evaluation.explore_file import Exploration
 from tvl_align.report.pictures import COLUMNS, Pictures, sheet
+from tvl_align.report.tables import with_owners
 
 LABELS = {"vision": ("photo", "photos"), "tactile": ("touch image", "touch images"), "text": ("sentence", "sentences")}
 SCORE_STEPS = 100  # of a score of 1: a page shows two decimals
@@ -68,7 +69,7 @@ class Parts:
         return {
             "rows": len(found),
             "rowsPerPart": self.rows,
-            "sheet": {"columns": COLUMNS, "side": self.side},
+            "sheetColumns": COLUMNS,
             "scoreSteps": SCORE_STEPS,
             "modalities": [self._modality(str(m)) for m in found.modalities],
             "directions": found.directions.tolist(),
@@ -79,7 +80,7 @@ class Parts:
             "names": found.names.tolist(),
             "captions": found.captions.tolist(),
             "factors": [
-                {"name": f, "levels": levels.tolist(), "owners": found.owners[f].tolist()}
+                {"name": f, "title": with_owners(f, {"ownership": found.owners[f]}), "levels": levels.tolist()}
                 for f, levels in found.levels.items()
             ],
             "maps": [_map(key, share) for key, share in found.variance.items()],

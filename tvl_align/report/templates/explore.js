@@ -146,7 +146,7 @@ const painting = new Set(); // pictures that are being loaded
 
 function picture(modality, row, name) {
   const node = make("span", { class: "picture", role: "img", "aria-label": name });
-  const { columns } = head.sheet;
+  const columns = head.sheetColumns;
   const start = row - (row % head.rowsPerPart);
   const count = Math.min(head.rowsPerPart, head.rows - start);
   const across = Math.min(columns, count);
@@ -365,7 +365,7 @@ async function drawMap() {
   const names = { pooled: "pooled, for retrieval", overlapping: "overlapping", complementary: "complementary", frozen: "frozen, before registers" };
   options($("map-group"), groups.map((g) => [g, names[g] ?? g]), state.group);
   options($("map-modality"), modalities.map((m, i) => [i, m.one]), state.modality);
-  options($("map-factor"), [["", "none"], ...factors.map((f, i) => [i, f.name])], state.factor);
+  options($("map-factor"), [["", "none"], ...factors.map((f, i) => [i, f.title])], state.factor);
   const map = mapOf();
   const at = map && (await whole(`map.${map.group}.${map.modality}`));
   const axes = map ? (state.axes ?? separatingAxes(at, map.shares.length)) : [0, 0];
@@ -491,7 +491,7 @@ function drawClasses() {
   const offered = targets(state.query);
   state.target = offered.some(({ d }) => d === state.target) ? state.target : (offered[0]?.d ?? -1);
   options($("classes-target"), offered.map(({ d, to }) => [d, modalities[to].one]), state.target);
-  options($("classes-factor"), factors.map((f, i) => [i, f.name]), state.classes);
+  options($("classes-factor"), factors.map((f, i) => [i, f.title]), state.classes);
   const factor = factors[state.classes];
   if (!factor || state.target < 0) return $("classes").replaceChildren("No labels.");
   const counts = factor.levels.map(() => factor.levels.map(() => 0));
