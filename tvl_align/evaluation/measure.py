@@ -16,6 +16,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
+from tvl_align.contract import Method
 from tvl_align.data.pairs import pair_labels
 from tvl_align.data.split import repeats
 from tvl_align.evaluation.cross_reading import cross_readings
@@ -83,15 +84,7 @@ def measure(options: EvaluateConfig) -> Path:
         where = settings.data.store or settings.data.datasets_dir
         raise UserError(f"{where} has no {options.split} rows; give --split another one of its splits.")
     model = build_model(method, settings.knobs, inputs.specs).to(device)
-    checkpoint = load_checkpoint(options.run / options.checkpoint)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        version = config["implementation"]["version"]
-        raise UserError(
-            f"{options.run / options.checkpoint} was written by version {version} of the method and does not fit version "
-            f"{method.implementation.version}; train again, or evaluate with the package of that run."
-        ) from error
+    checkpoint = _load_weights(model, options.run / options.checkpoint, config["implementation"]["version"], method)
     seed_everything(settings.run.own_seed + 1)
     untrained = build_model(method, settings.knobs, inputs.specs).to(device)
     calibrate(untrained, inputs.splits["train"], device)  # the floor has the closed forms that the trained model has
@@ -172,6 +165,21 @@ def measure(options: EvaluateConfig) -> Path:
     written = options.run / ("results.json" if options.split == "test" else f"results-{options.split}.json")
     write_atomically(written, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return written
+
+
+def _load_weights(model: nn.Module, path: Path, version: str, method: Method) -> Mapping[str, Any]:
+    """Load the weights of a checkpoint into a model; returns the checkpoint. version: of the method, as the run was trained.
+
+    Raises UserError if the weights do not fit."""
+    checkpoint = load_checkpoint(path)
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} was written by version {version} of the method and does not fit version "
+            f"{method.implementation.version}; train again, or evaluate with the package of that run."
+        ) from error
+    return checkpoint
 
 
 def _ceiling_rows(train: FeatureSource, probe: Rows, device: torch.device) -> Rows:
