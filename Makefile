@@ -23,8 +23,8 @@ benchmarks: .venv/ready  ## methods on data of others; DATA=folder of clones
 faults: .venv/ready  ## the fault campaign: half an hour
 	$(BIN)/python tests/faults.py
 
-screenshots: .venv/ready  ## PNGs of pages, as a desktop and a phone show them; PAGES="demo/runs/base comparison"
-	$(BIN)/python tests/browser/screenshots.py $(or $(PAGES),demo/runs/base)
+screenshots: docs  ## PNGs of the documentation, the demo's and the comparison's page, as a desktop and a phone show them; or of PAGES
+	$(BIN)/python tests/browser/screenshots.py $(or $(PAGES),site/*.html $(wildcard demo/runs/base contest/report.html))
 
 test: .venv/ready  ## every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest

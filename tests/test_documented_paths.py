@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -167,6 +168,16 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     said = run(command)
     page = tmp_path / "runs" / "base" / "report.html"
     assert f"page: {page}" in said
+    search, embed, train = (line.strip() for line in said.split("to try next:")[1].splitlines() if line.startswith("    "))
+    assert len(re.findall(r"^ +[01]\.\d+  .*_rgb.jpg$", run(search), re.M)) == 5
+    run(
+        embed.replace("FOLDER", str(tmp_path / "world" / "ssvtp" / "images_rgb")).replace(
+            "tokens.npz", str(tmp_path / "t.npz")
+        )
+    )
+    with np.load(tmp_path / "t.npz") as tokens:
+        assert len(tokens["vision.pooled"]) == len([*(tmp_path / "world" / "ssvtp" / "images_rgb").iterdir()])
+    assert "TABLE.csv" in run(train, expect=2)
     for column in ("Acc@1", "Stage 1", "untrained", "oracle", "chance", "synthetic data", "tactile-vision"):
         assert column in said
     text = page.read_text()

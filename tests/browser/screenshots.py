@@ -7,7 +7,7 @@ demo/runs/base#row=5&query=vision.
 import argparse
 from pathlib import Path
 
-from chromium import WIDTHS, chromium, opened
+from chromium import NAMES, WIDTHS, chromium, find_chromium, opened
 
 
 def address_of(page: str) -> str:
@@ -24,11 +24,14 @@ def main() -> None:
     parser.add_argument("pages", nargs="+", metavar="PAGE")
     parser.add_argument("--out", type=Path, default=Path("screenshots"))
     options = parser.parse_args()
+    if find_chromium() is None:
+        print(f"no screenshots: there is no {', '.join(NAMES)} on this machine; install one of them")
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     with chromium() as browser:
         for i, page in enumerate(options.pages):
             for width in WIDTHS:
-                file = options.out / f"{i + 1}-{width}.png"
+                file = options.out / f"{i + 1:02d}-{Path(page.partition('#')[0]).stem}-{width}.png"
                 with opened(browser, address_of(page), width) as shown:
                     shown.screenshot(path=file, full_page=True)
                 print(f"{file}: {page}")

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tvl_align.config import parse
+from tvl_align.data.tvl import file_of, read_tvl
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.evaluation.factors import MIN_ROWS
 from tvl_align.evaluation.measure import EvaluateConfig, measure
@@ -70,8 +73,28 @@ def demo(config: DemoConfig) -> Path:
     timed("test split: retrieval and probes", lambda: measure(evaluation))
     page = write_page(settings.folder)
     print_table(settings.folder / "results.json")
-    print(f"page: {page.resolve()}")
+    print(f"page: {page.resolve()}\nThree things to try next:")
+    for title, command in next_steps(config, settings.folder).items():
+        print(f"  {title}:\n    {command}")
     return page
+
+
+def next_steps(config: DemoConfig, run: Path) -> dict[str, str]:
+    """What to do with the run of a demo: {title: command}. Words in capitals are the user's."""
+    program = "tvl-align" if shutil.which("tvl-align") else sys.argv[0]  # outside its environment it has no name
+    world, checkpoint = paths(config)
+    test = read_tvl(world).test
+    row = next((row for row in test if row.dataset == "ssvtp"), test[0])  # whose photos lie in one folder
+    return {
+        "find the photos that fit a touch image": (
+            f"{program} search {run} --tactile {file_of(world, row.files['tactile'])} "
+            f"--gallery {file_of(world, row.files['vision']).parent} --top 5"
+        ),
+        "embed photos of your own": f"{program} embed {run} --vision FOLDER --out tokens.npz",
+        "train on pairs of your own (docs/own_data.md)": (
+            f"{program} train --pairs TABLE.csv --stage1_checkpoint {checkpoint} --log_name mine"
+        ),
+    }
 
 
 def prepare(config: DemoConfig) -> tuple[Path, Path]:
