@@ -78,13 +78,12 @@ class Recipe:
 
 def in_process_group(tasks: Sequence[Task], make: Callable[[], Work]) -> Iterator[int]:
     """An engine: each of the N processes of the group encodes every N-th block; without a group, one process all of them."""
-    own = tasks[rank() :: world_size()]
-    work = make()
-    for number, block in own:
+    work, own = make(), rank()
+    for number, block in tasks[own :: world_size()]:
         work(number, block)
         yield number
     barrier()
-    yield from (number for number, _ in tasks if number not in dict(own))
+    yield from (number for i, (number, _) in enumerate(tasks) if i % world_size() != own)
 
 
 def encode_blocks(
