@@ -172,3 +172,9 @@ def test_the_tree_in_the_design_is_the_one_on_disk() -> None:
     files = {p for p in code if re.fullmatch(r"tvl_align/(?!__)\w+\.py", p)}
     assert rooms | files <= named, f"not in the tree: {sorted((rooms | files) - named)}"
     assert all((ROOT / f).exists() for f in named), [f for f in named if not (ROOT / f).exists()]
+
+
+def test_test_files_have_different_names() -> None:
+    """pytest imports them by their names alone: of two that are called the same it runs one."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("conftest.py", "__init__.py")]
+    assert sorted(names) == sorted(set(names))

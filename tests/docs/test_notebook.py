@@ -7,7 +7,7 @@ from pathlib import Path
 
 import processes
 import pytest
-from test_blocks import BIN, ROOT, Once, prepared
+from test_documented_blocks import BIN, ROOT, Once, prepared
 
 NOTEBOOK = ROOT / "docs" / "explore.ipynb"
 

@@ -214,7 +214,7 @@ def test_what_a_page_names_exists(page: Path, help_of: Callable[[str], str]) -> 
     """Every block, also those that run elsewhere: comments are known, commands, flags, files and imports exist."""
     text = page.read_text(encoding="utf-8")
     for comment in re.findall(r"^<!--.*$", text, re.M):
-        assert NOTE.fullmatch(comment), f"{comment!r} is no note of tests/docs/test_blocks.py"
+        assert NOTE.fullmatch(comment), f"{comment!r} is no note of tests/docs/test_documented_blocks.py"
     assert "<!-- after:" not in text.partition("# ")[2], "what a page comes after must be said above its first heading"
     assert text.count("\n```") == 2 * len(BLOCK.findall(text)), "a block that is not closed, or indented"
     for block in blocks_of(page):
