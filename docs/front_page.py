@@ -1,4 +1,4 @@
-"""mkdocs hook: the front page of the site is README.md; notes to the tests (tests/docs/test_documented_blocks.py) are left out."""
+"""mkdocs hook: the front page of the site is README.md; notes to tests/docs/test_documented_blocks.py are left out."""
 
 import re
 from pathlib import Path
