@@ -237,6 +237,8 @@ class Registers:
 
         parts: list[Embeddings] = []
         lanes = torch.get_num_threads() if self.device.type == "cuda" else None  # a GPU waits for pictures to be read
+        if len(batches) == 1:
+            lanes = 1  # which then has all threads
         with progress(rows, "embed", "row", quiet) as bar:
             for part in run_in_threads((partial(one, batch) for batch in batches), lanes):
                 parts.append(part)
