@@ -67,6 +67,26 @@ def test_a_split_of_the_store_gets_the_tokens_of_evaluation(registers: Registers
         assert torch.equal(out.pooled[m], expected.pooled[m])
 
 
+@pytest.mark.parametrize(("batch_size", "threads"), [(8, 4), (4, 2)])
+def test_one_batch_has_all_threads(
+    registers: Registers, world: Path, rows: list[Row], batch_size: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, used, encode = torch.get_num_threads(), [], registers.stage1.encode
+
+    def recorded(*args: Any) -> Features:
+        used.append(torch.get_num_threads())
+        return encode(*args)
+
+    monkeypatch.setattr(registers.stage1, "encode", recorded)
+    monkeypatch.setattr("tvl_align.system.workers.MAX_LANES", 2)
+    torch.set_num_threads(4)
+    try:
+        registers.embed(tactile=[world / str(row.tactile) for row in rows[:8]], batch_size=batch_size)
+    finally:
+        torch.set_num_threads(before)
+    assert used == [threads] * (8 // batch_size)
+
+
 def test_kinds_and_sizes_of_batches_change_nothing(registers: Registers, world: Path, rows: list[Row]) -> None:
     paths = [world / str(row.tactile) for row in rows[:5]]
     pictures = [Image.open(path).convert("RGB") for path in paths]
