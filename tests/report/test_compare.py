@@ -306,4 +306,5 @@ def test_a_contest_ends_in_a_report(once: Callable[..., Path]) -> None:
         ):
             assert part in document, part
         assert "ynthetic data" in document
-    assert html.count("data:image/png;base64,") >= 4
+    assert html.count("data:image/png;base64,") == 3  # Acc@1 and retention against k, curves
+    assert html.count("data:image/jpeg;base64,") == 2  # retrieval errors of the method and of its control
