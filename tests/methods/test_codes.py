@@ -148,7 +148,7 @@ def test_training_is_noisy_and_evaluation_deterministic(method: Method) -> None:
 def test_complementary_codes_of_the_base_start_at_the_closed_form() -> None:
     """Their linear part gives the units of `closed` with the same components, up to what the registers and the grid add."""
     data, fresh = correlated(), correlated(seed=1, absent=False)
-    base, closed = calibrated(BASE, data), calibrated(CLOSED, data, complementary_units=12, noise=0.0)
+    base, closed = calibrated(BASE, data), calibrated(CLOSED, data, complementary_units=16, noise=0.0)
     base.comp_narrow.weight.data.zero_()  # no contribution of the registers
     one, other = base(fresh), closed(fresh)
     for m in SPECS:
