@@ -1,4 +1,4 @@
-"""stage2_base v5.2. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v5.1. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
@@ -9,9 +9,7 @@
    loss instead of a sample, and no row is compared with shorter ones.
 4. Complementary codes start at the principal components of what canonical correlations leave (tvl_align.methods.canonical),
    and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces
-   cannot hide in them. A decoder rebuilds the components from both codes; only the complementary ones get its gradients. In
-   training every row is rebuilt twice, from the registers that nested dropout keeps and from all: the complementary register
-   is dropped in half of the rows, and learnt from the other half alone it lost more of what is unique.
+   cannot hide in them. A decoder rebuilds the components from both codes; only the complementary ones get its gradients.
 5. Critics try to tell from the complementary code of a modality which row the OTHER modalities' overlapping codes belong to;
    the code is trained so that they cannot (tvl_align.losses.independence).
 
@@ -57,13 +55,11 @@ class Stage2Config(CodeConfig):
 
     units: int = 32
     """Units of all overlapping tokens; the first token holds half of them, the others share the rest."""
-    complementary_units: int = 12
-    """Units of a complementary token."""
     num_cross_attn_layers: int = 1
     """Number of cross-attention blocks between the registers and the keys; 0: registers attend to nothing (an ablation)."""
     preservation_weight: float = 1.0
     """Weight of the error of rebuilding the frozen tokens from all registers; 0: no decoders."""
-    independence_weight: float = 0.03
+    independence_weight: float = 0.3
     """Weight of what critics tell of the other modalities from complementary tokens; 0: no critics."""
     share_weights: bool = False
     """Use the same blocks for every modality in complementary registers too."""
@@ -75,7 +71,7 @@ class Stage2Config(CodeConfig):
     """Residual MLPs of the trunk."""
     num_keys: int = 8
     """Keys that each group of registers attends to in a modality."""
-    levels: int = 3
+    levels: int = 5
     """Levels of a unit of a complementary token, an odd number."""
     critics: int = 2
     """Critics of each complementary code."""
@@ -400,25 +396,24 @@ class TVLStage2(NestedModel):
     ) -> dict[str, Reconstruction]:
         """The error of the frozen tokens rebuilt from both codes: (B, 1), over the whole sequence.
 
-        In training it is that of the components, whose mean variance is 1: (B, 2), from the kept registers and from all.
+        In training it is that of the components, whose mean variance is 1.
         """
         if self.decoders is None:
             return {}
-        read, names = encoded.inputs, list(self.specs)
-        code = torch.cat([read.units.detach(), read.comp_units], dim=2)
-        kept_code = code * self.codes.kept_units(kept)
+        read = encoded.inputs
+        code = torch.cat([read.units.detach(), read.comp_units], dim=2) * self.codes.kept_units(kept)
+        rebuilt = self.decoders(code).float()
+        names = list(self.specs)
         if self.training:
-            rebuilt = self.decoders(torch.cat([kept_code, code], dim=1)).float().unflatten(1, (2, -1))
-            difference = read.components[:, None, :, : rebuilt.shape[3]] - rebuilt
-            errors = (difference.square() * self.rebuilt[:, None, None]).sum(3).mT
+            difference = read.components[..., : rebuilt.shape[2]] - rebuilt
+            errors = (difference.square() * self.rebuilt[:, None]).sum(2)
         else:
-            rebuilt = self.decoders(kept_code).float()
             principal = self.codes.principal
             of = zip(names, read.components, rebuilt, read.rest, strict=True)
             errors = torch.stack(
                 [principal.squared_error(m, x[:, : principal.sizes[m]], r[:, : principal.counts[m]], e) for m, x, r, e in of]
-            )[..., None]
-        parts = zip(names, errors.unbind(0), read.present[..., None].expand_as(errors).unbind(0), strict=True)
+            )
+        parts = zip(names, errors[..., None].unbind(0), read.present[..., None].unbind(0), strict=True)
         return {m: Reconstruction(error, mask) for m, error, mask in parts}
 
     @torch.no_grad()
@@ -479,10 +474,9 @@ class BaseLoss(RegisterLoss):
         numbers = super().terms(output)
         if "guesses" not in output.extras:
             return numbers
-        kept, computed = output.nested_dropout_mask, output.present
-        if kept is not None and "before_dropout" not in output.extras:
-            count = next(iter(output.complementary_tokens.values())).shape[1]
-            computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
+        kept = output.nested_dropout_mask
+        count = next(iter(output.complementary_tokens.values())).shape[1]
+        computed = output.present if kept is None else dict.fromkeys(output.present, kept[:, -count:].any(1))
         codes, guesses, answers = (output.extras[name] for name in ("codes", "guesses", "answers"))
         critic, penalty = independence(
             codes, guesses, answers, computed, output.present, output.caption_keys, output.content_keys
@@ -520,4 +514,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "5.2", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
+BASE = Method(Implementation("stage2_base", "5.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
