@@ -420,6 +420,11 @@ class TVLStage2(NestedModel):
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
         """Fit the principal components, and start the linear projections to complementary codes at the closed form."""
         self.codes.principal.fit(batches)
+        self.start_complementary(batches)
+
+    @torch.no_grad()
+    def start_complementary(self, batches: Callable[[], Iterable[Features]]) -> None:
+        """Start the linear projections to complementary codes at the closed form; the principal components are fitted."""
         if self.comp_linear is None:
             return
         scores = self.codes.paired_scores(batches)
