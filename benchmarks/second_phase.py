@@ -7,22 +7,19 @@ its decoder sees all registers in training, so errors of shorter prefixes mean n
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import tyro
 
+from benchmarks.base_runs import load_base, train_next_to
 from tvl_align.config import parse
 from tvl_align.contract import Features, FeatureSpec, Implementation, Method
-from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.methods.base import BaseLoss, Stage2Config, TVLStage2, model_options
-from tvl_align.synthetic.demo import timed
 from tvl_align.system.bounds import at_least
 from tvl_align.system.checkpoint import load_checkpoint
-from tvl_align.system.console import UserError, reports_errors
-from tvl_align.training.engine import fit
-from tvl_align.training.run import load_run
+from tvl_align.system.console import reports_errors
 
 EXAMPLES = ("python -m benchmarks.second_phase demo/runs/base", "python -m benchmarks.second_phase RUN --split val")
 LEARNT = ("own_stack", "readers", "comp_narrow", "comp_linear", "decoders", "critics")  # parts that are trained again
@@ -88,18 +85,12 @@ class SecondPhaseConfig:
 
 def second_phase(config: SecondPhaseConfig) -> Path:
     """Train and evaluate; returns the run folder, next to that of the run. Raises UserError for a run of another method."""
-    settings, method, _ = load_run(config.run)
-    if type(settings.knobs) is not Stage2Config:
-        raise UserError(f"{config.run} is a run of {method.implementation.experiment_id}; give a run of base.")
+    settings, _ = load_base(config.run)
     own = {name: getattr(config, name) for name in ("complementary_units", "levels", "independence_weight")}
-    first = str(config.run.resolve())
-    knobs = SecondPhaseModelConfig(**vars(settings.knobs) | own | {"first": first, "nested_dropout_rate": 0.0})
-    name = "-".join([config.run.resolve().name, "again", *(f"{value:g}" for value in own.values())])
-    run = replace(settings.run, log_name=name, output_dir=Path(first).parent, method="benchmarks.second_phase:SECOND_PHASE")
-    settings = replace(settings, knobs=knobs, run=run)
-    timed(f"{settings.folder}", lambda: fit(settings, SECOND_PHASE))
-    timed(f"{config.split} split", lambda: measure(EvaluateConfig(settings.folder, split=config.split)))
-    return settings.folder
+    first = {"first": str(config.run.resolve()), "nested_dropout_rate": 0.0}
+    knobs = SecondPhaseModelConfig(**vars(settings.knobs) | own | first)
+    suffix, name = "-".join(["again", *(f"{value:g}" for value in own.values())]), "benchmarks.second_phase:SECOND_PHASE"
+    return train_next_to(config.run, suffix, settings, knobs, name, SECOND_PHASE, config.split)
 
 
 @reports_errors

@@ -17,20 +17,17 @@ import tyro
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from benchmarks.base_runs import load_base, train_next_to
 from tvl_align.config import parse
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Implementation, Method, Output
 from tvl_align.evaluation.labels import Labels, read_labels
-from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.features.identity import Identity
 from tvl_align.losses.complementary import masked_mean
 from tvl_align.methods.base import CRITIC_WIDTH, BaseLoss, Stage2Config, TVLStage2, model_options
 from tvl_align.registers.model import Encoded
 from tvl_align.report.page import print_table, write_page
-from tvl_align.synthetic.demo import timed
-from tvl_align.system.console import UserError, reports_errors
+from tvl_align.system.console import reports_errors
 from tvl_align.system.runtime import pick_device
-from tvl_align.training.engine import fit
-from tvl_align.training.run import load_run
 
 EXAMPLES = ("python -m benchmarks.supervised demo/runs/base",)
 
@@ -146,11 +143,9 @@ class OracleConfig:
 
 def supervised(config: OracleConfig) -> Path:
     """Train and evaluate the oracle; returns its run folder. Raises UserError for a run of another method."""
-    settings, method, recorded = load_run(config.run)
-    if type(settings.knobs) is not Stage2Config:
-        raise UserError(f"{config.run} is a run of {method.implementation.experiment_id}; give a run of base.")
-    folder = settings.data.store or settings.data.datasets_dir
-    labels = read_labels(folder / ("labels.csv" if settings.data.store else "factors.csv"))
+    settings, recorded = load_base(config.run)
+    data = settings.data.store or settings.data.datasets_dir
+    labels = read_labels(data / ("labels.csv" if settings.data.store else "factors.csv"))
     inputs = settings.open_inputs(
         pick_device(settings.run.device), Identity(recorded["store"], recorded.get("features", {}))
     )
@@ -160,14 +155,12 @@ def supervised(config: OracleConfig) -> Path:
     knobs = SupervisedConfig(
         **vars(settings.knobs), factors=factors, label_weight=config.label_weight, adversary_weight=config.adversary_weight
     )
-    run = replace(settings.run, log_name=f"{settings.run.log_name}-supervised", method="benchmarks.supervised:SUPERVISED")
-    run = replace(run, output_dir=config.run.resolve().parent)
-    settings = replace(settings, knobs=knobs, run=run)
-    timed(f"{settings.folder}", lambda: fit(settings, replace(SUPERVISED, loss=partial(SupervisedLoss, levels))))
-    timed("test split", lambda: measure(EvaluateConfig(settings.folder)))
-    write_page(settings.folder)
-    print_table(settings.folder / "results.json")
-    return settings.folder
+    method = replace(SUPERVISED, loss=partial(SupervisedLoss, levels))
+    name = "benchmarks.supervised:SUPERVISED"
+    folder = train_next_to(config.run, "supervised", settings, knobs, name, method, "test")
+    write_page(folder)
+    print_table(folder / "results.json")
+    return folder
 
 
 def _owned(labels: Labels, modalities: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -5,18 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_away import arrays
+from base_and_mlp import train_base_and_mlp
 
 from benchmarks.second_phase import LEARNT, SecondPhaseConfig, second_phase
 from tvl_align.config import parse
-from tvl_align.encoders.tvl import Stage1Config
-from tvl_align.features.inputs import DataConfig
-from tvl_align.features.store import FeatureStore
-from tvl_align.methods.registry import METHODS
 from tvl_align.system.console import UserError
-from tvl_align.training.engine import fit
-from tvl_align.training.optimisation import OptimConfig
-from tvl_align.training.settings import RunConfig, Settings
 
 
 def test_the_documented_command_is_parsed() -> None:
@@ -26,26 +19,20 @@ def test_the_documented_command_is_parsed() -> None:
 
 @pytest.mark.slow
 def test_the_overlapping_half_stays_and_the_other_half_learns(tmp_path: Path) -> None:
-    FeatureStore.from_arrays(arrays(tmp_path, 0), tmp_path / "store")
-    for name, epochs in (("base", 2), ("mlp", 1)):
-        optim = OptimConfig(batch_size=32, epochs=epochs, warmup_epochs=0, lr=4e-3)
-        knobs = METHODS[name].knobs(register_token_dim=64)
-        data, run = DataConfig(store=tmp_path / "store"), RunConfig(tmp_path / "runs", name, device="cpu", method=name)
-        fit(Settings(Stage1Config(None), knobs, data, optim, run), METHODS[name])
-    folder = second_phase(SecondPhaseConfig(tmp_path / "runs" / "base", independence_weight=0.1))
-    assert folder == (tmp_path / "runs" / "base-again-12-3-0.1").resolve()
-    first, again = (torch.load(f / "checkpoint.pth")["model"] for f in (tmp_path / "runs" / "base", folder))
+    runs = train_base_and_mlp(tmp_path)
+    folder = second_phase(SecondPhaseConfig(runs / "base", independence_weight=0.1))
+    assert folder == (runs / "base-again-12-3-0.1").resolve()
+    first, again = (torch.load(f / "checkpoint.pth")["model"] for f in (runs / "base", folder))
     kept = [k for k in again if not k.startswith((*LEARNT, "codes.over", "codes.comp", "widen"))]
     assert {"registers", "trunk.project.weight", "linear.weight", "narrow.weight"} <= {*kept}
     assert all(torch.equal(first[k], again[k]) for k in kept)
     assert again["comp_linear.weight"].shape[-1] == 12
     results = json.loads((folder / "results.json").read_text())
     before, after = (
-        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()]
-        for f in (tmp_path / "runs" / "base", folder)
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (runs / "base", folder)
     )
     assert results["method"] == "second_phase"
     assert after[0]["val_average_acc1"] == after[1]["val_average_acc1"] == before[-1]["val_average_acc1"]
     assert after[1]["train_preservation"] < after[0]["train_preservation"]
     with pytest.raises(UserError, match="mlp is a run of stage2_mlp; give a run of base"):
-        second_phase(SecondPhaseConfig(tmp_path / "runs" / "mlp"))
+        second_phase(SecondPhaseConfig(runs / "mlp"))

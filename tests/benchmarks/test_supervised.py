@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_away import arrays
+from base_and_mlp import train_base_and_mlp
 
 from benchmarks.supervised import OracleConfig, Supervised, SupervisedConfig, SupervisedLoss, supervised
 from tvl_align.config import parse
-from tvl_align.encoders.tvl import Stage1Config
-from tvl_align.features.inputs import DataConfig
-from tvl_align.features.store import FeatureStore
-from tvl_align.methods.registry import METHODS
 from tvl_align.system.console import UserError
 from tvl_align.training.checks import SPECS, random_features
-from tvl_align.training.engine import fit
-from tvl_align.training.optimisation import OptimConfig
-from tvl_align.training.settings import RunConfig, Settings
 
 KNOBS = SupervisedConfig(
     register_token_dim=32, num_heads=4, factors=("vision hue 3 shared", "vision light 2 unique", "text hue 3 shared")
@@ -60,18 +53,13 @@ def test_an_adversary_learns_from_its_own_loss_only_and_the_code_from_its_answer
 
 @pytest.mark.slow
 def test_the_oracle_of_a_run_is_trained_next_to_it_and_measured(tmp_path: Path) -> None:
-    FeatureStore.from_arrays(arrays(tmp_path, 0), tmp_path / "store")
-    for name, epochs in (("base", 2), ("mlp", 1)):
-        optim = OptimConfig(batch_size=32, epochs=epochs, warmup_epochs=0, lr=4e-3)
-        knobs = METHODS[name].knobs(register_token_dim=64)
-        data, run = DataConfig(store=tmp_path / "store"), RunConfig(tmp_path / "runs", name, device="cpu", method=name)
-        fit(Settings(Stage1Config(None), knobs, data, optim, run), METHODS[name])
-    folder = supervised(OracleConfig(tmp_path / "runs" / "base"))
-    assert folder == (tmp_path / "runs" / "base-supervised").resolve()
+    runs = train_base_and_mlp(tmp_path)
+    folder = supervised(OracleConfig(runs / "base"))
+    assert folder == (runs / "base-supervised").resolve()
     results = json.loads((folder / "results.json").read_text())
     assert results["method"] == "supervised_oracle"
     assert results["factors"]["touch"]["side"]["score"].keys() >= {"overlapping", "complementary"}
     losses = [json.loads(line)["train_label_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert losses[1] < losses[0]
     with pytest.raises(UserError, match="mlp is a run of stage2_mlp; give a run of base"):
-        supervised(OracleConfig(tmp_path / "runs" / "mlp"))
+        supervised(OracleConfig(runs / "mlp"))
