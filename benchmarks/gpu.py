@@ -9,8 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -26,25 +26,25 @@ from benchmarks import jobs
 from benchmarks.jobs import random_features
 from benchmarks.speed import MatrixProducts, random_registers, random_stage1
 from tvl_align.config import parse
-from tvl_align.contract import FeatureSpec
+from tvl_align.contract import Features, FeatureSpec
 from tvl_align.data.image_options import ImageOptions
 from tvl_align.data.samples import Samples, TextOptions
 from tvl_align.data.tvl import PICTURES
 from tvl_align.data.tvl import Row as Sample
 from tvl_align.features.encode import GPU_BATCH, open_or_encode
-from tvl_align.features.identity import identify
 from tvl_align.features.store import FeatureStore
 from tvl_align.methods.registry import METHODS
 from tvl_align.system.console import UserError, reports_errors
 from tvl_align.system.files import write_atomically
 from tvl_align.system.provenance import provenance
 from tvl_align.system.signals import StopSignals
-from tvl_align.training.engine import make_accelerator, train_one_epoch, training_precision
-from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
+from tvl_align.training.engine import Learner, train_one_epoch
+from tvl_align.training.optimisation import Schedule, make_adamw, optimizer_step
 from tvl_align.training.run import Progress
 
 TVL = {"vision": FeatureSpec(1024, 17, 768), "tactile": FeatureSpec(192, 17, 768), "text": FeatureSpec(768, 20, 768)}
 STEPS = 20
+EMBEDDED = 1024  # rows
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class GPUConfig:
     """Rows of a training step."""
     rows: int = 16_000
     """Training rows of the store of an epoch."""
-    pictures: int = 4096
+    pictures: int = 16_384
     """Rows of the store that is filled: a photo and a touch image each."""
     parts: tuple[str, ...] = ("encode", "step", "epoch", "compile")
     """Parts to measure."""
@@ -91,23 +91,27 @@ def busy(function: Callable[[], Any], turns: int = 5) -> tuple[float, float]:
     return sum(e.device_time for e in kernels) / 1000 / turns, len(kernels) / turns
 
 
-def step_of(name: str, batch: int, compiled: str | None = None) -> tuple[Callable[[], None], Any]:
-    """A training step as in the engine, with bf16 autocast, on one batch in memory."""
+def learner_of(name: str, batch: int, recorded: bool, compiled: bool = False) -> tuple[Learner, Features]:
+    """A method at the width of TVL, and one batch of features on the device."""
     device, method = torch.device("cuda"), METHODS[name]
     torch.manual_seed(0)
     model = method.model(method.knobs(), TVL).to(device).train()
-    loss = method.loss(method.knobs(), list(TVL))
     features = jobs.condensed(model, random_features(TVL, batch).to(device))
-    optimizer = make_adamw(model.named_parameters(), 0.05)
-    forward: Any = model if compiled is None else torch.compile(model, mode=compiled)
+    forward: Any = torch.compile(model) if compiled else model
+    loss, optimizer = method.loss(method.knobs(), list(TVL)), make_adamw(model.named_parameters(), 0.05)
+    return Learner(model, forward, loss, optimizer, Accelerator(mixed_precision="no"), recorded), features
+
+
+def step_of(name: str, batch: int, recorded: bool = True, compiled: bool = False) -> Callable[[], None]:
+    """A training step as in the engine, on one batch in memory."""
+    learner, features = learner_of(name, batch, recorded, compiled)
+    model: Any = learner.model
 
     def step() -> None:
-        kept = model.draw_kept(batch)
-        with training_precision(device):
-            output = forward(features, kept=kept, joint=False).float()
-        backward_and_step(loss(output)["total_loss"], optimizer, 1e-5)
+        learner.gradients([(features, model.draw_kept(batch))])
+        optimizer_step(learner.optimizer, 1e-5)
 
-    return step, model
+    return step
 
 
 def _encode(config: GPUConfig) -> Iterator[Row]:
@@ -145,14 +149,14 @@ def _tower() -> Iterator[Row]:
 def _store(config: GPUConfig) -> Iterator[Row]:
     """Filling a store from PNG files of 224 pixels, beside the bare forward passes of its batches; and `embed`.
 
-    ViT-L-14 and ViT-Tiny with random weights, in bf16. Hashes of weights and files, which take seconds whatever the number
-    of rows, are timed alone and subtracted.
+    ViT-L-14 and ViT-Tiny with random weights, in bf16. A fourth of the rows is filled too: what all rows take beyond it is
+    the rate, without hashes of weights and the start of workers, which take seconds whatever the number of rows.
     """
     stage1 = random_stage1("ViT-L-14", {}).cuda()
     stage1.encode_precision = "bf16"
     with jobs.temporary_folder() as folder:
         options = ImageOptions(photo_crop="none", touch_crop="none", touch_turn=0)
-        samples = {"train": Samples(folder, _pictures(folder, config.pictures), options, TextOptions(), 0)}
+        rows = _pictures(folder, config.pictures)
         images = {m: torch.randn(GPU_BATCH, *stage1.input_shape(m), device="cuda") for m in PICTURES}
         assert stage1.specs  # encodes a blank row once per process; excluded from the measured time
 
@@ -160,21 +164,25 @@ def _store(config: GPUConfig) -> Iterator[Row]:
             for m, batch in images.items():
                 stage1.encode({m: batch})
 
-        def fill() -> None:
-            store = open_or_encode(folder / "features", stage1, samples, 0, 16)
-            shutil.rmtree(store.folder)
+        def fill(count: int) -> float:
+            start, samples = time.perf_counter(), Samples(folder, rows[:count], options, TextOptions(), 0)
+            shutil.rmtree(open_or_encode(folder / "features", stage1, {"train": samples}, 0, 16).folder)
+            return _since(start)
 
-        hashes = _seconds(lambda: identify(stage1, samples, 0, folder / "features"), 2)
-        filled = _seconds(fill, 2) - hashes
-        row: Row = {"what": f"store of {config.pictures} rows, 2 PNGs of 224 pixels each, ViT-L-14 and ViT-Tiny, bf16"}
-        rates = {"rows/s": config.pictures / filled, "bare forward rows/s": 1000 * GPU_BATCH / measured(bare, 8)}
-        yield row | rates | {"hashes s": hashes, "store / bare": rates["rows/s"] / rates["bare forward rows/s"]}
+        few, count = len(rows) // 4, len(rows)
+        fill(few)  # reads the files once and starts what is started once
+        few_s, all_s = fill(few), fill(count)
+        row: Row = {"what": f"store of {count} rows, 2 PNGs of 224 pixels each, ViT-L-14 and ViT-Tiny, bf16", "s": all_s}
+        rates = {"rows/s": (count - few) / (all_s - few_s), "bare rows/s": 1000 * GPU_BATCH / measured(bare, 8)}
+        yield row | {"a fourth of them s": few_s} | rates | {"store / bare": rates["rows/s"] / rates["bare rows/s"]}
         registers = random_registers(stage1, options, folder)
         registers.device = torch.device("cuda")
         registers.model.cuda()
-        files = {m: [folder / row.files[m] for row in samples["train"].rows] for m in PICTURES}
-        seconds = _seconds(lambda: registers.embed(**files, batch_size=64, precision="bf16"), 2)
-        yield {"what": "embed of the same pictures, bf16", "rows/s": config.pictures / seconds}
+        files = {m: [folder / row.files[m] for row in rows[:EMBEDDED]] for m in PICTURES}
+        registers.embed(**files, batch_size=64, precision="bf16")
+        start = time.perf_counter()
+        registers.embed(**files, batch_size=64, precision="bf16")
+        yield {"what": "embed of such pictures, bf16", "rows/s": EMBEDDED / _since(start)}
 
 
 def _pictures(folder: Path, count: int) -> list[Sample]:
@@ -189,21 +197,9 @@ def _pictures(folder: Path, count: int) -> list[Sample]:
     return [Sample("own", f"{i}.png", f"{count + i}.png", None, "soft, woven", str(i)) for i in range(count)]
 
 
-def _seconds(function: Callable[[], Any], turns: int = 1) -> float:
-    """Seconds of the fastest call."""
-    times = []
-    for _ in range(turns):
-        start = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def _step(config: GPUConfig) -> Iterator[Row]:
     for name, batch in (("base", config.batch), ("cursor", 64), ("cursor", config.batch), ("cursor", 4 * config.batch)):
-        step, _ = step_of(name, batch)
-        milliseconds, (device, kernels) = measured(step), busy(step)
+        step = step_of(name, batch, recorded=False)
         with MatrixProducts() as products:
             step()
         pairs = [[torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in pair] for pair in products.shapes]
@@ -212,28 +208,24 @@ def _step(config: GPUConfig) -> Iterator[Row]:
             for a, b in pairs:
                 torch.matmul(a, b)
 
-        row = {"what": f"step of {name}, batch {batch}, width 768, bf16", "ms": milliseconds, "busy ms": device}
-        yield row | {"kernels": kernels, "bare products, busy ms": busy(bare)[0], "step / busy": milliseconds / device}
+        what, products_ms = f"step of {name}, batch {batch}, width 768, bf16", busy(bare)[0]
+        yield _timed(what, step) | {"bare products, busy ms": products_ms}
+        yield _timed(f"{what}, CUDA graph", step_of(name, batch)) | {"bare products, busy ms": products_ms}
+
+
+def _timed(what: str, step: Callable[[], None]) -> Row:
+    milliseconds, (device, kernels) = measured(step), busy(step)
+    return {"what": what, "ms": milliseconds, "busy ms": device, "kernels": kernels, "step / busy": milliseconds / device}
 
 
 def _compile(config: GPUConfig) -> Iterator[Row]:
     for name in ("base", "cursor"):
-        for mode in ("default", "reduce-overhead"):
-            start = time.perf_counter()
-            try:
-                step, _ = step_of(name, config.batch, mode)
-                milliseconds = measured(step)
-            except Exception as error:  # what a compiler refuses is a result
-                yield {"what": f"step of {name}, torch.compile {mode}", "error": " ".join(str(error).split())[:200]}
-                continue
-            device, kernels = busy(step)
-            row: Row = {"what": f"step of {name}, torch.compile {mode}, batch {config.batch}", "ms": milliseconds}
-            yield row | {
-                "busy ms": device,
-                "kernels": kernels,
-                "step / busy": milliseconds / device,
-                "first s": _since(start),
-            }
+        for recorded in (True, False):
+            start, step = time.perf_counter(), step_of(name, config.batch, recorded, compiled=True)
+            step()
+            row: Row = {"first s": _since(start)}
+            what = f"step of {name}, batch {config.batch}, torch.compile{', CUDA graph' if recorded else ''}"
+            yield _timed(what, step) | row
 
 
 def _since(start: float) -> float:
@@ -242,26 +234,21 @@ def _since(start: float) -> float:
 
 def _epoch(config: GPUConfig) -> Iterator[Row]:
     """An epoch of the engine from a store, beside its bare steps."""
-    for name in ("base", "cursor"):
+    for name, recorded in (("base", False), ("base", True), ("cursor", True)):
         with jobs.temporary_folder() as folder:
             jobs.write_store(folder / "store", TVL, config.rows, validation=256)
             settings = jobs.run_settings(folder / "store", folder, config.batch, 768, method=name)
-            settings = replace(settings, run=replace(settings.run, device="cuda"))
-            method, accelerator = METHODS[name], make_accelerator(settings)
-            torch.manual_seed(0)
-            model = method.model(settings.knobs, TVL).cuda().train()
-            loss, optimizer = method.loss(settings.knobs, list(TVL)), make_adamw(model.named_parameters(), 0.05)
-            source = FeatureStore(folder / "store").splits["train"].condensed(model.condense, accelerator.device)
+            learner, _ = learner_of(name, config.batch, recorded)
+            model: Any = learner.model
+            source = FeatureStore(folder / "store").splits["train"].condensed(model.condense, learner.accelerator.device)
+            steps = config.rows // config.batch
+            schedule = Schedule(1e-5, steps, 0)
 
-            schedule = Schedule(1e-5, config.rows // config.batch, 0)
-            given = model, model, loss, optimizer, source, settings, schedule, accelerator
-            milliseconds = measured(partial(_one_epoch, *given), 3) / (config.rows // config.batch)
-            bare = measured(step_of(name, config.batch)[0])
-            yield {"what": f"step of {name} in an epoch of the engine", "ms": milliseconds, "bare step ms": bare}
+            def epoch(given: tuple[Any, ...] = (learner, source, settings, schedule)) -> None:
+                train_one_epoch(*given, Progress(), StopSignals())
 
-
-def _one_epoch(*given: Any) -> None:
-    train_one_epoch(*given, Progress(), StopSignals())
+            found: Row = {"ms": measured(epoch, 3) / steps, "bare step ms": measured(step_of(name, config.batch, recorded))}
+            yield {"what": f"step of {name} in an epoch of the engine{', CUDA graph' if recorded else ''}"} | found
 
 
 @reports_errors

@@ -49,7 +49,7 @@ from tvl_align.system.files import atomic_file, write_atomically
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import keep_freed_memory
 from tvl_align.system.signals import StopSignals
-from tvl_align.training.engine import make_accelerator, train_one_epoch
+from tvl_align.training.engine import Learner, make_accelerator, train_one_epoch
 from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
 from tvl_align.training.run import Progress
 
@@ -283,11 +283,10 @@ def _engine(config: BenchConfig) -> Iterator[Figure]:
         optimizer = make_adamw(model.named_parameters(), 0.05)
         batches = [source.read(rows).float() for rows in torch.arange(count * config.batch).split(config.batch)]
 
+        learner = Learner(model, model, loss, optimizer, accelerator)
+
         def loop() -> None:
-            train_one_epoch(
-                *(model, model, loss, optimizer, source, settings, Schedule(1e-5, count, 0), accelerator),
-                *(Progress(), StopSignals()),
-            )
+            train_one_epoch(learner, source, settings, Schedule(1e-5, count, 0), Progress(), StopSignals())
 
         def bare() -> None:
             for features in batches:

@@ -40,6 +40,46 @@ def test_a_step_of_every_method_is_that_of_the_cpu(on_gpu: OnGPU) -> None:
         assert found["bf16"]["loss"] == pytest.approx(found["cpu"]["loss"], rel=0.01), name
 
 
+RECORDED = """
+import json, torch
+from accelerate import Accelerator
+from tvl_align.methods.registry import METHODS
+from tvl_align.system.runtime import pick_device, seed_everything
+from tvl_align.training.checks import build, eight_rows
+from tvl_align.training.engine import Learner
+from tvl_align.training.optimisation import make_adamw, optimizer_step
+
+def losses(method, recorded):
+    model, loss = build(method)
+    model.to(gpu).train()
+    learner = Learner(model, model, loss, make_adamw(model.named_parameters(), 0.05), Accelerator(), recorded)
+    features, kept = eight_rows(len(model.registers))
+    found = []
+    for step in range(8):
+        g = torch.Generator().manual_seed(step)
+        batch = features.map(lambda t: t + torch.randn(t.shape, generator=g) if t.is_floating_point() else t.roll(step, 0))
+        seed_everything(step)
+        scalars = learner.gradients([(batch.to(gpu), kept)])
+        optimizer_step(learner.optimizer, 1e-3, skip=scalars["gradient"] < 0)
+        found.append(float(scalars["total_loss"]))
+    graphs = len(learner._of_one_part.graphs) if recorded else 0
+    return {"losses": found, "graphs": graphs}
+
+gpu = pick_device("cuda")
+methods = {n: m for n, m in METHODS.items() if m.recordable}
+print(json.dumps({n: {"direct": losses(m, False), "recorded": losses(m, True)} for n, m in methods.items()}))
+"""
+
+
+def test_recorded_steps_are_those_that_python_launches(on_gpu: OnGPU) -> None:
+    """Batches, dropout and learning differ from step to step, in replays too: steps 4 to 7."""
+    for name, found in json.loads(on_gpu(RECORDED).splitlines()[-1]).items():
+        assert found["recorded"]["graphs"] == 1, name
+        direct, recorded = found["direct"]["losses"], found["recorded"]["losses"]
+        assert len({round(loss, 3) for loss in direct}) > 4, name
+        assert recorded == pytest.approx(direct, rel=0.01), name
+
+
 TRAIN = """
 import sys
 from tvl_align.__main__ import main
@@ -52,7 +92,8 @@ def test_a_run_is_trained_measured_and_used(on_gpu: OnGPU, world: Path, stage1_c
     """Encoding, training and measuring on the GPU, whose features are those of the CPU."""
     flags = [*("--datasets_dir", world, "--stage1_checkpoint", stage1_checkpoint, "--output_dir", tmp_path, "--views", 1)]
     flags += [*("--epochs", 2, "--batch_size", 16, "--num_workers", 0, "--log_name", "run", "--device", "cuda")]
-    assert "epoch 2/2" in on_gpu(TRAIN, "train", *flags)
+    said = on_gpu(TRAIN, "train", *flags)
+    assert "epoch 2/2" in said and "cannot be recorded" not in said
     on_gpu(TRAIN, "evaluate", tmp_path / "run", "--device", "cuda")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["split"] == "test"

@@ -222,10 +222,13 @@ class Method:
 
     knobs: frozen dataclass of options, a subclass of tvl_align.registers.model.RegisterConfig. model(knobs, specs): returns
     an nn.Module that is a Stage2Model. loss(knobs, modalities): returns a module that maps Output to named scalars,
-    including `total_loss` and `overlapping_loss`.
+    including `total_loss` and `overlapping_loss`. recordable: a training step depends on nothing but its batch, the weights
+    and random numbers of the GPU, and reads no value of a tensor, so that a GPU may record its kernels once and replay them
+    without Python.
     """
 
     implementation: Implementation
     knobs: type
     model: Callable[[Any, Mapping[str, FeatureSpec]], torch.nn.Module]
     loss: Callable[[Any, Sequence[str]], torch.nn.Module]
+    recordable: bool = False

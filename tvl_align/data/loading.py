@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from tvl_align.data.samples import Samples
 from tvl_align.system.console import UserError
@@ -119,16 +119,15 @@ class _Batches(Dataset[ImageBatch | UserError]):
         except UserError as error:
             return error
         images: dict[str, tuple[list[int], Tensor]] = {}
-        for modality in self.samples.loaded:
-            positions = [i for i, item in enumerate(items) if modality in item.images]
-            if positions:
-                images[modality] = positions, torch.stack([items[i].images[modality] for i in positions])
-        if get_worker_info() is not None:
-            try:  # here, because the DataLoader would share them in a thread where an error is lost and the batch with it
-                for _, stacked in images.values():
-                    stacked.share_memory_()
-            except RuntimeError as error:
-                return _failed(error)
+        try:
+            for modality in self.samples.loaded:
+                positions = [i for i, item in enumerate(items) if modality in item.images]
+                if positions:  # in a worker default_collate stacks into shared memory
+                    images[modality] = positions, default_collate([items[i].images[modality] for i in positions])
+        except RuntimeError as error:
+            if get_worker_info() is None:
+                raise
+            return _failed(error)
         return ImageBatch(images, [(i, m, reason) for i, item in enumerate(items) for m, reason in item.faults.items()])
 
 

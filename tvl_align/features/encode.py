@@ -267,21 +267,23 @@ def _encode_split(
     bad_rows: set[int] = set()
 
     def encode(modality: str, inputs: Tensor) -> Tokens:
-        return stage1.encode({modality: inputs.to(device, non_blocking=True)}).modalities[modality]
+        return stage1.encode({modality: inputs}).modalities[modality]
 
     def write_text(batch: Tensor) -> int:
-        _write(tables["text"], batch, encode("text", stage1.tokenize([plan.texts[i] for i in batch.tolist()])))
+        tokens = stage1.tokenize([plan.texts[i] for i in batch.tolist()])
+        _write(tables["text"], batch, encode("text", tokens.to(device, non_blocking=True)))
         done["text"].numpy()[batch.numpy()] = True
         return len(batch)
 
     def write_images(name: str, batch: Tensor, row_views: RowViews, loaded: ImageBatch) -> int:
         for modality, (positions, images) in loaded.images.items():
-            encoded = encode(modality, images)  # a GPU computes it during the next lines
+            images = images.to(device, non_blocking=True)
+            encoded = encode(modality, images)
             plain = [i for i, position in enumerate(positions) if row_views[position][1] == 0]
             if plain and modality in plan.looks:
                 rows = [row_views[positions[i]][0] for i in plain]
                 look = _colour_statistics(images[plain, :3], samples.colours(modality))  # of the first of two touch frames
-                done[f"{LOOK}{modality}"][rows] = look
+                done[f"{LOOK}{modality}"][rows] = look.cpu()
             _write(tables[modality], torch.stack([plan.index[modality][row_views[i]] for i in positions]), encoded)
         done[name].numpy()[batch.numpy()] = True
         return len(batch)
@@ -350,9 +352,9 @@ def _read_faults(folder: Path) -> list[tuple[int, str, str]]:
 def _colour_statistics(images: Tensor, colours: Colours) -> Tensor:
     """Images (n, 3, S, S) normalised by `colours` -> (n, 6): mean and standard deviation of each channel before that."""
     mean, std = colours
-    scale, average = torch.tensor(std), images.mean((2, 3))
+    scale, shift, average = images.new_tensor(std), images.new_tensor(mean), images.mean((2, 3))
     deviation = (images.square().mean((2, 3)) - average.square()).clamp(min=0).sqrt()
-    return torch.cat([average * scale + torch.tensor(mean), deviation * scale], dim=1)
+    return torch.cat([average * scale + shift, deviation * scale], dim=1)
 
 
 def _looks(folder: Path, splits: Sequence[str]) -> dict[str, Tensor]:

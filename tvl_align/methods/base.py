@@ -519,4 +519,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "5.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss)
+BASE = Method(Implementation("stage2_base", "5.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)

@@ -47,4 +47,5 @@ CURSOR = Method(
     CursorConfig,
     lambda knobs, specs: RegisterTokenModule(specs, knobs),
     RegisterTokenLoss,
+    recordable=True,
 )

@@ -15,5 +15,5 @@ class DisentangledConfig(Stage2Config):
 
 
 DISENTANGLED = Method(
-    Implementation("stage2_disentangled", "5.1", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss
+    Implementation("stage2_disentangled", "5.1", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss, recordable=True
 )

@@ -49,4 +49,5 @@ FLEXTOK = Method(
     FlexTokConfig,
     lambda knobs, specs: FlexTok(specs, knobs),
     RegisterLoss,
+    recordable=True,
 )

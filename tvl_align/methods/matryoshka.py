@@ -45,4 +45,5 @@ MATRYOSHKA = Method(
     MatryoshkaConfig,
     lambda knobs, specs: Matryoshka(specs, knobs),
     MatryoshkaLoss,
+    recordable=True,
 )

@@ -48,4 +48,10 @@ class MLPModel(DirectModel):
         return self.mlps[name](components), components.new_zeros(len(components), sum(self.codes.comp_counts))
 
 
-MLP = Method(Implementation("stage2_mlp", "1", "MLP"), MLPConfig, lambda knobs, specs: MLPModel(specs, knobs), RegisterLoss)
+MLP = Method(
+    Implementation("stage2_mlp", "1", "MLP"),
+    MLPConfig,
+    lambda knobs, specs: MLPModel(specs, knobs),
+    RegisterLoss,
+    recordable=True,
+)

@@ -132,13 +132,13 @@ def joint_noise(like: Tensor, rows: int = 0, draw: Callable[..., Tensor] = torch
     return drawn.narrow(rows, rank() * like.shape[rows], like.shape[rows])
 
 
-def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean of named scalars over all processes, in one all_reduce."""
+def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean of named scalars over all processes, float32, in one all_reduce."""
     stacked = torch.stack([v.detach().float() for v in values.values()])
     if world_size() > 1:
         dist.all_reduce(stacked)
         stacked /= world_size()
-    return dict(zip(values, stacked.tolist(), strict=True))
+    return dict(zip(values, stacked.unbind(), strict=True))
 
 
 def mean_count(count: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -39,6 +40,7 @@ from tvl_align.system.runtime import generator, keep_freed_memory, pick_device, 
 from tvl_align.system.signals import StopSignals
 from tvl_align.system.workers import read_ahead
 from tvl_align.training.accumulation import large_batch_gradient
+from tvl_align.training.graphs import Gradients, RecordedGradients
 from tvl_align.training.optimisation import Schedule, backward_and_step, gradient_norm, make_adamw, optimizer_step
 from tvl_align.training.run import Progress, Run, find_checkpoint, recorded_identity, restore
 from tvl_align.training.sampling import balanced_weights, epoch_batches, epoch_views, shard_batches
@@ -142,11 +144,11 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
         condense = cast(Stage2Model, model).condense
         train, val = (inputs.splits[name].condensed(condense, device) for name in ("train", "val"))
         wrapped = accelerator.prepare_model(_compiled(model, device) if settings.run.compile else model)
+        recorded = settings.run.cuda_graphs and method.recordable and device.type == "cuda" and world_size() == 1
+        learner = Learner(model, wrapped, loss, optimizer, accelerator, recorded)
         for epoch in range(progress.epoch, optim.epochs):
             times = [time.perf_counter()]
-            trained = train_one_epoch(
-                wrapped, model, loss, optimizer, train, settings, schedule, accelerator, progress, signals
-            )
+            trained = train_one_epoch(learner, train, settings, schedule, progress, signals)
             if trained is None:
                 if run is not None:
                     run.save(model, optimizer, progress)
@@ -186,51 +188,95 @@ def _compiled(model: nn.Module, device: torch.device) -> Any:
     return torch.compile(model)
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What a training step needs: a model, its loss, and how to compute and apply gradients.
+
+    wrapped: the model in DistributedDataParallel or torch.compile; `model`: the same parameters without it. recorded: replay
+    the step from CUDA graphs.
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    accelerator: "Accelerator"
+    recorded: bool = False
+
+    def gradients(self, parts: Sequence[tuple[Features, Tensor]]) -> dict[str, Tensor]:
+        """Compute the gradient of one batch, given as (features, kept) parts.
+
+        Returns the named scalars of the loss and `gradient`, the norm of the gradient.
+        """
+        if len(parts) == 1:
+            return self._of_one_part(*parts[0])
+        last = len(parts) - 1
+
+        def sync_context(part: int) -> AbstractContextManager[None]:
+            return nullcontext() if part == last else self.accelerator.no_sync(self.wrapped)
+
+        forwards = [partial(self._forward, *part) for part in parts]
+        scalars = large_batch_gradient(forwards, self.loss, self._backward, sync_context)
+        return scalars | {"gradient": gradient_norm(self.optimizer)}
+
+    @cached_property
+    def _of_one_part(self) -> Gradients:
+        return RecordedGradients(self._directly, self.model.parameters()) if self.recorded else self._directly
+
+    def _directly(self, features: Features, kept: Tensor) -> dict[str, Tensor]:
+        scalars = self.loss(self._forward(features, kept))
+        self._backward(scalars["total_loss"])
+        return {name: value.detach() for name, value in scalars.items()} | {"gradient": gradient_norm(self.optimizer)}
+
+    def _forward(self, features: Features, kept: Tensor) -> Output:
+        with training_precision(self.accelerator.device):
+            return self.wrapped(features, kept=kept, joint=False).float()
+
+    def _backward(self, scalar: Tensor, part: int = 0) -> None:
+        backward_and_step(scalar, self.optimizer, 0.0, self.accelerator.backward, update=False)
+
+
 def train_one_epoch(
-    wrapped: nn.Module,
-    model: nn.Module,
-    loss: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     source: FeatureSource,
     settings: Settings[Any],
     schedule: Schedule,
-    accelerator: "Accelerator",
     progress: Progress,
     signals: StopSignals,
 ) -> dict[str, float] | None:
     """Run the remaining steps of an epoch. Returns the means of the loss scalars over its steps and all processes.
 
-    wrapped: the model in DistributedDataParallel or torch.compile; `model`: the same parameters without it. Returns None if
-    any process received a stop signal; `progress` then has the steps done. Random draws depend only on seed, epoch and step,
-    so a resumed epoch gives the same results as an uninterrupted one.
+    Returns None if any process received a stop signal; `progress` then has the steps done. Random draws depend only on seed,
+    epoch and step, so a resumed epoch gives the same results as an uninterrupted one.
     """
+    model, device = cast(Stage2Model, learner.model), learner.accelerator.device
     seed, batch, accum, epoch = settings.run.own_seed, settings.optim.batch_size, settings.optim.accum_iter, progress.epoch
     weights = balanced_weights(source.datasets) if settings.data.importance_sampling else None
     rows = epoch_batches(len(source), batch, seed, epoch, weights, settings.optim.drop_last)
     views = epoch_views(len(rows), batch, source.views, seed, epoch)
     updates = math.ceil(len(rows) / accum)
-    wrapped.train()
+    learner.wrapped.train()
     done = progress.step * accum
-    batches = _fetched(source.batches(list(rows[done:]), list(views[done:]), accelerator.device), accelerator.device)
+    batches = _fetched(source.batches(list(rows[done:]), list(views[done:]), device), device)
     with progress_bar(len(rows), f"epoch {epoch + 1}", "step", quiet=not is_main(), initial=done) as bar:
         for group in range(progress.step, updates):
             parts = []
             for step, features in zip(range(group * accum, (group + 1) * accum), batches, strict=False):
-                kept = cast(Stage2Model, model).draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
+                kept = model.draw_kept(batch * world_size(), generator(seed, epoch, step, 2))
                 parts.append((features, kept[rank() * batch : (rank() + 1) * batch]))
             seed_everything(generator(seed, epoch, group, 3).initial_seed())  # for dropout and noise inside the model
-            scalars = _gradients(wrapped, loss, optimizer, parts, accelerator)
-            norm = gradient_norm(optimizer)
-            stop = torch.tensor(float(signals.received is not None), device=norm.device)
-            means = mean_over_processes(scalars | {"gradient": norm, "stop": stop})
+            scalars = learner.gradients(parts)
+            stop = torch.tensor(float(signals.received is not None), device=device)
+            averaged = mean_over_processes(scalars | {"stop": stop})
+            bad = ~(averaged["gradient"] + averaged["total_loss"]).isfinite()
+            optimizer_step(learner.optimizer, schedule(epoch * updates + group), skip=bad)
+            means = values_of(averaged)  # a GPU is waited for here
             stopping = means.pop("stop") > 0
-            if math.isfinite(means.pop("gradient")) and math.isfinite(means["total_loss"]):
-                optimizer_step(optimizer, schedule(epoch * updates + group))
+            if math.isfinite(means.pop("gradient") + means["total_loss"]):
                 progress.counted += 1
                 for name, value in means.items():
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
             else:
-                optimizer.zero_grad()
                 progress.skipped += 1
                 _record_nonfinite(means["total_loss"], parts, source, settings, progress)
             progress.step = group + 1
@@ -261,33 +307,6 @@ def _fetched(batches: Iterator[Features], device: torch.device) -> Iterator[Feat
         for tensor in batch.tensors():
             tensor.record_stream(torch.cuda.current_stream(device))
         yield batch
-
-
-def _gradients(
-    wrapped: nn.Module,
-    loss: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    parts: Sequence[tuple[Features, Tensor]],
-    accelerator: "Accelerator",
-) -> dict[str, Tensor]:
-    """Compute the gradient of one batch, given as (features, kept) parts. Returns the named scalars of the loss."""
-
-    def forward(features: Features, kept: Tensor) -> Output:
-        with training_precision(accelerator.device):
-            return wrapped(features, kept=kept, joint=False).float()
-
-    def backward(scalar: Tensor, part: int = 0) -> None:
-        backward_and_step(scalar, optimizer, 0.0, accelerator.backward, update=False)
-
-    if len(parts) == 1:
-        scalars = loss(forward(*parts[0]))
-        backward(scalars["total_loss"])
-        return scalars
-
-    def sync_context(part: int) -> AbstractContextManager[None]:
-        return nullcontext() if part == len(parts) - 1 else accelerator.no_sync(wrapped)
-
-    return large_batch_gradient([partial(forward, *part) for part in parts], loss, backward, sync_context)
 
 
 def _record_nonfinite(
@@ -364,7 +383,7 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     order = gathered["rows"].argsort()
     gathered = {name: part[order] for name, part in gathered.items()}
     content = {m: keys.to(device) for m, keys in source.content_keys.items()}
-    metrics = mean_over_processes(sums)
+    metrics = values_of(mean_over_processes(sums))
     modalities = [name.removeprefix("pooled/") for name in collected if name.startswith("pooled/")]
     pairs: list[str] = []  # those in the loss for which there are rows
     for first, second in combinations(modalities, 2):
@@ -392,6 +411,11 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
     for k in ("acc1", "acc5"):
         metrics[f"average_{k}"] = sum(metrics[f"{pair}_{k}"] for pair in pairs) / len(pairs)
     return metrics
+
+
+def values_of(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """The values of named scalars, read from the device at once."""
+    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
 
 
 def selection_scores(validated: dict[str, float]) -> dict[str, float]:

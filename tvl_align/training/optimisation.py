@@ -102,10 +102,14 @@ def backward_and_step(
         optimizer_step(optimizer, lr)
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """One optimizer step with learning rate `lr`, then zero the gradients."""
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, skip: Tensor | None = None) -> None:
+    """One step of a fused optimizer with learning rate `lr`, then zero the gradients.
+
+    skip: (); where it is not 0 the step changes nothing. Its value is not read, so a GPU is not waited for.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]  # as torch.amp.GradScaler does
     optimizer.step()
     optimizer.zero_grad()
 

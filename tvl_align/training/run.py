@@ -45,7 +45,7 @@ MAY_DIFFER_ON_RESUME = {  # options that do not change the results of a run
     "run": {
         *("output_dir", "log_name"),
         *("method", "slurm", "device", "resume", "start_epoch", "log_dir", "dist_eval", "find_unused_parameters", "compile"),
-        *("world_size", "local_rank", "dist_url"),
+        *("cuda_graphs", "world_size", "local_rank", "dist_url"),
     },
 }
 

@@ -39,6 +39,8 @@ class RunConfig:
     dist_eval: tyro.conf.Suppress[Annotated[bool, Ignored("validation always runs on all processes")]] = False
     compile: bool = False
     """Compile the model with torch.compile, which takes a minute or more at the start."""
+    cuda_graphs: bool = True
+    """On one GPU, record the training step and replay it (CUDA graphs), if the method allows it."""
     bf16_gradients: bool = False
     """Several processes exchange their gradients in bf16: half the bytes, rounded to 3 digits."""
     find_unused_parameters: bool = False

@@ -1,0 +1,80 @@
+"""What a GPU records of a training step, and the replay of it. The graphs themselves are tested where there is a GPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tvl_align.contract import Features, Tokens
+from tvl_align.methods.registry import METHODS
+from tvl_align.training.checks import build, eight_rows, random_features
+from tvl_align.training.graphs import _shape
+
+
+def gradients_of(name: str) -> tuple[Callable[..., list[Tensor]], list[Tensor]]:
+    """(tensors of the batch) -> loss and gradients of a step of a method, and the tensors of a batch."""
+    model, loss = build(METHODS[name])
+    features, kept = eight_rows(len(model.registers))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+
+    def step(*tensors: Tensor) -> list[Tensor]:
+        given = iter(tensors)
+        mine = features.map(lambda _: next(given))
+        total = loss(model(mine, kept=next(given), joint=False).float())["total_loss"]
+        return [total, *(g for g in torch.autograd.grad(total, parameters, allow_unused=True) if g is not None)]
+
+    tensors: list[Tensor] = []
+    features.map(lambda t: tensors.append(t) or t)
+    return step, [*tensors, kept]
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.recordable])
+def test_the_operators_of_one_batch_are_those_of_the_next(name: str) -> None:
+    """A step records as operators on tensors, and they compute the loss and gradients of another batch."""
+    step, first = gradients_of(name)
+    torch.manual_seed(1)
+    recorded = make_fx(step)(*first)
+    g = torch.Generator().manual_seed(5)
+    second = [t + torch.randn(t.shape, generator=g) if t.is_floating_point() else t.flip(0) for t in first]
+    torch.manual_seed(2)
+    expected = step(*second)
+    torch.manual_seed(2)
+    found = recorded(*second)
+    assert not torch.equal(step(*first)[0], expected[0])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_methods_that_train_are_recordable() -> None:
+    assert [name for name, method in METHODS.items() if not method.recordable] == ["closed"]
+
+
+def test_what_must_be_equal_for_a_replay() -> None:
+    features, kept = random_features(8), torch.ones(8, 4, dtype=torch.bool)
+    shape = _shape(features, kept)
+    assert _shape(random_features(8, seed=1), kept) == shape
+    touch = features.modalities["tactile"]
+    condensed = Tokens(touch.tokens, touch.mask, touch.pooled, touch.present, condensed=True)
+    others = (
+        (random_features(7), kept[:7]),
+        (features.only(("vision", "tactile")), kept),
+        (features, kept[:, :3]),
+        (features.map(lambda t: t.double() if t.is_floating_point() else t), kept),
+        (Features(features.modalities | {"tactile": condensed}, features.caption_keys, features.rows), kept),
+        (Features(features.modalities, features.caption_keys, features.rows, {"vision": features.rows}), kept),
+    )
+    assert all(_shape(*other) != shape for other in others)
+
+
+def test_a_value_of_a_tensor_is_no_operator() -> None:
+    """What the first test is for: a step that reads a value cannot be recorded."""
+    layer = nn.Linear(2, 2)
+
+    def step(x: Tensor) -> Tensor:
+        return layer(x).sum() if float(x.sum()) > 0 else layer(-x).sum()
+
+    with pytest.raises(RuntimeError, match="data-dependent|specialization|concrete|_local_scalar_dense"):
+        make_fx(step)(torch.ones(1, 2))
