@@ -96,10 +96,10 @@ def test_a_worker_without_shared_memory_ends_in_one_sentence(
 ) -> None:
     """In spite of the estimate, since others use it too."""
 
-    def full(self: torch.Tensor) -> None:
+    def full(size: int, device: str) -> None:
         raise RuntimeError("unable to allocate shared memory(shm)\nNo space left on device (28)")
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
     with pytest.raises(UserError, match=r"No space left on device \(28\)\); give --num_workers 0, .*/dev/shm") as caught:
         list(load_images(samples, BATCHES, 2, BOTH))
     assert "\n" not in str(caught.value)

@@ -35,7 +35,7 @@ from tvl_align.system.provenance import provenance
 from tvl_align.system.workers import run_in_threads
 
 ENCODE_BATCH = 64  # rows
-GPU_BATCH = 256  # rows
+GPU_BATCH = 128  # rows; larger ones are 3% faster and hold twice the memory
 GPU_LANES = 3  # batches at a time on a GPU: one is computed while others are copied and written
 LOOK = "look_"  # begins the names of the files of colour statistics in an unfinished store
 MIN_BATCHES = 8  # smaller batches for small splits, so that no core idles long during the last batch

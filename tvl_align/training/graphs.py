@@ -18,11 +18,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Graph:
-    """A recorded step: its graph, the tensors that it reads and writes, and the gradients of the parameters."""
+    """A recorded step: its graph, the tensors that it reads, the scalars (n,) that it writes, and the gradients of the
+    parameters."""
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
-    scalars: dict[str, Tensor]
+    names: list[str]
+    scalars: Tensor
     gradients: list[Tensor | None]
 
 
@@ -58,12 +60,11 @@ class RecordedGradients:
                 log.warning("the training step cannot be recorded as a CUDA graph (%s), so it is slower", reason)
                 return self.compute(features, kept)
         recorded = self.graphs[shape]
-        for mine, given in zip(recorded.inputs, [*features.tensors(), kept], strict=True):
-            mine.copy_(given)
+        torch._foreach_copy_(recorded.inputs, [*features.tensors(), kept])  # in few launches
         recorded.graph.replay()
         for parameter, gradient in zip(self.parameters, recorded.gradients, strict=True):
             parameter.grad = gradient
-        return {name: value.clone() for name, value in recorded.scalars.items()}
+        return dict(zip(recorded.names, recorded.scalars.clone().unbind(), strict=True))
 
     def _warm_up(self, features: Features, kept: Tensor) -> dict[str, Tensor]:
         """As usual, but on another stream than the default one, which cannot be recorded."""
@@ -82,10 +83,11 @@ class RecordedGradients:
         graph, before = torch.cuda.CUDAGraph(), torch.get_rng_state()
         # The thread that copies the next batches goes on meanwhile, so only this thread's calls are restricted.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            scalars = self.compute(mine, own_kept)
+            found = self.compute(mine, own_kept)
+            scalars = torch.stack([value.float() for value in found.values()])
         if not torch.equal(before, torch.get_rng_state()):
             raise RuntimeError("it draws random numbers on the CPU")
-        return _Graph(graph, [*mine.tensors(), own_kept], scalars, [p.grad for p in self.parameters])
+        return _Graph(graph, [*mine.tensors(), own_kept], list(found), scalars, [p.grad for p in self.parameters])
 
 
 def _shape(features: Features, kept: Tensor) -> Hashable:
