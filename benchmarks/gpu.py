@@ -87,7 +87,8 @@ def busy(function: Callable[[], Any], turns: int = 5) -> tuple[float, float]:
         for _ in range(turns):
             function()
         torch.cuda.synchronize()
-    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = (e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = [e for e in events if not e.is_user_annotation]  # such as the span of an optimizer's step
     return sum(e.device_time for e in kernels) / 1000 / turns, len(kernels) / turns
 
 

@@ -1,5 +1,8 @@
 """Probe rows set aside, shuffled pairs, and condensed features."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from tvl_align.features.subset import RowSubset, ShuffledPairs, set_probe_rows_a
 from tvl_align.methods.base import BASE
 from tvl_align.methods.closed import CLOSED
 from tvl_align.methods.mlp import MLP
+from tvl_align.system.workers import read_ahead
 from tvl_align.training.engine import calibrate
 
 CPU, ROWS = torch.device("cpu"), 120
@@ -131,6 +135,26 @@ def test_several_batches_of_shuffled_pairs_are_read_in_order(store: FeatureStore
     for row, view, batch in zip(rows, views, shuffled.batches(rows, views, CPU), strict=True):
         assert torch.equal(batch.rows, row)
         assert all(equal(t, read(shuffled, row, int(view[0])).modalities[m]) for m, t in batch.modalities.items())
+
+
+def test_batches_for_a_gpu_are_in_order_and_of_one_shape(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By threads, ahead of the step; a device that only says that it is a GPU stands for one."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Features, "to", lambda features, device: features)
+    gpu = cast(torch.device, SimpleNamespace(type="cuda"))
+    rows = list(torch.randperm(100, generator=torch.Generator().manual_seed(0)).split(4))
+    views = [torch.full((len(row),), i % 2) for i, row in enumerate(rows)]
+    source = store.splits["train"]
+    lengths = set()
+    on_gpu = read_ahead(source.batches(rows, views, gpu))
+    for found, expected in zip(on_gpu, source.batches(rows, views, CPU), strict=True):
+        assert torch.equal(found.rows, expected.rows)
+        for m, tokens in expected.modalities.items():
+            assert equal(found.modalities[m], tokens)
+            assert found.modalities[m].mask.sum() == tokens.mask.sum()
+        lengths |= {(found.modalities["text"].tokens.shape[1], expected.modalities["text"].tokens.shape[1])}
+    assert {gpu for gpu, _ in lengths} == {9}
+    assert len({cpu for _, cpu in lengths}) > 1
 
 
 def sources(store: FeatureStore) -> dict[str, FeatureSource]:

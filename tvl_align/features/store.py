@@ -121,10 +121,10 @@ class StoredSplit:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, rows: Tensor, views: Tensor | None = None) -> Features:
+    def read(self, rows: Tensor, views: Tensor | None = None, whole: bool = False) -> Features:
         """Features of (B,) int64 rows and views (default: 0, the plain view), as stored (tokens fp16), on the CPU.
 
-        Token sequences are truncated to the longest sequence of the batch. Row -1 lacks every modality.
+        Token sequences are truncated to the longest sequence of the batch, unless `whole`. Row -1 lacks every modality.
         """
         views = torch.zeros_like(rows) if views is None else views
         tokens = {}
@@ -134,7 +134,7 @@ class StoredSplit:
             table_rows = table_rows.clamp(min=0)
             read = _select if self.is_condensed else read_rows  # only mapped pages may be released
             mask = read(table["mask"], table_rows) & present[:, None]
-            length = max(1, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1)
+            length = mask.shape[1] if whole else max(1, int(mask.any(0).nonzero().max()) + 1 if mask.any() else 1)
             token_rows, pooled_rows = read(table["tokens"], table_rows, length), read(table["pooled"], table_rows)
             tokens[name] = Tokens(token_rows, mask[:, :length], pooled_rows, present, self.is_condensed)
         content = {m: keys[rows] for m, keys in self.content_keys.items()}
@@ -143,12 +143,13 @@ class StoredSplit:
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         """Yield the Features of every (rows, views) pair on `device`. See FeatureSource.
 
-        For a GPU, which is faster than one reader, several threads read the next batches, into pinned memory.
+        For a GPU, which is faster than one reader, several threads read the next batches, into pinned memory. Their token
+        sequences are whole: steps of one shape can be replayed (tvl_align.training.graphs).
         """
         on_gpu = device.type == "cuda"
 
         def read(row: Tensor, view: Tensor) -> Features:
-            batch = self.read(row, view)
+            batch = self.read(row, view, whole=on_gpu)
             for index in self.index.values():
                 release_if_mapped(index)
             return batch.map(Tensor.pin_memory) if on_gpu else batch
