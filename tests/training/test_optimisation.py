@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from tvl_align.training.optimisation import Schedule, backward_and_step, decays, gradient_norm, make_adamw
+from tvl_align.training.optimisation import (
+    Schedule,
+    backward_and_step,
+    decays,
+    gradient_norm,
+    make_adamw,
+    optimizer_step,
+)
 
 
 def test_schedule_is_a_line_then_half_a_cosine() -> None:
@@ -51,6 +58,26 @@ def test_accumulated_gradients_are_those_of_their_mean() -> None:
             backward_and_step(layer(data).square().mean(), optimizer, 0.1)
         ends.append(torch.cat([p.flatten() for p in layer.parameters()]))
     assert torch.allclose(*ends)
+
+
+def test_a_step_that_is_skipped_leaves_no_trace() -> None:
+    """Neither in weights, although its gradient is NaN, nor in the averages and the step count of AdamW."""
+    torch.manual_seed(0)
+    data, ends = torch.randn(3, 4, 3), []
+    for skipped in (False, True):
+        torch.manual_seed(1)
+        layer = nn.Linear(3, 1)
+        optimizer = make_adamw(layer.named_parameters(), 0.1)
+        for i, batch in enumerate(data):
+            layer(batch).square().mean().backward()
+            optimizer_step(optimizer, 0.1, skip=torch.tensor(False))
+            if skipped and i < 2:
+                (layer(batch).square().mean() * torch.nan).backward()
+                optimizer_step(optimizer, 0.1, skip=torch.tensor(True))
+                assert all(p.grad is None for p in layer.parameters())
+        ends.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
+        assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+    assert torch.equal(*ends)
 
 
 def test_gradient_norm_is_that_of_all_numbers_together() -> None:
