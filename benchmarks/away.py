@@ -6,7 +6,6 @@ and data sets use the settings that were chosen on validation rows of the synthe
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +33,7 @@ from tvl_align.synthetic.demo import optimisation_of, run_name, timed, with_opti
 from tvl_align.system.bounds import at_least
 from tvl_align.system.checkpoint import load_checkpoint
 from tvl_align.system.console import UserError, reports_errors
+from tvl_align.system.machine import cores
 from tvl_align.system.workers import run_in_processes
 from tvl_align.training.engine import build_model, fit
 from tvl_align.training.run import load_run
@@ -64,7 +64,7 @@ class AwayConfig:
     """Seeds of the runs."""
     steps: int = 1500
     """Optimizer steps of Stage 2, about as many as on the synthetic data; the number of epochs follows from the rows."""
-    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    jobs: int = field(default_factory=cores)
     """Runs in parallel; they share the CPU cores."""
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ def away(config: AwayConfig) -> list[Path]:
         runs[name] = [_settings(config, name, store, *choice) for choice in product(config.seeds, config.methods)]
     todo = {str(s.folder): (_run, name, s) for name, settings in runs.items() for s in settings}
     todo = {folder: job for folder, job in todo.items() if not (Path(folder) / "results.json").is_file()}
-    run_in_processes(todo, config.jobs, max(1, (os.cpu_count() or 1) // config.jobs))
+    run_in_processes(todo, config.jobs, max(1, cores() // config.jobs))
     pages = []
     for name, settings in runs.items():
         if len(settings) < 2:

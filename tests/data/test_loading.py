@@ -29,7 +29,7 @@ def samples(world: Path) -> Samples:
 
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(loading, "cores", lambda: 8)
     warn_once.cache_clear()
 
 

@@ -1,13 +1,13 @@
 """`tvl-align world`: write a synthetic data set in the TVL format."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tvl_align.config import parse
 from tvl_align.synthetic.world import write_world
 from tvl_align.system.bounds import at_least
+from tvl_align.system.machine import cores
 
 EXAMPLES = ("tvl-align world --out world", "tvl-align world --out registered --misregistration 0 --train 200")
 
@@ -26,7 +26,7 @@ class WorldConfig:
     """Random seed; the same seed writes identical files."""
     image_size: int = 64
     """Side of the rendered surface, in pixels."""
-    workers: int = os.cpu_count() or 1
+    workers: int = field(default_factory=cores)
     """Parallel processes; the files do not depend on their number."""
     misregistration: float = 1.0
     """From 0, photo and touch image are registered to the pixel, to 1, the sensor is put down anywhere and at any angle."""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from tvl_align.data.samples import Samples
 from tvl_align.system.console import UserError
 from tvl_align.system.files import warn_once
+from tvl_align.system.machine import cores
 from tvl_align.system.workers import MAX_LANES
 
 SHARED_MEMORY = "/dev/shm"  # where torch shares tensors on Linux
@@ -85,7 +86,7 @@ def _workers_that_fit(samples: Samples, batches: Sequence[RowViews], num_workers
 
     Processes on the same machine share it equally. (0, None) if not even one batch fits, or none is to be loaded.
     """
-    wanted = min(num_workers, os.cpu_count() or 1, len(batches))
+    wanted = min(num_workers, cores(), len(batches))
     if not wanted:
         return 0, None
     batch_bytes = samples.view_bytes * max(1, *map(len, batches))

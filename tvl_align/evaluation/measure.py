@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from tvl_align.contract import Method
+from tvl_align.contract import Features, Method
 from tvl_align.data.pairs import pair_labels
 from tvl_align.data.split import repeats
 from tvl_align.evaluation.cross_reading import cross_readings
@@ -27,7 +27,7 @@ from tvl_align.evaluation.oracle import oracle
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, joined_features, stage1_features
 from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
 from tvl_align.features.identity import Identity
-from tvl_align.features.inputs import DataConfig
+from tvl_align.features.inputs import DataConfig, Inputs
 from tvl_align.features.store import FeatureSource
 from tvl_align.features.subset import ShuffledPairs
 from tvl_align.losses.alignment import pair_name
@@ -41,6 +41,7 @@ from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, pick_device, seed_everything
 from tvl_align.training.engine import build_model, calibrate
 from tvl_align.training.run import Places, load_run
+from tvl_align.training.settings import Settings
 
 CEILING_ROWS = 10_000  # most rows that probes of the frozen features are fitted on
 
@@ -72,11 +73,74 @@ class EvaluateConfig:
         at_least(MIN_ROWS, self, "probe_rows")
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A run to evaluate: its model, the same one untrained, and the splits.
+
+    rows: those of the probe split that are used.
+    """
+
+    settings: Settings[Any]
+    config: Mapping[str, Any]
+    inputs: Inputs
+    device: torch.device
+    model: nn.Module
+    untrained: nn.Module
+    checkpoint: Mapping[str, Any]
+    test: FeatureSource
+    probe_split: str
+    rows: Tensor
+
+    @property
+    def probe(self) -> FeatureSource:
+        return self.inputs.splits[self.probe_split]
+
+    def on_test(self, model: nn.Module) -> SplitTokens:
+        return compute_tokens(model, self.test, all_rows(self.test), self.device)
+
+    def on_probe(self, model: nn.Module) -> SplitTokens:
+        return compute_tokens(model, self.probe, self.rows, self.device)
+
+
 def measure(options: EvaluateConfig) -> Path:
     """Evaluate a run and write results.json (`--split val`: results-val.json) into its folder; returns the path.
 
     Raises UserError for a split without rows and for a run folder that cannot be loaded.
     """
+    run = _open(options)
+    test, names, device, seed = run.test, list(run.inputs.specs), run.device, run.settings.run.seed
+    samples = run.inputs.samples.get(options.split)  # None for a feature store without images
+    weights, labels = group_weights(test.groups, seed), _labels(options, run.settings.data)
+    trained, untrained = run.on_test(run.model), run.on_test(run.untrained)
+    frozen = stage1_features(test, all_rows(test), device)
+    pooled = {m: t.pooled for m, t in frozen.modalities.items()}
+    meanings = Meanings(labels, list(test.names), trained.keys, test.content_keys)
+    results = _identity(run, options)
+    results["retrieval"] = {
+        pair_name(a, b): _pair(a, b, trained, untrained, pooled, meanings, weights) for a, b in combinations(names, 2)
+    }
+    results["tvl_protocol"] = _tvl_protocol(trained, pooled, names) if samples else {}
+    results["repeated"] = {m: repeats(keys.numpy()) for m, keys in test.content_keys.items()}
+    results["controls"] = {"shuffled_acc1": _shuffled_acc1(trained, names, meanings, seed)}
+    on_probe = run.on_probe(run.model)
+    results["label_free"] = cross_readings(on_probe, trained, seed, device, options.probe_steps)
+    prefixes = {k: _first(k, run.model, test, all_rows(test), device, trained) for k in _lengths(run.model)}
+    factors = None if labels is None else _read_factors(run, options, labels, frozen, on_probe, untrained, prefixes)
+    results["prefix"] = [_prefix(k, tokens, names, meanings, weights, factors) for k, tokens in prefixes.items()]
+    if factors is not None:
+        results |= {"summary": factors.summary(weights), "left_out": factors.left_out}
+    results["factors"] = factors.as_json() if factors is not None else {}
+    explored = explore(run.model, test, prefixes, frozen, meanings.of, labels, samples, device)
+    results["directions"] = by_direction(explored, pooled, meanings.of, weights)
+    results |= {"run": run.config, "evaluated_by": provenance()}
+    if options.split == "test":
+        explored.save(options.run)
+    written = options.run / ("results.json" if options.split == "test" else f"results-{options.split}.json")
+    write_atomically(written, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return written
+
+
+def _open(options: EvaluateConfig) -> _Opened:
     settings, method, config = load_run(options.run, options.method, options.places)
     device = pick_device(options.device)
     inputs = settings.open_inputs(device, Identity(config["store"], config.get("features", {})))
@@ -88,83 +152,75 @@ def measure(options: EvaluateConfig) -> Path:
     seed_everything(settings.run.own_seed + 1)
     untrained = build_model(method, settings.knobs, inputs.specs).to(device)
     calibrate(untrained, inputs.splits["train"], device)  # the floor has the closed forms that the trained model has
-    test, names = inputs.splits[options.split], list(inputs.specs)
     probe_split = "probe" if "probe" in inputs.splits else "val"
     if probe_split == options.split:
         raise UserError(
             "this run set no probe rows aside, and probes cannot be fitted and tested on the same validation rows; evaluate "
             "--split test, or train with --probe_rows above 0."
         )
-    probe = inputs.splits[probe_split]
-    rows = torch.randperm(len(probe), generator=generator(settings.run.seed, 5))[: options.probe_rows]
-    samples = inputs.samples.get(options.split)  # None for a feature store without images
-    weights = group_weights(test.groups, settings.run.seed)
-    results: dict[str, Any] = {
-        "method": config["implementation"]["experiment_id"],
-        "version": config["implementation"]["version"],
-        "seed": settings.run.own_seed,
+    order = torch.randperm(len(inputs.splits[probe_split]), generator=generator(settings.run.seed, 5))
+    test, rows = inputs.splits[options.split], order[: options.probe_rows]
+    return _Opened(settings, config, inputs, device, model, untrained, checkpoint, test, probe_split, rows)
+
+
+def _identity(run: _Opened, options: EvaluateConfig) -> dict[str, Any]:
+    """What was measured, on what."""
+    samples = run.inputs.samples.get(options.split)
+    return {
+        "method": run.config["implementation"]["experiment_id"],
+        "version": run.config["implementation"]["version"],
+        "seed": run.settings.run.own_seed,
         "split": options.split,
-        "gallery": len(test),
-        "groups": len(test.groups.unique()),
-        "probe_rows": {"split": probe_split, "rows": len(rows)},
+        "gallery": len(run.test),
+        "groups": len(run.test.groups.unique()),
+        "probe_rows": {"split": run.probe_split, "rows": len(run.rows)},
         "checkpoint": options.checkpoint,
-        "progress": {name: (checkpoint.get("progress") or {}).get(name) for name in ("epoch", "step")},
-        "root": str((samples.root if samples else settings.data.store or Path()).resolve()),
+        "progress": {name: (run.checkpoint.get("progress") or {}).get(name) for name in ("epoch", "step")},
+        "root": str((samples.root if samples else run.settings.data.store or Path()).resolve()),
     }
-    labels = _labels(options, settings.data)
-    trained_tokens, untrained_tokens = (compute_tokens(m, test, all_rows(test), device) for m in (model, untrained))
-    frozen = stage1_features(test, all_rows(test), device)
-    pooled = {m: t.pooled for m, t in frozen.modalities.items()}
-    meanings = Meanings(labels, list(test.names), trained_tokens.keys, test.content_keys)
-    results["retrieval"] = {
-        pair_name(a, b): _pair(a, b, trained_tokens, untrained_tokens, pooled, meanings, weights)
-        for a, b in combinations(names, 2)
-    }
-    results["tvl_protocol"] = _tvl_protocol(trained_tokens, pooled, names) if samples else {}
-    results["repeated"] = {m: repeats(keys.numpy()) for m, keys in test.content_keys.items()}
-    results["controls"] = {"shuffled_acc1": _shuffled_acc1(trained_tokens, names, meanings, settings.run.seed)}
-    on_probe = compute_tokens(model, probe, rows, device)
-    results["label_free"] = cross_readings(on_probe, trained_tokens, settings.run.seed, device, options.probe_steps)
-    factors: FactorProbes | None = None
-    if labels is not None:
-        sides = Rows([probe.names[i] for i in rows.tolist()], stage1_features(probe, rows, device).to(device))
-        factors = FactorProbes(
-            labels,
-            sides,
-            Rows(list(test.names), frozen.to(device)),
-            settings.run.seed,
-            options.probe_steps,
-            _ceiling_rows(inputs.splits["train"], sides, device),
-        )
-        factors.read_ceilings(settings.data.store or settings.feature_dir)
-    prefixes = {k: _first(k, model, test, all_rows(test), device, trained_tokens) for k in _lengths(model)}
-    if factors is not None:
-        floor = compute_tokens(untrained, probe, rows, device)
-        groups: dict[str, Group] = {}
-        for name in ("overlapping", "complementary"):
-            on_rows, on_test = getattr(on_probe, name), getattr(trained_tokens, name)
-            groups[name] = Group(on_rows, on_test, thorough=True)
-            groups[f"half_{name}"] = Group(on_rows, on_test, share=0.5)
-            groups[f"untrained_{name}"] = Group(getattr(floor, name), getattr(untrained_tokens, name))
-        for k, tokens in prefixes.items():
-            if k < _overlapping(trained_tokens):
-                on_rows = _first_overlapping(k, model, probe, rows, device, on_probe)
-                groups[f"first_{k}_registers"] = Group(on_rows, tokens.overlapping, shared_only=True)
-        factors.read(groups)
-        factors.read(single_registers(on_probe, trained_tokens), ("linear",))
-    results["prefix"] = [_prefix(k, tokens, names, meanings, weights, factors) for k, tokens in prefixes.items()]
-    if factors is not None:
-        results["summary"] = factors.summary(weights)
-        results["left_out"] = factors.left_out
-    results["factors"] = factors.as_json() if factors is not None else {}
-    explored = explore(model, test, prefixes, frozen, meanings.of, labels, samples, device)
-    results["directions"] = by_direction(explored, pooled, meanings.of, weights)
-    results |= {"run": config, "evaluated_by": provenance()}
-    if options.split == "test":
-        explored.save(options.run)
-    written = options.run / ("results.json" if options.split == "test" else f"results-{options.split}.json")
-    write_atomically(written, json.dumps(results, indent=1, allow_nan=False) + "\n")
-    return written
+
+
+def _read_factors(
+    run: _Opened,
+    options: EvaluateConfig,
+    labels: Labels,
+    frozen: Features,
+    on_probe: SplitTokens,
+    untrained: SplitTokens,
+    prefixes: Mapping[int, SplitTokens],
+) -> FactorProbes:
+    """What probes read from the frozen features and from each group of registers.
+
+    frozen, untrained: of test rows. on_probe: the trained tokens of probe rows. prefixes: {k: tokens of test rows}.
+    """
+    test, data = run.test, run.settings.data
+    trained = prefixes[max(prefixes)]
+    sides = Rows(
+        [run.probe.names[i] for i in run.rows.tolist()], stage1_features(run.probe, run.rows, run.device).to(run.device)
+    )
+    factors = FactorProbes(
+        labels,
+        sides,
+        Rows(list(test.names), frozen.to(run.device)),
+        run.settings.run.seed,
+        options.probe_steps,
+        _ceiling_rows(run.inputs.splits["train"], sides, run.device),
+    )
+    factors.read_ceilings(data.store or run.settings.feature_dir)
+    floor = run.on_probe(run.untrained)
+    groups: dict[str, Group] = {}
+    for name in ("overlapping", "complementary"):
+        on_rows, on_test = getattr(on_probe, name), getattr(trained, name)
+        groups[name] = Group(on_rows, on_test, thorough=True)
+        groups[f"half_{name}"] = Group(on_rows, on_test, share=0.5)
+        groups[f"untrained_{name}"] = Group(getattr(floor, name), getattr(untrained, name))
+    for k, tokens in prefixes.items():
+        if k < _overlapping(trained):
+            on_rows = _first_overlapping(k, run.model, run.probe, run.rows, run.device, on_probe)
+            groups[f"first_{k}_registers"] = Group(on_rows, tokens.overlapping, shared_only=True)
+    factors.read(groups)
+    factors.read(single_registers(on_probe, trained), ("linear",))
+    return factors
 
 
 def _load_weights(model: nn.Module, path: Path, version: str, method: Method) -> Mapping[str, Any]:

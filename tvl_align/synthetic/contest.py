@@ -6,7 +6,6 @@ an interrupted benchmark resumes.
 """
 
 import json
-import os
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ from tvl_align.report.compare import write_comparison
 from tvl_align.report.page import write_page
 from tvl_align.synthetic.demo import DemoConfig, paths, prepare, run_name, small_settings, timed, with_options
 from tvl_align.system.bounds import at_least
+from tvl_align.system.machine import cores
 from tvl_align.system.runtime import pick_device
 from tvl_align.system.workers import run_in_processes
 from tvl_align.training.engine import fit
@@ -38,7 +38,7 @@ class ContestConfig(DemoConfig):
     """Methods to train; a method of your own as package.module:NAME. Options follow the name: "base --units 32"."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs: order of rows, views, dropout, initial weights."""
-    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    jobs: int = field(default_factory=cores)
     """Runs in parallel; they share the CPU cores."""
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ def worlds_of(config: ContestConfig) -> list[ContestConfig]:
 
 def _threads(config: ContestConfig, processes: int) -> int:
     """Torch threads of each of some processes, of which `jobs` run at a time."""
-    return max(1, (os.cpu_count() or 1) // max(1, min(config.jobs, processes)))
+    return max(1, cores() // max(1, min(config.jobs, processes)))
 
 
 def _make_features(config: ContestConfig) -> None:
