@@ -60,7 +60,8 @@ class RecordedGradients:
                 log.warning("the training step cannot be recorded as a CUDA graph (%s), so it is slower", reason)
                 return self.compute(features, kept)
         recorded = self.graphs[shape]
-        torch._foreach_copy_(recorded.inputs, [*features.tensors(), kept])  # in few launches
+        for mine, given in zip(recorded.inputs, [*features.tensors(), kept], strict=True):
+            mine.copy_(given)
         recorded.graph.replay()
         for parameter, gradient in zip(self.parameters, recorded.gradients, strict=True):
             parameter.grad = gradient
