@@ -166,7 +166,7 @@ def _views(
     faults: dict[str, str] = {}
     with nullcontext() if rng is None else torch.random.fork_rng(devices=[]):
         if rng is not None:
-            torch.manual_seed(rng.getrandbits(62))
+            torch.default_generator.manual_seed(rng.getrandbits(62))  # torch.manual_seed would seed a GPU too
         for modality, geometry in (("vision", photo), ("tactile", touch)):
             if modality in load:
                 try:

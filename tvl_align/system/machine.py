@@ -4,5 +4,9 @@ import os
 
 
 def cores() -> int:
-    """CPU cores that this process may use: fewer than the machine has in a Slurm job, a container or under taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: fewer than the machine has in a Slurm job or under taskset.
+
+    OMP_PROC_BIND binds the main thread to one of them, so then all of the machine are counted.
+    """
+    bound = os.environ.get("OMP_PROC_BIND", "false").lower() != "false"
+    return os.cpu_count() or 1 if bound or not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))

@@ -144,7 +144,8 @@ def _fit(settings: Settings[Any], method: Method, accelerator: "Accelerator") ->
         condense = cast(Stage2Model, model).condense
         train, val = (inputs.splits[name].condensed(condense, device) for name in ("train", "val"))
         wrapped = accelerator.prepare_model(_compiled(model, device) if settings.run.compile else model)
-        recorded = settings.run.cuda_graphs and method.recordable and device.type == "cuda" and world_size() == 1
+        may = settings.run.cuda_graphs and method.recordable and device.type == "cuda"
+        recorded = may and world_size() == optim.accum_iter == 1
         learner = Learner(model, wrapped, loss, optimizer, accelerator, recorded)
         for epoch in range(progress.epoch, optim.epochs):
             times = [time.perf_counter()]
@@ -270,9 +271,9 @@ def train_one_epoch(
             averaged = mean_over_processes(scalars | {"stop": stop})
             bad = ~(averaged["gradient"] + averaged["total_loss"]).isfinite()
             optimizer_step(learner.optimizer, schedule(epoch * updates + group), skip=bad)
-            means = values_of(averaged)  # a GPU is waited for here
-            stopping = means.pop("stop") > 0
-            if math.isfinite(means.pop("gradient") + means["total_loss"]):
+            means = values_of(averaged | {"bad": bad})  # a GPU is waited for here
+            stopping, _ = means.pop("stop") > 0, means.pop("gradient")
+            if not means.pop("bad"):
                 progress.counted += 1
                 for name, value in means.items():
                     progress.sums[name] = progress.sums.get(name, 0.0) + value
@@ -415,7 +416,7 @@ def evaluate(model: nn.Module, loss: nn.Module, source: FeatureSource, device: t
 
 def values_of(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """The values of named scalars, read from the device at once."""
-    return dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
+    return dict(zip(scalars, torch.stack([value.float() for value in scalars.values()]).tolist(), strict=True))
 
 
 def selection_scores(validated: dict[str, float]) -> dict[str, float]:

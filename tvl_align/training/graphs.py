@@ -1,6 +1,5 @@
 """CUDA graphs of a training step: its kernels start at once, where Python would start them one by one."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
@@ -9,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tvl_align.contract import Features
+from tvl_align.system.console import UserError
 
 WARM_UP = 3  # steps of a shape that run as usual, in which libraries choose their kernels and allocate their memory
 MOST_GRAPHS = 4  # shapes of batches that are recorded; each keeps its memory. Others run as usual
 Gradients = Callable[[Features, Tensor], dict[str, Tensor]]
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,32 +32,31 @@ class RecordedGradients:
 
     The first WARM_UP calls for a shape of batch run as usual, then one is recorded, and all others replay it: the same
     kernels, whose random numbers follow the seed of the moment. So `compute` must depend on nothing but its arguments, the
-    parameters and random numbers of the GPU (Method.recordable). Where it cannot be recorded, a warning says why, and all
-    calls run as usual.
+    parameters and random numbers of the GPU (Method.recordable). Raises UserError if it cannot be recorded.
     """
 
     def __init__(self, compute: Gradients, parameters: Iterable[nn.Parameter]) -> None:
         self.compute, self.parameters = compute, list(parameters)
         self.calls: Counter[Hashable] = Counter()
         self.graphs: dict[Hashable, _Graph] = {}
-        self.refused = False
         self.stream: torch.cuda.Stream | None = None
 
     def __call__(self, features: Features, kept: Tensor) -> dict[str, Tensor]:
         kept = kept.to(features.rows.device, non_blocking=True)
         shape = _shape(features, kept)
         if shape not in self.graphs:
-            if self.refused or len(self.graphs) == MOST_GRAPHS:
+            if len(self.graphs) == MOST_GRAPHS:
                 return self.compute(features, kept)
             self.calls[shape] += 1
             if self.calls[shape] <= WARM_UP:
                 return self._warm_up(features, kept)
             try:
                 self.graphs[shape] = self._record(features, kept)
-            except RuntimeError as error:
-                self.refused, reason = True, str(error).strip().splitlines()[0]
-                log.warning("the training step cannot be recorded as a CUDA graph (%s), so it is slower", reason)
-                return self.compute(features, kept)
+            except RuntimeError as error:  # the GPU and its allocator may be left in the middle of the recording
+                reason = str(error.__context__ or error).strip().splitlines()[0]
+                raise UserError(
+                    f"the training step cannot be recorded as a CUDA graph ({reason}); give --no_cuda_graphs."
+                ) from error
         recorded = self.graphs[shape]
         for mine, given in zip(recorded.inputs, [*features.tensors(), kept], strict=True):
             mine.copy_(given)
@@ -81,13 +79,11 @@ class RecordedGradients:
         mine, own_kept = features.map(torch.clone), kept.clone()
         for parameter in self.parameters:
             parameter.grad = None
-        graph, before = torch.cuda.CUDAGraph(), torch.get_rng_state()
-        # The thread that copies the next batches goes on meanwhile, so only this thread's calls are restricted.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        graph = torch.cuda.CUDAGraph()
+        # The threads that read and copy the next batches go on meanwhile, so only this thread's calls are restricted.
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
             found = self.compute(mine, own_kept)
             scalars = torch.stack([value.float() for value in found.values()])
-        if not torch.equal(before, torch.get_rng_state()):
-            raise RuntimeError("it draws random numbers on the CPU")
         return _Graph(graph, [*mine.tensors(), own_kept], list(found), scalars, [p.grad for p in self.parameters])
 
 
