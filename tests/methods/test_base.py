@@ -2,6 +2,8 @@
 
 import math
 from dataclasses import replace
+from functools import partial
+from typing import cast
 
 import pytest
 import torch
@@ -11,11 +13,11 @@ from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.losses import contrastive
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
-from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2, unit_owners
+from tvl_align.methods.base import BASE, BaseLoss, Stage2Config, Stage2Loss, TVLStage2, rounded, unit_owners
 from tvl_align.methods.codes import Codes
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
-from tvl_align.training.checks import SPECS, random_features
+from tvl_align.training.checks import CHECKS, SPECS, random_features
 
 
 def model(**changes: object) -> TVLStage2:
@@ -385,3 +387,29 @@ def test_units_of_a_pair_are_zero_in_the_third_modality() -> None:
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(own, before, strict=True))
     guessed = [(codes != 0).any(0).tolist() for codes in output.extras["codes"].values()]
     assert guessed == unit_owners(list(output.extras["codes"]), net.codes.counts, True)
+
+
+def test_rounded_units_have_no_small_traces_and_no_scale() -> None:
+    g = torch.Generator().manual_seed(0)
+    units = torch.randn(2, 50, 12, generator=g)
+    trace = 1e-3 * torch.randn(2, 50, 1, generator=g).expand_as(units)
+    found = rounded(units, 6, 0.25)
+    assert torch.equal((found / 0.25).round() * 0.25, found)
+    assert torch.equal(rounded(7 * units, 6, 0.25), found)
+    assert (rounded(units + trace, 6, 0.25) == found).float().mean() > 0.98
+    assert (found[..., :6].square().mean(-1).sqrt() - 1).abs().max() < 0.2
+    assert torch.equal(rounded(torch.zeros(1, 12), 6, 0.25), torch.zeros(1, 12))
+
+
+def test_the_gradient_of_rounded_units_is_that_of_scaled_ones() -> None:
+    units, weight = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
+    (found,) = torch.autograd.grad((rounded(units, 4, 0.5) * weight).sum(), units)
+    scaled = units / units[:, :4].square().mean(1, keepdim=True).sqrt()
+    (expected,) = torch.autograd.grad((scaled * weight).sum(), units)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKS if name != "two_processes"])
+def test_the_base_with_rounded_units_passes_the_checks_of_methods(name: str) -> None:
+    """Among them: a token does not depend on registers that were dropped, in spite of the common scale."""
+    CHECKS[name](replace(BASE, knobs=cast(type, partial(Stage2Config, resolution=0.25))))

@@ -83,11 +83,14 @@ class Stage2Config(CodeConfig):
     for what a third one lacks, where they are zero."""
     input_dropout: float = 0.2
     """Dropout probability of the components that the trunk reads."""
+    resolution: float = 0.0
+    """Round overlapping units to multiples of this, so that small traces of unique information cannot hide in them; those of
+    the first token have a root mean square of 1 then. 0: not rounded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, self, "block_width", "trunk_width", "num_keys", "critics")
-        at_least(0, self, "trunk_layers", "independence_weight")
+        at_least(0, self, "trunk_layers", "independence_weight", "resolution")
         between(0, 1, self, "input_dropout", below=True)
         if self.levels < 3 or self.levels % 2 == 0:
             raise UserError(f"--levels {self.levels} has no level at 0 or only that one; give an odd number from 3 on.")
@@ -215,6 +218,17 @@ def quantise(x: Tensor, levels: int) -> Tensor:
     """Round tanh(x) to `levels` values in [-1, 1], an odd number; the gradient is that of tanh (straight-through)."""
     bounded, half = torch.tanh(x), (levels - 1) / 2
     return bounded + ((bounded * half).round() / half - bounded).detach()
+
+
+def rounded(units: Tensor, first: int, step: float) -> Tensor:
+    """Units (..., U) of tokens -> multiples of `step`; the gradient is that of what is rounded (straight-through).
+
+    Rows are scaled first, so that the `first` units, those of the token that is never dropped, have a root mean square of 1:
+    the scale of a row would be a number of any precision.
+    """
+    size = units[..., :first].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
+    scaled = units / size
+    return scaled + ((scaled / step).round() * step - scaled).detach()
 
 
 @dataclass(frozen=True)
@@ -363,6 +377,8 @@ class TVLStage2(NestedModel):
         first, last = (None, None) if kept is None else (kept[:, :leading], kept[:, leading:])
         units = self.narrow(self.shared_stack(queries[:leading], shared_keys, rows, first))
         units = (units + self.linear(h) if self.linear is not None else units) * self.owned[:, None]
+        if self.knobs.resolution:
+            units = rounded(units.float(), self.codes.counts[0], self.knobs.resolution)
         comp_units = self.comp_narrow(self.own_stack(queries[leading:], keys, rows, last))
         comp_units = quantise(
             comp_units + self.comp_linear(noisy) if self.comp_linear is not None else comp_units, self.knobs.levels
