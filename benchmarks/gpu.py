@@ -57,7 +57,7 @@ class GPUConfig:
     """Rows of a training step."""
     rows: int = 16_000
     """Training rows of the store of an epoch."""
-    pictures: int = 16_384
+    pictures: int = 8192
     """Rows of the store that is filled: a photo and a touch image each."""
     parts: tuple[str, ...] = ("tower", "store", "step", "epoch", "compile")
     """Parts to measure."""

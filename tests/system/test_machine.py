@@ -16,4 +16,7 @@ def test_cores_are_those_that_the_process_may_use() -> None:
     one = sorted(os.sched_getaffinity(0))[:1]
     code = f"import os; os.sched_setaffinity(0, {one}); from tvl_align.system.machine import cores; print(cores())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
+    bound = {**os.environ, "OMP_PROC_BIND": "true"}  # the main thread is bound to one core, the others are not
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=bound)
+    assert done.stdout == f"{os.cpu_count()}\n"
     assert 1 <= cores() <= (os.cpu_count() or 1)
