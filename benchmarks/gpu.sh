@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What a GPU makes of this project: gpu.json, and the tests that are about CUDA. More than 6 minutes on an H200; --parts step: one. From the repository root.
+# What a GPU makes of this project: gpu.json, and the tests that are about CUDA. From the repository root.
+# All of it takes more than 6 minutes on an H200; `--parts step` takes one.
 set -euo pipefail
 python=${PYTHON:-.venv/bin/python}
 "$python" -m benchmarks.gpu "$@"

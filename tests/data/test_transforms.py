@@ -31,6 +31,16 @@ def test_plain_views_are_exact_and_augmented_views_depend_on_the_seed_only(world
         assert not torch.equal(one[modality], other[modality])
 
 
+def test_augmentation_leaves_the_seed_of_a_gpu_alone(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may load images while the main thread has seeded a training step."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    torch.manual_seed(0)
+    assert seeds == [0]  # this is how a GPU would be seeded
+    ImageLoader(world, ImageOptions(64, 64))(read_tvl(world).train[0], 1)
+    assert seeds == [0]
+
+
 def test_photo_and_touch_share_their_geometry(world: Path) -> None:
     """The geometry that best matches the plain image is the same for both images; with independent sampling it is not."""
     sample = read_tvl(world).train[0]
