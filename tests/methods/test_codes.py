@@ -54,7 +54,7 @@ def calibrated(method: Method, features: Features, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("dim", "counts", "comp"), [(256, [12, 6, 6], 16), (128, [12, 6, 6], 16), (30, [11, 5, 5], 7), (4, [1, 1, 1], 1)]
+    ("dim", "counts", "comp"), [(256, [12, 6, 6], 12), (128, [12, 6, 6], 12), (30, [11, 5, 5], 7), (4, [1, 1, 1], 1)]
 )
 def test_tokens_span_orthogonal_subspaces(dim: int, counts: list[int], comp: int) -> None:
     """Units are read back from the tokens exactly, half of them from the first; if the width is small, tokens have fewer."""
@@ -91,16 +91,16 @@ def test_the_first_token_holds_half_of_the_units(units: int, overlapping: int, e
 
 @pytest.mark.parametrize("levels", [3, 5, 9])
 def test_quantised_values_are_in_the_grid_with_the_gradient_of_tanh(levels: int) -> None:
-    x = torch.linspace(-4, 4, 201, dtype=torch.float64, requires_grad=True)
+    x = torch.linspace(-4, 4, 201, requires_grad=True)
     found = quantise(x, levels)
-    grid = torch.linspace(-1, 1, levels, dtype=torch.float64)
+    grid = torch.linspace(-1, 1, levels)
     distance = (found.detach()[:, None] - grid).abs()
-    assert distance.min(1).values.max() < 1e-12
+    assert distance.min(1).values.max() < 1e-6
     assert len(distance.argmin(1).unique()) == levels
     nearest = (torch.tanh(x.detach())[:, None] - grid).abs().min(1).values
-    assert torch.allclose((found - torch.tanh(x)).abs().detach(), nearest, atol=1e-12)
+    assert torch.allclose((found - torch.tanh(x)).abs().detach(), nearest, atol=1e-6)
     found.sum().backward()
-    assert torch.allclose(x.grad, 1 - torch.tanh(x.detach()).square())
+    assert torch.allclose(x.grad, 1 - torch.tanh(x.detach()).square(), atol=1e-6)
 
 
 def test_noise_has_the_given_standard_deviation_in_training_only() -> None:
@@ -148,7 +148,7 @@ def test_training_is_noisy_and_evaluation_deterministic(method: Method) -> None:
 def test_complementary_codes_of_the_base_start_at_the_closed_form() -> None:
     """Their linear part gives the units of `closed` with the same components, up to what the registers and the grid add."""
     data, fresh = correlated(), correlated(seed=1, absent=False)
-    base, closed = calibrated(BASE, data), calibrated(CLOSED, data, complementary_units=16, noise=0.0)
+    base, closed = calibrated(BASE, data), calibrated(CLOSED, data, complementary_units=12, noise=0.0)
     base.comp_narrow.weight.data.zero_()  # no contribution of the registers
     one, other = base(fresh), closed(fresh)
     for m in SPECS:

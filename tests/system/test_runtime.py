@@ -21,7 +21,7 @@ from tvl_align.system.console import UserError
 from tvl_align.system.distributed import (
     gather,
     gather_with_grad,
-    mean_count,
+    joint_mean,
     mean_over_processes,
     rank,
     single_process,
@@ -46,7 +46,7 @@ def _one_of_three(index: int, folder: str) -> None:
         "grad": x.grad,
         "unequal": gather(torch.full((index,), index)),
         "mean": mean_over_processes({"a": torch.tensor(float(index))})["a"],
-        "count": mean_count(torch.tensor(float(index))),
+        "count": joint_mean(torch.tensor(float(index))),
         "alone": alone,
     }
     torch.save(result, f"{folder}/{index}.pt")

@@ -85,8 +85,8 @@ def alignment(
     if len(weights) > 1 or weights[0] != 1:
         losses = losses * constant(tuple(weights), device)
     table = torch.cat([losses.sum((0, 2))[None], 100.0 * hits]) / (valid.sum(1).clamp(min=1) * (2 / world_size()))
-    weight = valid.any(1).to(table.dtype)
-    means = (table * (weight / weight.sum().clamp(min=1))).sum(1)
+    paired = valid.any(1)
+    means = table @ (paired / paired.sum().clamp(min=1))
     kinds = ("loss", "acc1", "acc5")
     numbers = {
         f"{pair_name(*pair)}_{kind}": x
@@ -105,7 +105,7 @@ def _scores(
     queries (2, pairs, P, b, D), gallery (2, pairs, P, G, D), positives (pairs, b, G), valid (pairs, b), gallery_valid
     (pairs, G).
     """
-    logits = similarities(queries, gallery, scale, gallery_valid[:, None])
+    logits = similarities(scale * queries, gallery, gallery_valid[:, None])
     losses = cross_entropy(logits, positives[:, None], valid[:, None])
     hits = torch.stack(hits_at(logits[:, :, -1].detach(), positives, (1, 5)))
     return losses, (hits & valid).sum((1, 3)).to(losses.dtype)

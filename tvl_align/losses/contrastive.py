@@ -36,15 +36,15 @@ def positive_mask(keys: Tensor, all_keys: Tensor) -> Tensor:
 NEVER = -1e9  # logit of a row that is not in the gallery; its probability is exactly zero
 
 
-def similarities(queries: Tensor, gallery: Tensor, scale: Tensor | float, gallery_valid: Tensor) -> Tensor:
-    """Logits (..., B, G) of queries (..., B, D) and gallery (..., G, D); NEVER where gallery_valid (..., G) is False."""
-    return (scale * queries @ gallery.mT).masked_fill(~gallery_valid[..., None, :], NEVER)
+def similarities(queries: Tensor, gallery: Tensor, gallery_valid: Tensor) -> Tensor:
+    """Products (..., B, G) of queries (..., B, D) and gallery (..., G, D); NEVER where gallery_valid (..., G) is False."""
+    return (queries @ gallery.mT).masked_fill(~gallery_valid[..., None, :], NEVER)
 
 
 def cross_entropy(logits: Tensor, positives: Tensor, valid: Tensor) -> Tensor:
     """Logits (..., B, G), positives (..., B, G) bool in the valid gallery, valid queries (..., B) -> sum over rows (...)."""
-    per_row = (logits.log_softmax(-1) * positives).sum(-1) / positives.sum(-1).clamp(min=1)
-    return -(per_row * valid).sum(-1)
+    per_row = (logits.log_softmax(-1) * positives).sum(-1) / -positives.sum(-1).clamp(min=1)
+    return (per_row * valid).sum(-1)
 
 
 def info_nce(
@@ -56,7 +56,7 @@ def info_nce(
     valid (..., B) and gallery_valid (..., G) bool: rows that have both modalities of the pair. With one positive this is the
     cross-entropy of CLIP. With several it averages their log-probabilities (Khosla et al. 2020, arXiv:2004.11362, eq. 2).
     """
-    logits = similarities(queries, gallery, scale, gallery_valid)
+    logits = similarities(scale * queries, gallery, gallery_valid)
     return cross_entropy(logits, positives & gallery_valid[..., None, :], valid)
 
 

@@ -59,9 +59,9 @@ def independence(
         sums.append(recomputed(_terms, *given) if len(parts) > 1 else _terms(*given))
     terms = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]  # (2, Q)
     counts = rows_of.sum(1)
-    weight = (counts > 0).to(terms.dtype)
-    share = weight / weight.sum().clamp(min=1) / counts.clamp(min=1) * (world_size() / guess.shape[1])
-    critic, penalty = (terms * share).sum(1).unbind()
+    found = counts > 0
+    share = found / counts.clamp(min=1) / found.sum().clamp(min=1) * (world_size() / guess.shape[1])
+    critic, penalty = (terms @ share).unbind()
     return critic, penalty
 
 
@@ -71,7 +71,7 @@ def _terms(both: Tensor, gallery: Tensor, positives: Tensor, valid: Tensor, gall
     both (2, Q, C, b, U): guesses and answers. gallery (Q, G, U), positives (Q, b, G), valid (Q, b), gallery_valid (Q, G).
     The penalty is the KL divergence, in nats, of the answer over the gallery from the uniform distribution.
     """
-    logits = similarities(both, gallery[:, None], 1.0, gallery_valid[:, None])
+    logits = similarities(both, gallery[:, None], gallery_valid[:, None])
     critic = cross_entropy(logits[0], positives[:, None], valid[:, None]).sum(1)
     log_probability = logits[1].log_softmax(-1)
     negative_entropy = (log_probability.exp() * log_probability).sum(-1)  # (Q, C, b)

@@ -57,34 +57,26 @@ def complementary_regularisation(output: Output) -> Tensor:
     return (penalties + diversity(tokens, mask) if tokens.shape[2] > 1 else penalties).mean()
 
 
-def preservation(output: Output) -> Tensor:
-    """Mean squared error of reconstructing the frozen tokens, averaged over the modalities -> ().
+def rebuilding_errors(output: Output) -> Tensor:
+    """Mean squared error of rebuilding the frozen tokens of each modality, (M,); (1,) of 0 for a method without a decoder.
 
-    The tokens have unit variance, so predicting their mean gives 1. A method without a decoder gives 0.
+    The tokens have unit variance, so predicting their mean gives 1.
     """
     found = list(output.reconstruction.values())
     if not found:
-        return output.logit_scale * 0.0
+        return output.logit_scale[None] * 0.0
     if len({r.error.shape for r in found}) == 1:
-        return masked_mean(torch.stack([r.error for r in found]), torch.stack([r.mask for r in found])).mean()
-    return torch.stack([masked_mean(r.error, r.mask) for r in found]).mean()
-
-
-def total(numbers: dict[str, Tensor], output: Output, reg_weight: float, preservation_weight: float) -> dict[str, Tensor]:
-    """Return `numbers` with `complementary_reg`, `preservation` and `total_loss`, their weighted sum with
-    `overlapping_loss`, added."""
-    reg, preserved = complementary_regularisation(output), preservation(output)
-    weighted = numbers["overlapping_loss"] + reg_weight * reg + preservation_weight * preserved
-    return numbers | {"complementary_reg": reg, "preservation": preserved, "total_loss": weighted}
+        return masked_mean(torch.stack([r.error for r in found]), torch.stack([r.mask for r in found]))
+    return torch.stack([masked_mean(r.error, r.mask) for r in found])
 
 
 class RegisterLoss(nn.Module):
     """total = overlapping + complementary_reg_weight * complementary_reg + preservation_weight * preservation.
 
     overlapping: symmetric InfoNCE between the pooled overlapping tokens of each active pair, averaged over the pairs with
-    rows in the batch. `forward` takes a model's Output, or a mapping with its entries, and returns named scalars, among them
-    `total_loss`. It computes in float32, also under autocast. The loss has no parameters. Raises UserError if no pair of
-    modalities is left to align.
+    rows in the batch. preservation: the error of rebuilding the frozen tokens, averaged over the modalities. `forward` takes
+    a model's Output, or a mapping with its entries, and returns named scalars, among them `total_loss`. It computes in
+    float32, also under autocast. The loss has no parameters. Raises UserError if no pair of modalities is left to align.
     """
 
     def __init__(self, knobs: RegisterConfig, modalities: Sequence[str]) -> None:
@@ -99,8 +91,15 @@ class RegisterLoss(nn.Module):
 
     def terms(self, output: Output) -> dict[str, Tensor]:
         """The named scalars of a complete Output in float32. Methods may add to them."""
-        return total(self.align(output), output, *self.weights)
+        numbers, (reg_weight, preservation_weight) = self.align(output), self.weights
+        reg, preserved = complementary_regularisation(output), self.preserve(rebuilding_errors(output))
+        weighted = numbers["overlapping_loss"] + reg_weight * reg + preservation_weight * preserved
+        return numbers | {"complementary_reg": reg, "preservation": preserved, "total_loss": weighted}
 
     def align(self, output: Output) -> dict[str, Tensor]:
         """Compute the alignment loss and its metrics, among them `overlapping_loss`. Methods may override this."""
         return alignment(pooled_overlapping(output), output, self.pairs)
+
+    def preserve(self, errors: Tensor) -> Tensor:
+        """The preservation term, of the errors of the modalities (M,) -> (). Methods may override this."""
+        return errors.mean()

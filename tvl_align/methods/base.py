@@ -1,15 +1,17 @@
-"""stage2_base v5.1. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v6.0. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
    modality, and overlapping registers attend to what it makes of them; their stack is shared too. The projections read with
    dropout and start equal for what Stage 1 has aligned: in weights of its own a modality memorises what is unique to it.
 3. Each token is a narrow code (tvl_align.methods.codes). Of three modalities, units of later overlapping tokens belong to
-   pairs, for what the third lacks. Prefixes are aligned with the probability that nested dropout keeps them: the expected
-   loss instead of a sample, and no row is compared with shorter ones.
+   pairs, for what the third lacks. Units are rounded, so that small traces of what is unique cannot hide in them. Prefixes
+   are aligned with the probability that nested dropout keeps them: the expected loss instead of a sample, and no row is
+   compared with shorter ones.
 4. Complementary codes start at the principal components of what canonical correlations leave (tvl_align.methods.canonical),
-   and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505), so that small traces
-   cannot hide in them. A decoder rebuilds the components from both codes; only the complementary ones get its gradients.
+   and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505). A decoder rebuilds the
+   components from both codes; only the complementary ones get its gradients. Every row is rebuilt twice, from the registers
+   that nested dropout keeps and from all: it drops the complementary register in half of the rows.
 5. Critics try to tell from the complementary code of a modality which row the OTHER modalities' overlapping codes belong to;
    the code is trained so that they cannot (tvl_align.losses.independence).
 
@@ -31,6 +33,7 @@ from torch.func import functional_call
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Implementation, Method, Output, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.losses.alignment import prefix_alignment
+from tvl_align.losses.complementary import log_error
 from tvl_align.losses.independence import independence
 from tvl_align.losses.register_loss import RegisterLoss
 from tvl_align.methods.canonical import canonical, residual_components
@@ -47,6 +50,8 @@ START = 0.1  # scale of what registers add to the linear projections at the star
 COMPONENTS_START = 0.3  # scale of the trunk's projections of components at the start, beside those of pooled features
 CRITIC_WIDTH = 128
 DECODER_WIDTH = 256
+LEAST_ERROR = 0.01  # of a modality that counts, of a variance of 1
+MOST_STEPS = 2**20  # of a rounded unit, in either direction
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,8 @@ class Stage2Config(CodeConfig):
     num_cross_attn_layers: int = 1
     """Number of cross-attention blocks between the registers and the keys; 0: registers attend to nothing (an ablation)."""
     preservation_weight: float = 1.0
-    """Weight of the error of rebuilding the frozen tokens from all registers; 0: no decoders."""
-    independence_weight: float = 0.3
+    """Weight of the logarithm of the error of rebuilding the frozen tokens; 0: no decoders."""
+    independence_weight: float = 0.2
     """Weight of what critics tell of the other modalities from complementary tokens; 0: no critics."""
     share_weights: bool = False
     """Use the same blocks for every modality in complementary registers too."""
@@ -71,7 +76,7 @@ class Stage2Config(CodeConfig):
     """Residual MLPs of the trunk."""
     num_keys: int = 8
     """Keys that each group of registers attends to in a modality."""
-    levels: int = 5
+    levels: int = 3
     """Levels of a unit of a complementary token, an odd number."""
     critics: int = 2
     """Critics of each complementary code."""
@@ -83,9 +88,9 @@ class Stage2Config(CodeConfig):
     for what a third one lacks, where they are zero."""
     input_dropout: float = 0.2
     """Dropout probability of the components that the trunk reads."""
-    resolution: float = 0.0
+    resolution: float = 0.25
     """Round overlapping units to multiples of this, so that small traces of unique information cannot hide in them; those of
-    the first token have a root mean square of 1 then. 0: not rounded."""
+    the first token have a root mean square of 1. 0: not rounded."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -216,19 +221,18 @@ class Critics(nn.Module):
 
 def quantise(x: Tensor, levels: int) -> Tensor:
     """Round tanh(x) to `levels` values in [-1, 1], an odd number; the gradient is that of tanh (straight-through)."""
-    bounded, half = torch.tanh(x), (levels - 1) / 2
-    return bounded + ((bounded * half).round() / half - bounded).detach()
+    half = levels // 2
+    return torch.fake_quantize_per_tensor_affine(torch.tanh(x.float()), 1 / half, 0, -half, half)
 
 
 def rounded(units: Tensor, first: int, step: float) -> Tensor:
     """Units (..., U) of tokens -> multiples of `step`; the gradient is that of what is rounded (straight-through).
 
     Rows are scaled first, so that the `first` units, those of the token that is never dropped, have a root mean square of 1:
-    the scale of a row would be a number of any precision.
+    the scale of a row would be a number of any precision. It gets no gradient, as cosines do not depend on it.
     """
-    size = units[..., :first].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-6)
-    scaled = units / size
-    return scaled + ((scaled / step).round() * step - scaled).detach()
+    size = torch.linalg.vector_norm(units[..., :first].detach().float(), dim=-1, keepdim=True) * first**-0.5
+    return torch.fake_quantize_per_tensor_affine(units / size.clamp(min=1e-6), step, 0, -MOST_STEPS, MOST_STEPS)
 
 
 @dataclass(frozen=True)
@@ -378,7 +382,7 @@ class TVLStage2(NestedModel):
         units = self.narrow(self.shared_stack(queries[:leading], shared_keys, rows, first))
         units = (units + self.linear(h) if self.linear is not None else units) * self.owned[:, None]
         if self.knobs.resolution:
-            units = rounded(units.float(), self.codes.counts[0], self.knobs.resolution)
+            units = rounded(units, self.codes.counts[0], self.knobs.resolution)
         comp_units = self.comp_narrow(self.own_stack(queries[leading:], keys, rows, last))
         comp_units = quantise(
             comp_units + self.comp_linear(noisy) if self.comp_linear is not None else comp_units, self.knobs.levels
@@ -412,25 +416,27 @@ class TVLStage2(NestedModel):
     ) -> dict[str, Reconstruction]:
         """The error of the frozen tokens rebuilt from both codes: (B, 1), over the whole sequence.
 
-        In training it is that of the components, whose mean variance is 1.
+        In training it is that of the components, whose mean variance is 1: (B, 2), from the kept registers and from all, or
+        (B, 1) with `independent` dropout, where the others have not seen the dropped ones.
         """
         if self.decoders is None:
             return {}
-        read = encoded.inputs
-        code = torch.cat([read.units.detach(), read.comp_units], dim=2) * self.codes.kept_units(kept)
-        rebuilt = self.decoders(code).float()
-        names = list(self.specs)
+        read, names = encoded.inputs, list(self.specs)
+        code = torch.cat([read.units.detach(), read.comp_units], dim=2)
+        kept_code = code * self.codes.kept_units(kept)
         if self.training:
-            difference = read.components[..., : rebuilt.shape[2]] - rebuilt
-            errors = (difference.square() * self.rebuilt[:, None]).sum(2)
+            each = torch.stack([kept_code, code] if self.causal else [kept_code], dim=1)  # (M, S, B, U + V)
+            rebuilt = self.decoders(each.flatten(1, 2)).float().unflatten(1, each.shape[1:3])
+            difference = read.components[:, None, :, : rebuilt.shape[3]] - rebuilt
+            errors = (difference.square() * self.rebuilt[:, None, None]).sum(3).transpose(1, 2)
         else:
-            principal = self.codes.principal
+            principal, rebuilt = self.codes.principal, self.decoders(kept_code).float()
             of = zip(names, read.components, rebuilt, read.rest, strict=True)
             errors = torch.stack(
                 [principal.squared_error(m, x[:, : principal.sizes[m]], r[:, : principal.counts[m]], e) for m, x, r, e in of]
-            )
-        parts = zip(names, errors[..., None].unbind(0), read.present[..., None].unbind(0), strict=True)
-        return {m: Reconstruction(error, mask) for m, error, mask in parts}
+            )[..., None]
+        present = read.present[..., None].expand_as(errors)
+        return {m: Reconstruction(*parts) for m, *parts in zip(names, errors.unbind(0), present.unbind(0), strict=True)}
 
     @torch.no_grad()
     def calibrate(self, batches: Callable[[], Iterable[Features]]) -> None:
@@ -491,13 +497,18 @@ class BaseLoss(RegisterLoss):
         weights = prefix_probabilities(registers, self.nested_rate, next(iter(tokens.values())).shape[1])
         return prefix_alignment(tokens, output, self.pairs, weights)
 
+    def preserve(self, errors: Tensor) -> Tensor:
+        """The mean logarithm of the errors, so that a modality which is hard to rebuild counts no more than another."""
+        return log_error(errors, LEAST_ERROR).mean()
+
     def terms(self, output: Output) -> dict[str, Tensor]:
         numbers = super().terms(output)
         if "guesses" not in output.extras:
             return numbers
-        kept = output.nested_dropout_mask
-        count = next(iter(output.complementary_tokens.values())).shape[1]
-        computed = output.present if kept is None else dict.fromkeys(output.present, kept[:, -count:].any(1))
+        computed, kept = output.present, output.nested_dropout_mask
+        if kept is not None and "before_dropout" not in output.extras:  # dropped registers have not been computed
+            count = next(iter(output.complementary_tokens.values())).shape[1]
+            computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
         codes, guesses, answers = (output.extras[name] for name in ("codes", "guesses", "answers"))
         critic, penalty = independence(
             codes, guesses, answers, computed, output.present, output.caption_keys, output.content_keys
@@ -535,4 +546,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "5.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
+BASE = Method(Implementation("stage2_base", "6.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)

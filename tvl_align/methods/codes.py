@@ -31,7 +31,7 @@ class CodeConfig(RegisterConfig):
     """Principal components of a modality's frozen tokens that are read."""
     units: int = 24
     """Units of all overlapping tokens; the first token holds half of them, the others share the rest."""
-    complementary_units: int = 16
+    complementary_units: int = 12
     """Units of a complementary token."""
     noise: float = 0.2
     """Standard deviation of the Gaussian noise added in training to what is read (of a mean variance of 1)."""

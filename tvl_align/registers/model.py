@@ -170,9 +170,8 @@ class NestedModel(nn.Module, Stage2Model):
         features = self.features(batch)
         dropping = kept is not None or self.training
         if kept is None:
-            kept = torch.ones(len(features), len(self.registers), dtype=torch.bool)
-            if self.training:
-                kept = self.draw_kept(len(features))
+            count = len(features)
+            kept = self.draw_kept(count) if self.training else torch.ones(count, len(self.registers), dtype=torch.bool)
         kept = kept.to(self.registers.device, non_blocking=True)
         # Causal registers do not depend on later ones, so dropped registers can attend too and are zeroed below.
         encoded = self.encode(features, None if self.causal else kept)

@@ -141,10 +141,15 @@ def mean_over_processes(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(values, stacked.unbind(), strict=True))
 
 
-def mean_count(count: Tensor) -> Tensor:
-    """Mean of a count over all processes, without gradients. A local sum divided by it averages to the global mean."""
+def joint_mean(values: Tensor) -> Tensor:
+    """Mean over all processes, without gradients. A local sum divided by that of counts averages to the global mean."""
     if world_size() == 1:
-        return count.detach()
-    count = count.detach().clone()
-    dist.all_reduce(count)
-    return count / world_size()
+        return values.detach()
+    values = values.detach().clone()
+    dist.all_reduce(values)
+    return values / world_size()
+
+
+def joint_mean_with_grad(values: Tensor) -> Tensor:
+    """Mean over all processes, with the gradient of the local values; averaged over processes, that is its gradient."""
+    return values if world_size() == 1 else values + (joint_mean(values) - values.detach())
