@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-WITHOUT := "base --num_cross_attn_layers 0" "base --no_linear" "base --trunk_layers 0" "base --input_dropout 0" \
+WITHOUT := "base --num_cross_attn_layers 0" "base --no_linear" "base --resolution 0" "base --trunk_layers 0" "base --input_dropout 0" \
 	"base --independence_weight 0" "base --preservation_weight 0"
 
 .PHONY: demo compare ablation bench benchmarks faults screenshots test test-fast check docs

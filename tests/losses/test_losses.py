@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvl_align.losses.complementary import diversity, masked_mean, token_norm
+from tvl_align.losses.complementary import diversity, log_error, masked_mean, token_norm
 from tvl_align.losses.contrastive import hits_at, info_nce, positive_mask
 from tvl_align.registers.decoder import reconstruction_error
 
@@ -103,6 +103,14 @@ def test_norm_and_reconstruction_error_ignore_masked_tokens() -> None:
         [pytest.approx(4)] * 2
     ]
     assert float(masked_mean(result.error, result.mask)) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_logarithm_of_errors_has_the_gradient_of_relative_errors() -> None:
+    errors = torch.tensor([0.0, 0.01, 0.5], requires_grad=True)
+    found = log_error(errors, 0.01)
+    assert found.tolist() == pytest.approx([0, math.log(2), math.log(51)])
+    found.sum().backward()
+    assert errors.grad.tolist() == pytest.approx([100, 50, 1 / 0.51])
 
 
 def test_the_norm_of_a_token_that_is_zero_has_a_zero_gradient() -> None:

@@ -55,6 +55,8 @@ def test_the_documented_formula() -> None:
     assert torch.allclose(numbers["total_loss"], numbers["overlapping_loss"] + 0.3 * numbers["complementary_reg"])
     weighed = Stage2Loss(complementary_reg_weight=0.3, preservation_weight=2.0)(output)
     assert torch.allclose(weighed["total_loss"], numbers["total_loss"] + 2 * weighed["preservation"])
+    errors = torch.stack([r.error.detach().mean() for r in output.reconstruction.values()])
+    assert weighed["preservation"].item() == pytest.approx(float((1 + 100 * errors).log().mean()), rel=1e-5)
     assert "critic_loss" not in weighed
     critical = Stage2Loss(preservation_weight=2.0, independence_weight=0.5)(model().train()(random_features(6)))
     terms = {

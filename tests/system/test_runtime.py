@@ -1,5 +1,6 @@
 """Process groups, devices, seeds, signals, provenance, and parallel tasks."""
 
+import math
 import os
 import platform
 import resource
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from processes import finish, run, spawn, start
 
+from tvl_align.losses.complementary import log_error
 from tvl_align.system import provenance as provenance_module
 from tvl_align.system.console import UserError
 from tvl_align.system.distributed import (
@@ -39,6 +41,7 @@ def _one_of_three(index: int, folder: str) -> None:
     x = torch.full((2, 2), float(index + 1), requires_grad=True)
     gathered = gather_with_grad(x)
     ((index + 1) * gathered.square()).sum().backward()  # the loss differs between processes
+    own = torch.tensor(float(index), requires_grad=True)
     with single_process():
         alone = (rank(), world_size(), len(gather(x.detach())))
     result = {
@@ -47,6 +50,8 @@ def _one_of_three(index: int, folder: str) -> None:
         "unequal": gather(torch.full((index,), index)),
         "mean": mean_over_processes({"a": torch.tensor(float(index))})["a"],
         "count": joint_mean(torch.tensor(float(index))),
+        "log_error": log_error(own, 0.5).detach(),
+        "log_error_grad": torch.autograd.grad(log_error(own, 0.5), own)[0],
         "alone": alone,
     }
     torch.save(result, f"{folder}/{index}.pt")
@@ -62,6 +67,8 @@ def test_gathering_on_three_processes(tmp_path: Path) -> None:
         assert torch.allclose(result["grad"], torch.full((2, 2), (1 + 2 + 3) * 2.0 * (index + 1)))
         assert result["unequal"].tolist() == [1, 2, 2]
         assert result["mean"] == result["count"].item() == 1
+        assert result["log_error"].item() == pytest.approx(math.log(3))  # of the joint error, 1, with floor 0.5
+        assert result["log_error_grad"].item() == pytest.approx(1 / 1.5)
         assert result["alone"] == (0, 1, 2)
 
 
