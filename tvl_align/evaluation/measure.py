@@ -74,7 +74,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenedRun:
     """A run to evaluate: its model, the same one untrained, and the splits.
 
     rows: those of the probe split that are used.
@@ -107,10 +107,10 @@ def measure(options: EvaluateConfig) -> Path:
 
     Raises UserError for a split without rows and for a run folder that cannot be loaded.
     """
-    run = _open(options)
+    run = open_run(options)
     test, names, device, seed = run.test, list(run.inputs.specs), run.device, run.settings.run.seed
     samples = run.inputs.samples.get(options.split)  # None for a feature store without images
-    weights, labels = group_weights(test.groups, seed), _labels(options, run.settings.data)
+    weights, labels = group_weights(test.groups, seed), labels_of(options, run.settings.data)
     trained, untrained = run.on_test(run.model), run.on_test(run.untrained)
     frozen = stage1_features(test, all_rows(test), device)
     pooled = {m: t.pooled for m, t in frozen.modalities.items()}
@@ -140,7 +140,7 @@ def measure(options: EvaluateConfig) -> Path:
     return written
 
 
-def _open(options: EvaluateConfig) -> _Opened:
+def open_run(options: EvaluateConfig) -> OpenedRun:
     settings, method, config = load_run(options.run, options.method, options.places)
     device = pick_device(options.device)
     inputs = settings.open_inputs(device, Identity(config["store"], config.get("features", {})))
@@ -160,10 +160,10 @@ def _open(options: EvaluateConfig) -> _Opened:
         )
     order = torch.randperm(len(inputs.splits[probe_split]), generator=generator(settings.run.seed, 5))
     test, rows = inputs.splits[options.split], order[: options.probe_rows]
-    return _Opened(settings, config, inputs, device, model, untrained, checkpoint, test, probe_split, rows)
+    return OpenedRun(settings, config, inputs, device, model, untrained, checkpoint, test, probe_split, rows)
 
 
-def _identity(run: _Opened, options: EvaluateConfig) -> dict[str, Any]:
+def _identity(run: OpenedRun, options: EvaluateConfig) -> dict[str, Any]:
     """What was measured, on what."""
     samples = run.inputs.samples.get(options.split)
     return {
@@ -181,7 +181,7 @@ def _identity(run: _Opened, options: EvaluateConfig) -> dict[str, Any]:
 
 
 def _read_factors(
-    run: _Opened,
+    run: OpenedRun,
     options: EvaluateConfig,
     labels: Labels,
     frozen: Features,
@@ -250,7 +250,7 @@ def _ceiling_rows(train: FeatureSource, probe: Rows, device: torch.device) -> Ro
     return Rows([*probe.names, *(train.names[i] for i in rows.tolist())], joined_features([probe.frozen, more]))
 
 
-def _labels(options: EvaluateConfig, data: DataConfig) -> Labels | None:
+def labels_of(options: EvaluateConfig, data: DataConfig) -> Labels | None:
     """The labels of `--labels`, else those of the table of pairs or beside the data; None if there are none."""
     if options.labels is None and data.pairs and data.label_columns:
         return read_labels(data.pairs, pair_labels(data.pairs, data.columns))
