@@ -52,8 +52,8 @@ class AttackConfig:
 def attackers(seed: int) -> dict[str, ClassifierMixin]:
     """{name: a classifier that is not fitted}."""
     return {
-        "mlp 3 x 512": MLPClassifier(
-            (512, 512, 512), early_stopping=True, n_iter_no_change=10, max_iter=100, random_state=seed
+        "mlp 3 x 256": MLPClassifier(
+            (256, 256, 256), early_stopping=True, n_iter_no_change=5, max_iter=60, random_state=seed
         ),
         "support vectors": SVC(C=3.0, random_state=seed),
         "trees": ExtraTreesClassifier(300, min_samples_leaf=2, random_state=seed),

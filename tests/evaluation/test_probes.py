@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tvl_align.evaluation import probes as module
-from tvl_align.evaluation.probes import Probed, ProbeKind, Problem, Target, accuracy, bits, fit_probes, r2
+from tvl_align.evaluation.probes import Components, Probed, ProbeKind, Problem, Target, accuracy, bits, fit_probes, r2
 from tvl_align.system.console import UserError
 
 ROWS, TEST = 1500, 1000
@@ -195,6 +195,20 @@ def test_constant_features_do_not_change_a_probe() -> None:
         for a, b in ((x, x_test), (more, more_test))
     ]
     assert scores[0] == pytest.approx(scores[1], abs=1.5)
+
+
+def test_few_units_in_wide_tokens_have_no_components_of_rounding_errors() -> None:
+    """Whitened, hundreds of such components would drown a product of two faint units."""
+    basis = torch.linalg.qr(torch.randn(768, 8, generator=torch.Generator().manual_seed(3)))[0]
+    (x, y), (x_test, y_test) = planted("product", ROWS, 1), planted("product", TEST, 2)
+    faint = torch.tensor([1.0, 1.0, 0.01, 0.01, 1.0, 1.0])
+    wide, wide_test = (5 + (part * faint) @ basis[:, :6].T for part in (x, x_test))
+    components = Components(wide)
+    assert len(components.std) == 6
+    found = components(wide)
+    assert torch.allclose(found.T @ found / ROWS, torch.eye(6), atol=1e-2)
+    (probed,) = fit("mlp", (wide,), (Target(y, 2),), (wide_test,))
+    assert 100 * float(accuracy(probed, y_test).mean()) > 90
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])

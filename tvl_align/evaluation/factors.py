@@ -38,7 +38,7 @@ from tvl_align.system.console import UserError
 
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
 CEILING = "stage1"  # the group of the frozen features
-CEILINGS_VERSION = 2  # of the probes that read ceilings; a new one where they change
+CEILINGS_VERSION = 3  # of the probes that read ceilings; a new one where they change
 MIN_MARGIN = 5.0  # percentage points and
 MIN_ERRORS = 2.0  # standard errors that a ceiling must be above chance
 MIN_BITS = 0.05  # usable bits of a ceiling that are divided by

@@ -99,6 +99,9 @@ class Probed:
 class Components:
     """Principal components of features (M, F), fitted on probe rows; constant features and rounding errors are left out.
 
+    A covariance in float32 hides variances below 1e-7 of the largest among its own rounding errors. Whitened, these would be
+    hundreds of components of noise that drown what is read. So variances of the leading directions are found in float64.
+
     Raises UserError for features that are NaN or inf.
     """
 
@@ -107,8 +110,10 @@ class Components:
         centred = features - self.mean
         if not centred.square().sum().isfinite():  # the mean is not finite if any value is not
             raise UserError("the features to probe are NaN, inf or too large; the training diverged, so lower its --lr.")
-        values, vectors = leading_eigenvectors(centred.T @ centred / len(centred), min(MAX_COMPONENTS, *centred.shape))
-        std = values.sqrt()
+        _, leading = leading_eigenvectors(centred.T @ centred / len(centred), min(MAX_COMPONENTS, *centred.shape))
+        scores = (centred @ leading).double()
+        values, rotation = torch.linalg.eigh(scores.T @ scores / len(scores))
+        std, vectors = values.flip(0).clamp(min=0).sqrt().float(), leading @ rotation.flip(1).float()
         count = int((std > NOISE_FLOOR * std[:1].clamp(min=1e-30)).sum().clamp(min=1))
         self.vectors, self.std = vectors[:, :count], std[:count].clamp(min=1e-30)
 
