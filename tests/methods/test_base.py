@@ -315,67 +315,6 @@ def test_everything_is_gathered_in_one_call_of_each_loss(monkeypatch: pytest.Mon
     assert torch.equal(one.all_keys, keys[:1])
 
 
-def as_in_5_0(net: TVLStage2) -> dict[str, torch.Tensor]:
-    """The weights under their names of version 5.0, in which each modality had modules of its own."""
-    state, old, names = net.state_dict(), {}, list(net.specs)
-    sizes = dict(zip(names, net.codes.principal.sizes.values(), strict=True))
-    counts = dict(zip(names, net.codes.principal.counts.values(), strict=True))
-
-    def put(new: str, olds: list[str], inputs: list[int | None], outputs: list[int | None]) -> None:
-        for name in [n for n in state if n.startswith(new)]:
-            copies, rest = state.pop(name), name.removeprefix(new)
-            for copy, place, k, n in zip(copies, olds, inputs, outputs, strict=True):
-                is_linear = copy.ndim == 2 and not any(part in name for part in ("norm", "positions"))
-                old[place + rest] = copy[:k, :n].T if is_linear else copy if "positions" in name else copy[:n]
-
-    k, free = [sizes[m] for m in names], [None] * len(names)
-    put("shared_stack.", ["stacks.shared.0."], [None], [None])
-    put("own_stack.", [f"stacks.{m}.0." for m in names], free, free)
-    put("readers.", [f"readers.{m}." for m in names], k, free)
-    put("trunk.project.", [f"trunk.project.{m}." for m in names], k, free)
-    put("comp_linear.", [f"comp_linear.{m}." for m in names], k, free)
-    put("shared_keys.", ["shared_keys."], [None], [None])
-    for new, part in (("linear.", "linear."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2.")):
-        last = [counts[m] for m in names] if part != "mlp.0." else free
-        put(f"decoders.{new}", [f"decoders.{m}.{part}" for m in names], free, last)
-    for layer in (0, 2, 4):
-        copies = [f"critics.{m}.critics.{c}.{layer}." for m in names for c in range(net.knobs.critics)]
-        put(f"critics.layers.{layer}.", copies, [None] * len(copies), [None] * len(copies))
-    width = net.knobs.block_width
-    for new, olds, units in (
-        ("narrow", ["narrow"], net.codes.counts),
-        ("comp_narrow", [f"comp_narrow.{m}" for m in names], net.codes.comp_counts),
-    ):
-        weight, bias = state.pop(f"{new}.weight"), state.pop(f"{new}.bias")
-        for i, place in enumerate(olds):
-            for r, count in enumerate(units):
-                at = slice(sum(units[:r]), sum(units[:r]) + count)
-                old[f"{place}.{r}.weight"] = weight[i, r * width : (r + 1) * width, at].T
-                old[f"{place}.{r}.bias"] = bias[i, at]
-    return state | old
-
-
-def test_weights_of_version_5_0_are_loaded() -> None:
-    """The same outputs, for modalities that differ in their numbers of components."""
-    net, features = model(num_register_tokens=5).eval(), random_features(4)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.05 * torch.randn_like(p))
-    old = as_in_5_0(net)
-    assert "critics.text.critics.1.2.weight" in old and "stacks.tactile.0.blocks.0.cross.query.weight" in old
-    loaded = model(num_register_tokens=5).eval()
-    loaded.load_state_dict(old)
-    for one, other in zip(*(x(features, joint=True).keys() for x in (net, loaded)), strict=True):
-        assert one == other
-    first, second = net(features), loaded(features)
-    for kind in ("overlapping_tokens", "complementary_tokens"):
-        assert all(torch.allclose(first[kind][m], second[kind][m], atol=1e-5) for m in SPECS)
-    for m in SPECS:
-        assert torch.allclose(first.reconstruction[m].error, second.reconstruction[m].error, rtol=1e-4)
-        assert torch.allclose(first.extras["guesses"][m], second.extras["guesses"][m], atol=1e-5)
-    assert torch.allclose(first.register_tokens, second.register_tokens, atol=1e-5)
-
-
 def test_units_of_a_pair_are_zero_in_the_third_modality() -> None:
     """The first token belongs to all; with two modalities, or without `pair_units`, every unit does."""
     vision, touch, text = [True, True, False], [True, False, True], [False, True, True]

@@ -39,7 +39,7 @@ from tvl_align.losses.register_loss import RegisterLoss
 from tvl_align.methods.canonical import canonical, residual_components
 from tvl_align.methods.codes import CodeConfig, Codes, dropped
 from tvl_align.registers.blocks import RegisterStack, attend_jointly
-from tvl_align.registers.copies import Linears, Mlps, join_copies
+from tvl_align.registers.copies import Linears, Mlps
 from tvl_align.registers.model import Encoded, NestedModel
 from tvl_align.registers.nested import NestedMode, prefix_probabilities
 from tvl_align.system.bounds import at_least, between
@@ -338,34 +338,11 @@ class TVLStage2(NestedModel):
         wide = torch.randn(max(width, register_token_dim), min(width, register_token_dim))
         basis = torch.linalg.qr(wide)[0]
         self.register_buffer("widen", basis if width > register_token_dim else basis.T.contiguous())
-        self.register_load_state_dict_pre_hook(type(self)._join_copies)
 
     @classmethod
     def of(cls, knobs: Stage2Config, specs: Mapping[str, FeatureSpec]) -> "TVLStage2":
         """Build the model from the options of a run, with decoders if `preservation_weight` > 0."""
         return cls(specs, **model_options(knobs))
-
-    def _join_copies(self, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        """Accept checkpoints of version 5.0, in which every modality had modules of its own."""
-        names, knobs = list(self.specs), self.knobs
-        places = {"shared_stack.": ["stacks.shared.0."]}
-        places["own_stack."] = ["stacks.shared.1."] if knobs.share_weights else [f"stacks.{m}.0." for m in names]
-        places |= {new: [f"{new}{m}." for m in names] for new in ("trunk.project.", "readers.", "comp_linear.")}
-        places["shared_keys."] = ["shared_keys."]
-        for new, part in (("linear.", "linear."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.2.")):
-            places[f"decoders.{new}"] = [f"decoders.{m}.{part}" for m in names]
-        for layer in (0, 2, 4):
-            places[f"critics.layers.{layer}."] = [
-                f"critics.{m}.critics.{c}.{layer}." for m in names for c in range(knobs.critics)
-            ]
-        join_copies(self, state, prefix, places)
-        for new, olds in (("narrow", ["narrow"]), ("comp_narrow", [f"comp_narrow.{m}" for m in names])):
-            if f"{prefix}{olds[0]}.0.weight" in state:
-                count = len(self.codes.counts if new == "narrow" else self.codes.comp_counts)
-                for kind in ("weight", "bias"):
-                    parts = [[state.pop(f"{prefix}{old}.{i}.{kind}") for i in range(count)] for old in olds]
-                    joined = [torch.block_diag(*(w.T for w in p)) if kind == "weight" else torch.cat(p) for p in parts]
-                    state[f"{prefix}{new}.{kind}"] = torch.stack(joined)
 
     def condense(self, name: str, tokens: Tokens) -> Tensor:
         """Components of the tokens, (B, K + 1); see Stage2Model."""
