@@ -1,4 +1,4 @@
-"""stage2_base v6.0. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v6.1. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
@@ -229,9 +229,10 @@ def rounded(units: Tensor, first: int, step: float) -> Tensor:
     """Units (..., U) of tokens -> multiples of `step`; the gradient is that of what is rounded (straight-through).
 
     Rows are scaled first, so that the `first` units, those of the token that is never dropped, have a root mean square of 1:
-    the scale of a row would be a number of any precision. It gets no gradient, as cosines do not depend on it.
+    the scale of a row would be a number of any precision. It has a gradient although cosines do not depend on it: without,
+    rounding gives the gradient a part along the units, and TacTip lost 3 of 66% of its partners.
     """
-    size = torch.linalg.vector_norm(units[..., :first].detach().float(), dim=-1, keepdim=True) * first**-0.5
+    size = torch.linalg.vector_norm(units[..., :first].float(), dim=-1, keepdim=True) * first**-0.5
     return torch.fake_quantize_per_tensor_affine(units / size.clamp(min=1e-6), step, 0, -MOST_STEPS, MOST_STEPS)
 
 
@@ -523,4 +524,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "6.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
+BASE = Method(Implementation("stage2_base", "6.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
