@@ -11,7 +11,7 @@ from tvl_align.encoders.tvl import Stage1, load_stage1
 from tvl_align.losses import contrastive
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
-from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2, rounded, unit_owners
+from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2, on_grid, quantise, rounded, unit_owners
 from tvl_align.methods.codes import Codes
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
@@ -341,6 +341,15 @@ def test_rounded_units_have_no_small_traces_and_no_scale() -> None:
     assert (rounded(units + trace, 6, 0.25) == found).float().mean() > 0.98
     assert (found[..., :6].square().mean(-1).sqrt() - 1).abs().max() < 0.2
     assert torch.equal(rounded(torch.zeros(1, 12), 6, 0.25), torch.zeros(1, 12))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_units_that_are_not_finite_stay_visible(value: float) -> None:
+    """A training that diverged must not end in finite codes."""
+    units = torch.tensor([[0.5, value, 1.0, 2.0]])
+    assert rounded(units, 2, 0.25).isnan().any() and rounded(units, 1, 0.25).isnan().any()
+    assert on_grid(units, 0.5).isfinite().tolist() == [[True, False, True, True]]
+    assert quantise(torch.tensor([torch.nan]), 3).isnan().all()
 
 
 def test_the_gradient_of_rounded_units_is_that_of_scaled_ones() -> None:

@@ -93,7 +93,7 @@ class RegisterLoss(nn.Module):
         """The named scalars of a complete Output in float32. Methods may add to them."""
         numbers, (reg_weight, preservation_weight) = self.align(output), self.weights
         reg, preserved = complementary_regularisation(output), self.preserve(rebuilding_errors(output))
-        weighted = numbers["overlapping_loss"] + reg_weight * reg + preservation_weight * preserved
+        weighted = numbers["overlapping_loss"].add(reg, alpha=reg_weight).add(preserved, alpha=preservation_weight)
         return numbers | {"complementary_reg": reg, "preservation": preserved, "total_loss": weighted}
 
     def align(self, output: Output) -> dict[str, Tensor]:

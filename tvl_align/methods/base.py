@@ -51,7 +51,6 @@ COMPONENTS_START = 0.3  # scale of the trunk's projections of components at the 
 CRITIC_WIDTH = 128
 DECODER_WIDTH = 256
 LEAST_ERROR = 0.01  # of a modality that counts, of a variance of 1
-MOST_STEPS = 2**20  # of a rounded unit, in either direction
 
 
 @dataclass(frozen=True)
@@ -219,10 +218,14 @@ class Critics(nn.Module):
         return self.layers(code.repeat_interleave(self.count, 0)).unflatten(0, (-1, self.count))
 
 
+def on_grid(x: Tensor, step: float) -> Tensor:
+    """x rounded to multiples of `step`, with the gradient of x (straight-through). NaN and inf give NaN, so they show."""
+    return x + ((x / step).round() * step - x).detach()
+
+
 def quantise(x: Tensor, levels: int) -> Tensor:
     """Round tanh(x) to `levels` values in [-1, 1], an odd number; the gradient is that of tanh (straight-through)."""
-    half = levels // 2
-    return torch.fake_quantize_per_tensor_affine(torch.tanh(x.float()), 1 / half, 0, -half, half)
+    return on_grid(torch.tanh(x.float()), 1 / (levels // 2))
 
 
 def rounded(units: Tensor, first: int, step: float) -> Tensor:
@@ -233,7 +236,7 @@ def rounded(units: Tensor, first: int, step: float) -> Tensor:
     rounding gives the gradient a part along the units, and TacTip lost 3 of 66% of its partners.
     """
     size = torch.linalg.vector_norm(units[..., :first].float(), dim=-1, keepdim=True) * first**-0.5
-    return torch.fake_quantize_per_tensor_affine(units / size.clamp(min=1e-6), step, 0, -MOST_STEPS, MOST_STEPS)
+    return on_grid(units / size.clamp(min=1e-6), step)
 
 
 @dataclass(frozen=True)
@@ -491,7 +494,7 @@ class BaseLoss(RegisterLoss):
         critic, penalty = independence(
             codes, guesses, answers, computed, output.present, output.caption_keys, output.content_keys
         )
-        total = numbers["total_loss"] + critic + self.independence_weight * penalty
+        total = (numbers["total_loss"] + critic).add(penalty, alpha=self.independence_weight)
         return numbers | {"critic_loss": critic, "independence": penalty, "total_loss": total}
 
 

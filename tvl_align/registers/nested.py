@@ -14,7 +14,6 @@ from torch import Tensor
 NestedMode = Literal["nested", "independent"]
 
 
-@cache
 def drop_probabilities(registers: int, rate: float) -> Tensor:
     """(N,) float64 drop probabilities, rising linearly from 0 to `rate`."""
     return torch.linspace(0, rate, registers, dtype=torch.float64)
