@@ -7,6 +7,7 @@ those of the evaluation: 0 = chance, 100 = the ceiling in results.json. They are
 """
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import tyro
 from sklearn.base import ClassifierMixin
 from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.neural_network import MLPClassifier
 from sklearn.svm import SVC
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from tvl_align.config import parse
 from tvl_align.evaluation.labels import Labels
-from tvl_align.evaluation.measure import EvaluateConfig, OpenedRun, labels_of, open_run
+from tvl_align.evaluation.measure import EvaluateConfig, OpenedRun, labelled_rows, labels_of, open_run
 from tvl_align.evaluation.probes import Components
 from tvl_align.evaluation.scores import normalised_score
 from tvl_align.evaluation.split_tokens import SplitTokens, compute_tokens
@@ -49,17 +51,24 @@ class AttackConfig:
         at_least(20, self, "rows")
 
 
-def attackers(seed: int) -> dict[str, ClassifierMixin]:
-    """{name: a classifier that is not fitted}."""
+def attackers(seed: int, held_out: bool = True) -> dict[str, ClassifierMixin]:
+    """{name: a classifier that is not fitted}. held_out: stop by held-out rows, of which every level must have some."""
     return {
         "mlp 3 x 256": MLPClassifier(
-            (256, 256, 256), early_stopping=True, n_iter_no_change=5, max_iter=60, random_state=seed
+            (256, 256, 256), early_stopping=held_out, n_iter_no_change=5, max_iter=60, random_state=seed
         ),
         "support vectors": SVC(C=3.0, random_state=seed),
         "trees": ExtraTreesClassifier(300, min_samples_leaf=2, random_state=seed),
-        "boosting": HistGradientBoostingClassifier(max_iter=60, early_stopping=True, random_state=seed),
+        "boosting": HistGradientBoostingClassifier(max_iter=60, early_stopping=held_out, random_state=seed),
         "neighbours": KNeighborsClassifier(15),
     }
+
+
+def fit(classifier: ClassifierMixin, x: np.ndarray, y: np.ndarray) -> ClassifierMixin:
+    """Fit a classifier; an MLP may end at its last iteration, which is its budget."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return classifier.fit(x, y)
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def attack(config: AttackConfig) -> Path:
     sides, test = _rows(run, config.rows), Rows(list(run.test.names), (run.on_test(run.model),))
     misplaced = list(_misplaced(results))
     found: dict[str, Any] = {}
-    with progress(len(misplaced), "attack", "factor") as bar:
+    with progress(len(misplaced) * len(sides) * len(attackers(0)), "attack", "classifier") as bar:
         for modality, factor, group in misplaced:
             read = results["factors"][modality][factor]
             chance, ceiling = read["chance"], max(read["accuracy"]["stage1"].values())
@@ -99,12 +108,14 @@ def attack(config: AttackConfig) -> Path:
                 (x, y), (tested, answers) = (r.of(labels, modality, factor, group) for r in (rows, test))
                 components = Components(x)
                 x, tested = components(x), components(tested)
-                for name, classifier in attackers(run.settings.run.seed).items():
-                    right = 100 * float(classifier.fit(x.numpy(), y).score(tested.numpy(), answers))
+                levels = np.bincount(y)
+                held_out = levels[levels > 0].min() >= 2 and len(y) >= 20 * len(levels)
+                for name, classifier in attackers(run.settings.run.seed, held_out).items():
+                    right = 100 * fit(classifier, x.numpy(), y).score(tested.numpy(), answers)
                     scores.setdefault(name, {})[size] = normalised_score(right, chance, ceiling)
+                    bar.update()
             probes = read["score"][group]
             found.setdefault(group, {}).setdefault(modality, {})[factor] = {"probes": probes, "attackers": scores}
-            bar.update()
     summary = {group: _strongest(of_group) for group, of_group in found.items()}
     for group, strongest in summary.items():
         kind = "shared leak" if group == "complementary" else "unique leak"
@@ -127,9 +138,7 @@ def _results(run: Path) -> dict[str, Any]:
 def _rows(run: OpenedRun, most: int) -> dict[str, Rows]:
     """{"probe rows": those of the evaluation, "more rows": with training rows too}."""
     names, tokens = [run.probe.names[i] for i in run.rows.tolist()], run.on_probe(run.model)
-    train = run.inputs.splits["train"]
-    count = min(len(train), max(1, most - len(names)))
-    chosen = torch.arange(count) * len(train) // count
+    train, chosen = labelled_rows(run.inputs.splits["train"], max(1, most - len(names)))
     more = compute_tokens(run.model, train, chosen, run.device)
     both = Rows([*names, *(train.names[i] for i in chosen.tolist())], (tokens, more))
     return {"probe rows": Rows(names, (tokens,)), "more rows": both}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from base_and_mlp import train_base_and_mlp
 
-from benchmarks.attack import AttackConfig, attack, attackers
+from benchmarks.attack import AttackConfig, attack, attackers, fit
 from tvl_align.config import parse
 from tvl_align.evaluation.measure import EvaluateConfig, measure
 from tvl_align.system.console import UserError
@@ -28,6 +28,12 @@ def test_attackers_find_a_factor_in_the_product_of_two_units_and_nothing_in_nois
 def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no results.json; evaluate the run first: tvl-align evaluate"):
         attack(AttackConfig(tmp_path))
+
+
+def test_a_level_with_one_row_is_fitted_too() -> None:
+    """Rows held out by level would need two of it."""
+    x, y = np.random.default_rng(0).standard_normal((60, 3)), np.array([0] * 30 + [1] * 29 + [2])
+    assert all(0 <= fit(c, x, y).score(x, y) <= 1 for c in attackers(0, held_out=False).values())
 
 
 @pytest.mark.slow

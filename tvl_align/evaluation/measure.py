@@ -238,13 +238,16 @@ def _load_weights(model: nn.Module, path: Path, version: str, method: Method) ->
     return checkpoint
 
 
+def labelled_rows(train: FeatureSource, most: int) -> tuple[FeatureSource, Tensor]:
+    """Up to `most` training rows, evenly spaced, and their source: of shuffled pairs that of the rows with their labels."""
+    count = min(len(train), max(0, most))
+    return train.source if isinstance(train, ShuffledPairs) else train, torch.arange(count) * len(train) // max(1, count)
+
+
 def _ceiling_rows(train: FeatureSource, probe: Rows, device: torch.device) -> Rows:
     """The probe rows and training rows, evenly spaced, up to CEILING_ROWS."""
-    count = min(len(train), max(0, CEILING_ROWS - len(probe.names)))
-    rows = torch.arange(count) * len(train) // max(1, count)
-    if isinstance(train, ShuffledPairs):
-        train = train.source  # pairs play no part here, rows must keep their labels
-    if not count:
+    train, rows = labelled_rows(train, CEILING_ROWS - len(probe.names))
+    if not len(rows):
         return probe
     more = stage1_features(train, rows, device).to(device)
     return Rows([*probe.names, *(train.names[i] for i in rows.tolist())], joined_features([probe.frozen, more]))
