@@ -144,9 +144,7 @@ def test_rows_without_a_complementary_token_are_not_criticised() -> None:
     numbers = Stage2Loss()(output)
     extras = output.extras
     valid = {m: kept[:, 3] for m in output.present}
-    expected = independence(
-        extras["codes"], extras["guesses"], extras["answers"], valid, output.present, output.caption_keys
-    )
+    expected = independence(extras["codes"], extras["critics"], valid, output.present, output.caption_keys)
     assert torch.allclose(torch.stack(expected), torch.stack([numbers["critic_loss"], numbers["independence"]]))
     full = Stage2Loss()(net(features))
     assert not torch.allclose(full["critic_loss"], numbers["critic_loss"], atol=1e-6)
@@ -323,7 +321,7 @@ def test_units_of_a_pair_are_zero_in_the_third_modality() -> None:
     net = model(register_token_dim=64).train()
     output = net(random_features(6), kept=torch.ones(6, 4, dtype=torch.bool))
     own = [Codes.units(t, net.codes.over) for t in output.overlapping_tokens.values()]
-    before = [t.sum(1) for t in output.extras["before_dropout"].values()]
+    before = [t[:, -1] for t in output.extras["prefixes"].values()]
     for codes in (own, before):
         assert [(units.abs() > 1e-6).any(0).tolist() for units in codes] == unit_owners(list(SPECS), net.codes.counts, True)
     assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(own, before, strict=True))

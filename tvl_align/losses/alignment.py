@@ -112,12 +112,12 @@ def _scores(
 
 
 def prefix_alignment(
-    tokens: Mapping[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float]
+    prefixes: Mapping[str, Tensor], output: Output, pairs: Sequence[tuple[str, str]], weights: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Alignment of the prefixes of tokens {modality: (B, n, D)}, n weights. Prefixes of weight 0 are not computed."""
+    """Alignment of prefixes {modality: (B, n, D)}: sums of the first 1, 2, ... n tokens. Those of weight 0 are skipped."""
     lengths = [k for k, weight in enumerate(weights) if weight or k == len(weights) - 1]
-    sums = torch.stack(list(tokens.values())).cumsum(2)  # (M, B, n, D)
+    sums = torch.stack(list(prefixes.values()))  # (M, B, n, D)
     if len(lengths) < len(weights):
         sums = sums.index_select(2, indices(tuple(lengths), sums.device))
-    pooled = dict(zip(tokens, F.normalize(sums, dim=-1).unbind(0), strict=True))
+    pooled = dict(zip(prefixes, F.normalize(sums, dim=-1).unbind(0), strict=True))
     return alignment(pooled, output, pairs, [weights[k] for k in lengths])

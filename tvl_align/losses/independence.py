@@ -22,7 +22,6 @@ from tvl_align.system.distributed import rank, world_size
 
 def independence(
     codes: Mapping[str, Tensor],
-    guesses: Mapping[str, Tensor],
     answers: Mapping[str, Tensor],
     valid: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
@@ -31,15 +30,15 @@ def independence(
 ) -> tuple[Tensor, Tensor]:
     """Critics' loss and encoders' penalty, averaged over ordered pairs of modalities with rows -> (), ().
 
-    codes {modality: (B, U)}: shared codes, without gradient. guesses {modality: (B, C, U)}: the critics' guess of the OTHER
-    modalities' codes, with gradients for the critics only; answers: the same, with gradients for the encoders only. valid
+    codes {modality: (B, U)}: shared codes, without gradient. answers {modality: (B, 2, C, U)}: the critics' guess of the
+    OTHER modalities' codes, with gradients for the critics only, and the same with gradients for the encoders only. valid
     {modality: (B,) bool}: rows whose complementary code was computed. present (B,) bool. caption_keys (B, K) and
     content_keys {modality: (B,)}: rows with the same content in the modality that is guessed are positives of each other.
     Averaged over processes, the results are those of the joined batch.
     """
     names = list(codes)
     shared = F.normalize(torch.stack([codes[m].detach() for m in names]), dim=-1)  # (M, B, U)
-    guess, answer = (torch.stack([x[m].movedim(1, 0) for m in names]) for x in (guesses, answers))  # (M, C, B, U)
+    both = torch.stack([answers[m].movedim(0, 2) for m in names], dim=1)  # (2, M, C, B, U)
     here = torch.stack([present[m] for m in names])
     computed = torch.stack([valid[m] for m in names]) & here
     joined = join(shared, torch.cat([here, computed]), names, caption_keys, content_keys or {})
@@ -50,8 +49,8 @@ def independence(
     rows_of = all_computed.index_select(0, of) & gallery_valid  # (Q, G)
     batch = shared.shape[1]
     local = rows_of[:, rank() * batch : (rank() + 1) * batch]
-    both = torch.stack([guess, answer]).index_select(1, of)  # (2, Q, C, B, U)
-    parts = list(chunks(batch, 2 * len(ordered) * guess.shape[1] * gallery_valid.shape[1]))
+    both, critics = both.index_select(1, of), both.shape[2]  # (2, Q, C, B, U)
+    parts = list(chunks(batch, 2 * len(ordered) * critics * gallery_valid.shape[1]))
     sums = []
     for rows in parts:
         positives = joined.same(rows).index_select(0, others) & gallery_valid[:, None]
@@ -60,7 +59,7 @@ def independence(
     terms = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]  # (2, Q)
     counts = rows_of.sum(1)
     found = counts > 0
-    share = found / counts.clamp(min=1) / found.sum().clamp(min=1) * (world_size() / guess.shape[1])
+    share = found / counts.clamp(min=1) / found.sum().clamp(min=1) * (world_size() / critics)
     critic, penalty = (terms @ share).unbind()
     return critic, penalty
 
@@ -68,7 +67,8 @@ def independence(
 def _terms(both: Tensor, gallery: Tensor, positives: Tensor, valid: Tensor, gallery_valid: Tensor) -> Tensor:
     """Critics' loss and encoders' penalty, summed over rows and critics, for Q ordered pairs: (2, Q).
 
-    both (2, Q, C, b, U): guesses and answers. gallery (Q, G, U), positives (Q, b, G), valid (Q, b), gallery_valid (Q, G).
+    both (2, Q, C, b, U): the answers, with gradients for critics, then for encoders. gallery (Q, G, U), positives (Q, b, G),
+    valid (Q, b), gallery_valid (Q, G).
     The penalty is the KL divergence, in nats, of the answer over the gallery from the uniform distribution.
     """
     logits = similarities(both, gallery[:, None], gallery_valid[:, None])

@@ -374,11 +374,11 @@ class TVLStage2(NestedModel):
             frozen = {name: p.detach() for name, p in self.critics.named_parameters()}
             guesses, answers = self.critics(comp_units.detach()), functional_call(self.critics, frozen, (comp_units,))
             extras["codes"] = dict(zip(names, units.detach().unbind(0), strict=True))
-            extras["guesses"] = {m: x.movedim(0, 1) for m, x in zip(names, guesses.unbind(0), strict=True)}
-            extras["answers"] = {m: x.movedim(0, 1) for m, x in zip(names, answers.unbind(0), strict=True)}
+            both = torch.stack([guesses, answers])  # (2, M, C, B, U)
+            extras["critics"] = {m: x.movedim(2, 0) for m, x in zip(names, both.unbind(1), strict=True)}
         if self.training and self.causal:
-            each = units[:, :, None] * self.codes.over_owner
-            extras["before_dropout"] = dict(zip(names, each.unbind(0), strict=True))
+            prefixes = units[:, :, None] * self.codes.prefixes
+            extras["prefixes"] = dict(zip(names, prefixes.unbind(0), strict=True))
         extras = {kind: {m: x for m, x in found.items() if m in features.modalities} for kind, found in extras.items()}
         tokens = Codes.tokens(units, self.codes.over), Codes.tokens(comp_units, self.codes.comp)
         return Encoded(names, *tokens, Read(read, rest, present, shared_keys, keys, units, comp_units), extras)
@@ -471,12 +471,12 @@ class BaseLoss(RegisterLoss):
 
         It reads the tokens before dropout. In evaluation, and with `independent` dropout, the alignment of the kept tokens.
         """
-        if "before_dropout" not in output.extras:
+        if "prefixes" not in output.extras:
             return super().align(output)
-        tokens = output.extras["before_dropout"]
-        registers = sum(group[next(iter(tokens))].shape[1] for group in (tokens, output.complementary_tokens))
-        weights = prefix_probabilities(registers, self.nested_rate, next(iter(tokens.values())).shape[1])
-        return prefix_alignment(tokens, output, self.pairs, weights)
+        prefixes = output.extras["prefixes"]
+        registers = sum(group[next(iter(prefixes))].shape[1] for group in (prefixes, output.complementary_tokens))
+        weights = prefix_probabilities(registers, self.nested_rate, next(iter(prefixes.values())).shape[1])
+        return prefix_alignment(prefixes, output, self.pairs, weights)
 
     def preserve(self, errors: Tensor) -> Tensor:
         """The mean logarithm of the errors, so that a modality which is hard to rebuild counts no more than another."""
@@ -484,16 +484,14 @@ class BaseLoss(RegisterLoss):
 
     def terms(self, output: Output) -> dict[str, Tensor]:
         numbers = super().terms(output)
-        if "guesses" not in output.extras:
+        if "critics" not in output.extras:
             return numbers
         computed, kept = output.present, output.nested_dropout_mask
-        if kept is not None and "before_dropout" not in output.extras:  # dropped registers have not been computed
+        if kept is not None and "prefixes" not in output.extras:  # dropped registers have not been computed
             count = next(iter(output.complementary_tokens.values())).shape[1]
             computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
-        codes, guesses, answers = (output.extras[name] for name in ("codes", "guesses", "answers"))
-        critic, penalty = independence(
-            codes, guesses, answers, computed, output.present, output.caption_keys, output.content_keys
-        )
+        codes, answers = output.extras["codes"], output.extras["critics"]
+        critic, penalty = independence(codes, answers, computed, output.present, output.caption_keys, output.content_keys)
         total = (numbers["total_loss"] + critic).add(penalty, alpha=self.independence_weight)
         return numbers | {"critic_loss": critic, "independence": penalty, "total_loss": total}
 

@@ -51,7 +51,7 @@ class Codes(nn.Module):
 
     over: Tensor
     comp: Tensor
-    over_owner: Tensor  # (No, U), True for the units of a token
+    prefixes: Tensor  # (No, U), True for the units of the first 1, 2, ... overlapping tokens
     token_of: Tensor  # (U + V,), the token of each unit
 
     def __init__(self, specs: Mapping[str, FeatureSpec], knobs: CodeConfig) -> None:
@@ -73,8 +73,8 @@ class Codes(nn.Module):
             self.register_buffer(name, (owner == torch.arange(len(counts))[:, None])[..., None] * part)
         every = torch.repeat_interleave(torch.arange(count), torch.tensor([*self.counts, *self.comp_counts]))
         self.register_buffer("token_of", every, persistent=False)
-        own = every[: sum(self.counts)] == torch.arange(leading)[:, None]
-        self.register_buffer("over_owner", own, persistent=False)
+        within = every[: sum(self.counts)] <= torch.arange(leading)[:, None]
+        self.register_buffer("prefixes", within, persistent=False)
 
     def read(self, name: str, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """What is read of a modality (B, K + E), and the part of its features outside the components (B,).

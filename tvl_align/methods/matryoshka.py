@@ -37,7 +37,8 @@ class MatryoshkaLoss(RegisterLoss):
 
     def align(self, output: Output) -> dict[str, Tensor]:
         count = next(iter(output.overlapping_tokens.values())).shape[1]
-        return prefix_alignment(output.overlapping_tokens, output, self.pairs, [1 / count] * count)
+        prefixes = {m: tokens.cumsum(1) for m, tokens in output.overlapping_tokens.items()}
+        return prefix_alignment(prefixes, output, self.pairs, [1 / count] * count)
 
 
 MATRYOSHKA = Method(
