@@ -22,6 +22,7 @@ from tvl_align.features.encode import open_or_encode
 from tvl_align.features.identity import HASHES, identify
 from tvl_align.features.live import LiveSplit
 from tvl_align.features.store import FeatureStore
+from tvl_align.features.subset import RowSubset, ShuffledPairs
 from tvl_align.system.console import UserError
 
 CPU = torch.device("cpu")
@@ -112,6 +113,20 @@ def test_without_augmentation_images_are_encoded_once_and_sentences_vary(
     rows = torch.arange(5)
     plain, other = split.read(rows, torch.zeros(5, dtype=torch.long)), split.read(rows, torch.full((5,), 4))
     assert torch.equal(plain.modalities["tactile"].tokens, other.modalities["tactile"].tokens)
+    assert not split.augments and other.augmented is None
+
+
+def test_augmented_rows_are_marked(world: Path, stage1: Stage1, store: FeatureStore) -> None:
+    """In a store and on the fly, also of some rows and of shuffled pairs; validation has none."""
+    rows, views = torch.arange(4), torch.tensor([0, 1, 2, 0])
+    train = store.splits["train"]
+    live = LiveSplit(stage1, samples_of(world)["train"], 0, train=True)
+    for source in (train, RowSubset(train, rows), ShuffledPairs(train, ["vision", "tactile", "text"], 0), live):
+        (found,) = source.batches([rows], [views], CPU)
+        assert source.augments and found.augmented is not None
+        assert found.augmented.tolist() == [False, True, True, False]
+    assert not store.splits["val"].augments
+    assert store.splits["val"].read(torch.arange(2)).augmented is None
 
 
 def test_an_interrupted_encode_goes_on_where_it_stopped(

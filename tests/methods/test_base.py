@@ -150,6 +150,26 @@ def test_rows_without_a_complementary_token_are_not_criticised() -> None:
     assert not torch.allclose(full["critic_loss"], numbers["critic_loss"], atol=1e-6)
 
 
+def test_complementary_registers_learn_from_pictures_that_are_not_augmented() -> None:
+    """Rows with augmented pictures are aligned; neither their rebuilding nor the critics' answers reach the loss."""
+    net, features = model(noise=0.0, input_dropout=0.0).train(), random_features(8)
+    kept = torch.ones(8, 4, dtype=torch.bool)
+    augmented = torch.tensor([False, True] * 4)
+    changed = features.map(torch.clone)
+    for tokens in changed.modalities.values():
+        tokens.tokens[augmented] = tokens.tokens[augmented].flip(-1)
+    changed, features = (replace(f, augmented=augmented) for f in (changed, features))
+    numbers, others = (Stage2Loss()(net(f, kept=kept)) for f in (features, changed))
+    assert torch.equal(numbers["preservation"], others["preservation"])
+    assert not torch.equal(numbers["overlapping_loss"], others["overlapping_loss"])
+    output = net(features, kept=kept)
+    valid, extras = dict.fromkeys(output.present, ~augmented), output.extras
+    expected = independence(extras["codes"], extras["critics"], valid, output.present, output.caption_keys)
+    assert torch.allclose(torch.stack(expected), torch.stack([numbers["critic_loss"], numbers["independence"]]))
+    everyone = Stage2Loss()(net(replace(features, augmented=None), kept=kept))
+    assert not torch.allclose(everyone["preservation"], numbers["preservation"], rtol=1e-3)
+
+
 def test_pooling_uses_kept_overlapping_tokens_only() -> None:
     """A dropped register does not enter the mean as a zero."""
     kept = torch.tensor([[True, False, False, False], [True, True, False, True], [True, True, True, False]])

@@ -30,6 +30,7 @@ class LiveSplit:
         self.stage1, self.samples, self.num_workers = stage1, samples, num_workers
         self.tolerance, self._bad = tolerance or Tolerance(), dict[tuple[int, str], str]()
         self.views = 10**9 if train else 0  # so many that a sampled view is practically always a new one
+        self.augments = train and samples.images.options.augment
         self.names = [row.name for row in samples.rows]
         distinct = sorted({row.dataset for row in samples.rows})
         self.datasets = torch.tensor([distinct.index(row.dataset) for row in samples.rows], dtype=torch.int64)
@@ -79,7 +80,8 @@ class LiveSplit:
         batch: Batch = {**raw, "present": present, "caption_keys": keys.to(device)}
         encoded = self.stage1.encode(batch)
         content = {m: keys[rows].to(device) for m, keys in self.content_keys.items()}
-        return Features(encoded.modalities, encoded.caption_keys, rows.to(device), content)
+        augmented = torch.tensor([view > 0 for _, view in row_views]).to(device) if self.augments else None
+        return Features(encoded.modalities, encoded.caption_keys, rows.to(device), content, augmented)
 
     def _record_faults(self, row_views: RowViews, faults: Sequence[tuple[int, str, str]]) -> None:
         for position, modality, reason in faults:

@@ -47,7 +47,12 @@ class FeatureSource(Protocol):
 
     @property
     def views(self) -> int:
-        """Number of augmented views of every row."""
+        """Number of views of every row, beside the plain one."""
+        ...
+
+    @property
+    def augments(self) -> bool:
+        """Whether views have augmented pictures; otherwise only sentences differ."""
         ...
 
     @property
@@ -105,7 +110,7 @@ class StoredSplit:
         files = {m: folder / "rows" / "content_keys" / f"{m}.memmap" for m in contents}
         self.content_keys = {m: open_memmap(file, torch.int64, shape[:1]) for m, file in files.items()}
         self.index = {m: open_memmap(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
-        self.is_condensed = False
+        self.is_condensed, self.augments = False, False
         self.index["caption_keys"] = open_memmap(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
         tables: dict[str, Mapping[str, Any]] = {
             m: open_parts([part / m for part in parts], spec) if parts else open_table(folder / m, spec)
@@ -116,6 +121,8 @@ class StoredSplit:
             rows = len(self.tables[m]["mask"]) if m in self.tables else 0
             if shape[0] and int(self.index[m].max()) >= rows:
                 raise UserError(f"{folder} refers to missing rows of {m}; the store is damaged, make it again.")
+            if self.views and m != "text":
+                self.augments |= bool((self.index[m] != self.index[m][:, :1]).any())
             release_if_mapped(self.index[m])
 
     def __len__(self) -> int:
@@ -138,7 +145,8 @@ class StoredSplit:
             token_rows, pooled_rows = read(table["tokens"], table_rows, length), read(table["pooled"], table_rows)
             tokens[name] = Tokens(token_rows, mask[:, :length], pooled_rows, present, self.is_condensed)
         content = {m: keys[rows] for m, keys in self.content_keys.items()}
-        return Features(tokens, self.index["caption_keys"][rows, views], rows, content)
+        augmented = views > 0 if self.augments else None
+        return Features(tokens, self.index["caption_keys"][rows, views], rows, content, augmented)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
         """Yield the Features of every (rows, views) pair on `device`. See FeatureSource.

@@ -60,14 +60,24 @@ def complementary_regularisation(output: Output) -> Tensor:
 def rebuilding_errors(output: Output) -> Tensor:
     """Mean squared error of rebuilding the frozen tokens of each modality, (M,); (1,) of 0 for a method without a decoder.
 
-    The tokens have unit variance, so predicting their mean gives 1.
+    The tokens have unit variance, so predicting their mean gives 1. Rows with augmented pictures do not count.
     """
     found = list(output.reconstruction.values())
     if not found:
         return output.logit_scale[None] * 0.0
+    masks = [plain(r.mask, output) for r in found]
     if len({r.error.shape for r in found}) == 1:
-        return masked_mean(torch.stack([r.error for r in found]), torch.stack([r.mask for r in found]))
-    return torch.stack([masked_mean(r.error, r.mask) for r in found])
+        return masked_mean(torch.stack([r.error for r in found]), torch.stack(masks))
+    return torch.stack([masked_mean(r.error, mask) for r, mask in zip(found, masks, strict=True)])
+
+
+def plain(mask: Tensor, output: Output) -> Tensor:
+    """A mask (B, ...) bool without the rows that have augmented pictures.
+
+    From those registers learn what modalities share. What only one shows there may be the augmentation, drawn for it alone.
+    """
+    augmented = output.augmented
+    return mask if augmented is None else mask & ~augmented.view(-1, *[1] * (mask.ndim - 1))
 
 
 class RegisterLoss(nn.Module):

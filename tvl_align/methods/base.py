@@ -1,4 +1,4 @@
-"""stage2_base v6.1. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v6.2. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
@@ -35,7 +35,7 @@ from tvl_align.encoders.tvl import Stage1
 from tvl_align.losses.alignment import prefix_alignment
 from tvl_align.losses.complementary import log_error
 from tvl_align.losses.independence import independence
-from tvl_align.losses.register_loss import RegisterLoss
+from tvl_align.losses.register_loss import RegisterLoss, plain
 from tvl_align.methods.canonical import canonical, residual_components
 from tvl_align.methods.codes import CodeConfig, Codes, dropped
 from tvl_align.registers.blocks import RegisterStack, attend_jointly
@@ -490,6 +490,7 @@ class BaseLoss(RegisterLoss):
         if kept is not None and "prefixes" not in output.extras:  # dropped registers have not been computed
             count = next(iter(output.complementary_tokens.values())).shape[1]
             computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
+        computed = {m: plain(rows, output) for m, rows in computed.items()}
         codes, answers = output.extras["codes"], output.extras["critics"]
         critic, penalty = independence(codes, answers, computed, output.present, output.caption_keys, output.content_keys)
         total = (numbers["total_loss"] + critic).add(penalty, alpha=self.independence_weight)
@@ -525,4 +526,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "6.1", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
+BASE = Method(Implementation("stage2_base", "6.2", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
