@@ -162,14 +162,15 @@ def _register_count(method: Method) -> int:
 
 
 def eight_rows(count: int) -> tuple[Features, Tensor]:
-    """A batch whose halves differ in the numbers of kept registers, present rows and equal captions."""
+    """A batch whose halves differ in the numbers of kept registers, present rows, equal captions and augmented rows."""
     features = random_features(8)
     touch = features.modalities["tactile"]
     present = torch.tensor([True, False, True, True, True, True, True, True])
     masked = Tokens(touch.tokens, touch.mask & present[:, None], touch.pooled, present)
     keys = torch.tensor([0, 1, 2, 3, 0, 4, 4, 5])[:, None]
     kept = torch.arange(count) < torch.tensor([1, 2, 4, 4, 4, 3, 4, 2])[:, None]
-    return Features(features.modalities | {"tactile": masked}, keys, features.rows), kept
+    augmented = torch.tensor([True, True, False, False, True, False, False, False])
+    return Features(features.modalities | {"tactile": masked}, keys, features.rows, augmented=augmented), kept
 
 
 def _one_of_two(index: int, rendezvous: str, out: str, module_names: Sequence[str], experiment_id: str) -> None:
