@@ -16,17 +16,17 @@ Named = dict[str, torch.Tensor]
 def inputs(seed: int, rows: int = 7, critics: int = 2, width: int = 3) -> tuple[Named, Named, Named, Named, torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     codes = {m: torch.randn(rows, width, generator=g) for m in NAMES}
-    answers = {m: torch.randn(rows, 2, critics, width, generator=g) for m in NAMES}
+    guesses = {m: torch.randn(rows, 2, critics, width, generator=g) for m in NAMES}
     valid, present = ({m: torch.rand(rows, generator=g) > 0.3 for m in NAMES} for _ in range(2))
-    return codes, answers, valid, present, torch.randint(0, 3, (rows, 2), generator=g)
+    return codes, guesses, valid, present, torch.randint(0, 3, (rows, 2), generator=g)
 
 
 def slow(
-    codes: Named, answers: Named, valid: Named, present: Named, keys: torch.Tensor, contents: Named
+    codes: Named, guesses: Named, valid: Named, present: Named, keys: torch.Tensor, contents: Named
 ) -> tuple[float, float]:
     """One row, one critic and one candidate at a time."""
     losses, penalties = [], []
-    for m in answers:
+    for m in guesses:
         for o in codes:
             if o == m:
                 continue
@@ -44,15 +44,15 @@ def slow(
                     or (o == "text" and bool((keys[i] == keys[j]).any()))
                     or (o in contents and bool(contents[o][i] == contents[o][j]))
                 ]
-                for guess, answer in zip(*answers[m][i].numpy(), strict=True):
+                for guess, answer in zip(*guesses[m][i].numpy(), strict=True):
                     weights = {j: math.exp(guess @ unit[j]) for j in candidates}
                     loss -= sum(math.log(weights[j] / sum(weights.values())) for j in same) / len(same)
                     weights = {j: math.exp(answer @ unit[j]) for j in candidates}
                     for j in candidates:
                         p = weights[j] / sum(weights.values())
                         penalty += p * math.log(p * len(candidates))
-            losses.append(loss / len(rows) / answers[m].shape[2])
-            penalties.append(penalty / len(rows) / answers[m].shape[2])
+            losses.append(loss / len(rows) / guesses[m].shape[2])
+            penalties.append(penalty / len(rows) / guesses[m].shape[2])
     return float(np.mean(losses or [0.0])), float(np.mean(penalties or [0.0]))
 
 
@@ -66,26 +66,26 @@ def test_both_terms_equal_plain_loops(seed: int) -> None:
 
 
 def test_a_batch_without_a_modality_has_finite_gradients() -> None:
-    codes, answers, valid, present, keys = inputs(0)
+    codes, guesses, valid, present, keys = inputs(0)
     present["text"] = torch.zeros(7, dtype=torch.bool)
     codes["text"] = torch.full((7, 3), 1e6)
-    expected = slow(codes, answers, valid, present, keys, {})
-    for x in answers.values():
+    expected = slow(codes, guesses, valid, present, keys, {})
+    for x in guesses.values():
         x.requires_grad_()
-    terms = independence(codes, answers, valid, present, keys)
+    terms = independence(codes, guesses, valid, present, keys)
     assert [x.item() for x in terms] == pytest.approx(expected, rel=1e-4)
     sum(terms).backward()
-    assert all(x.grad.isfinite().all() for x in answers.values())
+    assert all(x.grad.isfinite().all() for x in guesses.values())
     none = {m: torch.zeros(7, dtype=torch.bool) for m in NAMES}
-    assert [x.item() for x in independence(codes, answers, valid, none, keys)] == [0, 0]
+    assert [x.item() for x in independence(codes, guesses, valid, none, keys)] == [0, 0]
 
 
 def test_the_extremes_of_the_penalty() -> None:
     """Answers that prefer no row cost nothing; certain ones cost the logarithm of the number of rows."""
-    codes, answers, *_, keys = inputs(0, width=7)
+    codes, guesses, *_, keys = inputs(0, width=7)
     everyone = {m: torch.ones(7, dtype=torch.bool) for m in NAMES}
     codes = {m: torch.eye(7) for m in NAMES}
-    nothing = {m: torch.cat([x[:, :1], torch.zeros(7, 1, 2, 7)], dim=1) for m, x in answers.items()}
+    nothing = {m: torch.cat([x[:, :1], torch.zeros(7, 1, 2, 7)], dim=1) for m, x in guesses.items()}
     assert float(independence(codes, nothing, everyone, everyone, keys)[1]) == pytest.approx(0, abs=1e-6)
     certain = {m: 100 * torch.eye(7)[:, None, None].expand(7, 2, 2, 7) for m in NAMES}
     critic, penalty = independence(codes, certain, everyone, everyone, torch.arange(7)[:, None])
@@ -104,9 +104,9 @@ def trained(dependent: bool) -> tuple[float, float, float]:
         shared = torch.randn(rows, 4)
         unique = {m: shared if dependent else torch.randn(rows, 4) for m in names}
         everyone = {m: torch.ones(rows, dtype=torch.bool) for m in names}
-        found = critics(torch.stack([unique[m] for m in names])).transpose(1, 2)
-        answers = {m: x[:, None].expand(-1, 2, -1, -1) for m, x in zip(names, found, strict=True)}
-        return independence(dict.fromkeys(names, shared), answers, everyone, everyone, torch.arange(rows)[:, None])
+        found = critics(torch.stack([unique[m] for m in names]))
+        guesses = {m: x.movedim(2, 0) for m, x in zip(names, found.unbind(1), strict=True)}
+        return independence(dict.fromkeys(names, shared), guesses, everyone, everyone, torch.arange(rows)[:, None])
 
     before = terms()[0].item()
     for _ in range(60):

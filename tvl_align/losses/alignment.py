@@ -108,7 +108,7 @@ def _scores(
     logits = similarities(scale * queries, gallery, gallery_valid[:, None])
     losses = cross_entropy(logits, positives[:, None], valid[:, None])
     hits = torch.stack(hits_at(logits[:, :, -1].detach(), positives, (1, 5)))
-    return losses, (hits & valid).sum((1, 3)).to(losses.dtype)
+    return losses, (hits & valid).sum((1, 3), dtype=losses.dtype)
 
 
 def prefix_alignment(

@@ -22,7 +22,7 @@ from tvl_align.system.distributed import rank, world_size
 
 def independence(
     codes: Mapping[str, Tensor],
-    answers: Mapping[str, Tensor],
+    guesses: Mapping[str, Tensor],
     valid: Mapping[str, Tensor],
     present: Mapping[str, Tensor],
     caption_keys: Tensor,
@@ -30,23 +30,22 @@ def independence(
 ) -> tuple[Tensor, Tensor]:
     """Critics' loss and encoders' penalty, averaged over ordered pairs of modalities with rows -> (), ().
 
-    codes {modality: (B, U)}: shared codes, without gradient. answers {modality: (B, 2, C, U)}: the critics' guess of the
-    OTHER modalities' codes, with gradients for the critics only, and the same with gradients for the encoders only. valid
+    codes {modality: (B, U)}: shared codes, without gradient. guesses {modality: (B, 2, C, U)}: the critics' guesses of
+    the OTHER modalities' codes, with gradients for the critics only, and again with gradients for the encoders only. valid
     {modality: (B,) bool}: rows whose complementary code was computed. present (B,) bool. caption_keys (B, K) and
     content_keys {modality: (B,)}: rows with the same content in the modality that is guessed are positives of each other.
     Averaged over processes, the results are those of the joined batch.
     """
     names = list(codes)
     shared = F.normalize(torch.stack([codes[m].detach() for m in names]), dim=-1)  # (M, B, U)
-    both = torch.stack([answers[m].movedim(0, 2) for m in names], dim=1)  # (2, M, C, B, U)
-    here = torch.stack([present[m] for m in names])
-    computed = torch.stack([valid[m] for m in names]) & here
-    joined = join(shared, torch.cat([here, computed]), names, caption_keys, content_keys or {})
+    both = torch.stack([guesses[m].movedim(0, 2) for m in names], dim=1)  # (2, M, C, B, U)
+    flags = torch.stack([rows[m] for rows in (present, valid) for m in names])
+    joined = join(shared, flags, names, caption_keys, content_keys or {})
     all_present, all_computed = joined.flags.chunk(2)
     ordered = [(m, o) for m in range(len(names)) for o in range(len(names)) if m != o]
     of, others = (indices(tuple(pair[i] for pair in ordered), shared.device) for i in (0, 1))
     gallery, gallery_valid = joined.vectors.index_select(0, others), all_present.index_select(0, others)  # (Q, G, U), (Q, G)
-    rows_of = all_computed.index_select(0, of) & gallery_valid  # (Q, G)
+    rows_of = (all_computed & all_present).index_select(0, of) & gallery_valid  # (Q, G)
     batch = shared.shape[1]
     local = rows_of[:, rank() * batch : (rank() + 1) * batch]
     both, critics = both.index_select(1, of), both.shape[2]  # (2, Q, C, B, U)
@@ -67,7 +66,7 @@ def independence(
 def _terms(both: Tensor, gallery: Tensor, positives: Tensor, valid: Tensor, gallery_valid: Tensor) -> Tensor:
     """Critics' loss and encoders' penalty, summed over rows and critics, for Q ordered pairs: (2, Q).
 
-    both (2, Q, C, b, U): the answers, with gradients for critics, then for encoders. gallery (Q, G, U), positives (Q, b, G),
+    both (2, Q, C, b, U): the guesses, with gradients for critics, then for encoders. gallery (Q, G, U), positives (Q, b, G),
     valid (Q, b), gallery_valid (Q, G).
     The penalty is the KL divergence, in nats, of the answer over the gallery from the uniform distribution.
     """

@@ -204,7 +204,10 @@ class Decoders(nn.Module):
 
 
 class Critics(nn.Module):
-    """Complementary codes (M, B, U) -> a guess of a shared code by each of C MLPs of a modality (M, C, B, V)."""
+    """Complementary codes (M, B, U) -> guesses of a shared code by each of C MLPs of a modality (2, M, C, B, V).
+
+    They are the same twice: with gradients for the MLPs only, and with gradients for the codes only.
+    """
 
     def __init__(self, modalities: int, units: int, shared: int, count: int) -> None:
         super().__init__()
@@ -215,12 +218,27 @@ class Critics(nn.Module):
         )  # fmt: skip
 
     def forward(self, code: Tensor) -> Tensor:
-        return self.layers(code.repeat_interleave(self.count, 0)).unflatten(0, (-1, self.count))
+        each = code.repeat_interleave(self.count, 0)
+        frozen = {name: p.detach() for name, p in self.layers.named_parameters()}
+        both = torch.stack([self.layers(each.detach()), functional_call(self.layers, frozen, (each,))])
+        return both.unflatten(1, (-1, self.count))
+
+
+class OnGrid(torch.autograd.Function):
+    """x rounded to multiples of `step`, with the gradient of x (straight-through; Bengio et al. 2013, arXiv:1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: float) -> Tensor:
+        return (x / step).round() * step
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def on_grid(x: Tensor, step: float) -> Tensor:
-    """x rounded to multiples of `step`, with the gradient of x (straight-through). NaN and inf give NaN, so they show."""
-    return x + ((x / step).round() * step - x).detach()
+    """x rounded to multiples of `step`, with the gradient of x. NaN and inf stay, so that they show."""
+    return cast(Tensor, OnGrid.apply(x, step))
 
 
 def quantise(x: Tensor, levels: int) -> Tensor:
@@ -371,11 +389,9 @@ class TVLStage2(NestedModel):
         names = list(self.specs)
         extras: dict[str, dict[str, Tensor]] = {}
         if self.critics is not None:
-            frozen = {name: p.detach() for name, p in self.critics.named_parameters()}
-            guesses, answers = self.critics(comp_units.detach()), functional_call(self.critics, frozen, (comp_units,))
             extras["codes"] = dict(zip(names, units.detach().unbind(0), strict=True))
-            both = torch.stack([guesses, answers])  # (2, M, C, B, U)
-            extras["critics"] = {m: x.movedim(2, 0) for m, x in zip(names, both.unbind(1), strict=True)}
+            guesses = self.critics(comp_units).unbind(1)
+            extras["guesses"] = {m: x.movedim(2, 0) for m, x in zip(names, guesses, strict=True)}
         if self.training and self.causal:
             prefixes = units[:, :, None] * self.codes.prefixes
             extras["prefixes"] = dict(zip(names, prefixes.unbind(0), strict=True))
@@ -408,8 +424,9 @@ class TVLStage2(NestedModel):
         if self.training:
             each = torch.stack([kept_code, code] if self.causal else [kept_code], dim=1)  # (M, S, B, U + V)
             rebuilt = self.decoders(each.flatten(1, 2)).float().unflatten(1, each.shape[1:3])
-            difference = read.components[:, None, :, : rebuilt.shape[3]] - rebuilt
-            errors = (difference.square() * self.rebuilt[:, None, None]).sum(3).transpose(1, 2)
+            components = read.components[:, None, :, : rebuilt.shape[3]].expand_as(rebuilt)
+            squares = F.mse_loss(rebuilt, components, reduction="none")
+            errors = (squares * self.rebuilt[:, None, None]).sum(3).transpose(1, 2)
         else:
             principal, rebuilt = self.codes.principal, self.decoders(kept_code).float()
             of = zip(names, read.components, rebuilt, read.rest, strict=True)
@@ -484,15 +501,15 @@ class BaseLoss(RegisterLoss):
 
     def terms(self, output: Output) -> dict[str, Tensor]:
         numbers = super().terms(output)
-        if "critics" not in output.extras:
+        if "guesses" not in output.extras:
             return numbers
         computed, kept = output.present, output.nested_dropout_mask
         if kept is not None and "prefixes" not in output.extras:  # dropped registers have not been computed
             count = next(iter(output.complementary_tokens.values())).shape[1]
             computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
         computed = {m: plain(rows, output) for m, rows in computed.items()}
-        codes, answers = output.extras["codes"], output.extras["critics"]
-        critic, penalty = independence(codes, answers, computed, output.present, output.caption_keys, output.content_keys)
+        codes, guesses = output.extras["codes"], output.extras["guesses"]
+        critic, penalty = independence(codes, guesses, computed, output.present, output.caption_keys, output.content_keys)
         total = (numbers["total_loss"] + critic).add(penalty, alpha=self.independence_weight)
         return numbers | {"critic_loss": critic, "independence": penalty, "total_loss": total}
 
