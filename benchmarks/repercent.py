@@ -19,12 +19,18 @@ from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks.clones import module_of_clone
+from tvl_align.config import parse
 from tvl_align.features.arrays import Arrays, check_arrays
+from tvl_align.methods.base import DEFAULTS, quantise, rounded, unit_owners
+from tvl_align.system.bounds import at_least
+from tvl_align.system.console import reports_errors
 
 URL = "https://github.com/Vascorn/RePercENT"
+LATENT = 16  # numbers of a latent
 ROWS = (14_000, 2_000, 4_000)  # train, val, test: the proportions of the original, with 20,000 of its 150,000 rows
 
 
@@ -37,7 +43,7 @@ def arrays(folder: Path, seed: int, rows: tuple[int, int, int] = ROWS, modalitie
     path = folder / "RePercENT" / "src" / "utils" / "synthetic_dataset.py"
     count, tokens = sum(rows), [8] * modalities
     with module_of_clone(path, URL, seed) as module:
-        generator = module.GenerateTokenizedData(count, trans_type="uniform", latent_dim=16, M=modalities)
+        generator = module.GenerateTokenizedData(count, trans_type="uniform", latent_dim=LATENT, M=modalities)
         draw = generator.create_dataset(dist="normal", ts=tokens, gammas=[1.5] * modalities, normalize=False, sigma=0.5)
     names = [f"x{i + 1}" for i in range(modalities)]
     labels = {key: np.asarray(column, np.int64) for key, column in (draw["labels_u"] | draw["labels_s"]).items()}
@@ -102,3 +108,76 @@ def distance(
         unique_from_shared=float(np.mean([accuracy(shared[both[i, j]], f"u_{i}{j}") for i, j in ordered])),
         shared_from_unique=float(np.mean([accuracy(unique[i, j], "s_{}{}".format(*both[i, j])) for i, j in ordered])),
     )
+
+
+@dataclass(frozen=True)
+class IdealConfig:
+    """What codes of a size could tell at best: drawn latents, each in units of its own, read by RePercENT's probe."""
+
+    units: int = DEFAULTS.units
+    """Units of the overlapping tokens: half of them hold the latent of all three modalities, the others those of pairs."""
+    complementary_units: int = DEFAULTS.complementary_units
+    """Units of the complementary token, which hold the latent of the modality alone."""
+    levels: int = DEFAULTS.levels
+    """Levels of a unit of a complementary token, an odd number."""
+    resolution: float = DEFAULTS.resolution
+    """Step of overlapping units; 0: not rounded."""
+    seed: int = 0
+    """Seed of latents and labels."""
+
+    def __post_init__(self) -> None:
+        at_least(2, self, "units")
+        at_least(1, self, "complementary_units")
+
+
+def ideal(config: IdealConfig) -> Readings:
+    """The readings of codes of three modalities that keep all latents apart. A latent has at most LATENT units."""
+    rng, names = np.random.default_rng(config.seed), ("1", "2", "3")
+    rows = ROWS[0] + ROWS[2]
+    subsets = [s for size in (1, 2, 3) for s in combinations(names, size)]
+    latents = {s: rng.normal(size=(rows, LATENT)) for s in subsets}
+    first = (config.units + 1) // 2
+    owners = np.array(unit_owners(names, [first, config.units - first], pairs=True))
+    columns = {s: owners.T[first:] == [m in s for m in names] for s in subsets if len(s) == 2}
+    counts = {s: int(of.all(1).sum()) for s, of in columns.items()} | {names: first}
+    over: dict[str, dict[tuple[str, ...], np.ndarray]] = {}
+    comp: dict[str, np.ndarray] = {}
+    for m in names:
+        held = {s: latents[s][:, : counts[s]] for s in (names, *(s for s in counts if s != names)) if m in s}
+        units = torch.from_numpy(np.concatenate(list(held.values()), axis=1)).float()
+        if config.resolution:
+            units = rounded(units, held[names].shape[1], config.resolution)
+        ends = np.cumsum([x.shape[1] for x in held.values()])[:-1]
+        over[m] = dict(zip(held, np.split(units.numpy(), ends, axis=1), strict=True))
+        alone = torch.from_numpy(latents[m,][:, : config.complementary_units])
+        comp[m] = quantise(0.9 * alone, config.levels).numpy()  # 0.9: the least error of 3 levels
+    labels: dict[str, np.ndarray] = {}
+    unique: dict[tuple[int, int], np.ndarray] = {}
+    shared: dict[tuple[int, int], np.ndarray] = {}
+    for i, j in permutations(names, 2):
+        pair = int(i), int(j)
+        labels[f"u_{i}{j}"] = _cut([latents[s] for s in subsets if i in s and j not in s], rng)
+        unique[pair] = np.concatenate([comp[i], *(x for s, x in over[i].items() if j not in s)], axis=1)
+        if i < j:
+            labels[f"s_{i}{j}"] = _cut([latents[s] for s in subsets if i in s and j in s], rng)
+            shared[pair] = np.concatenate([x for m in (i, j) for s, x in over[m].items() if i in s and j in s], axis=1)
+    train = np.arange(rows) < ROWS[0]
+    return distance(unique, shared, labels, train, ~train)
+
+
+def _cut(latents: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """A random projection of latents, cut at the median: (N,) of 0 and 1."""
+    x = np.concatenate(latents, axis=1)
+    projection = x @ rng.normal(size=x.shape[1])
+    return np.asarray(projection > np.median(projection), np.int64)
+
+
+@reports_errors
+def main() -> None:
+    """Entry point of `python -m benchmarks.repercent`."""
+    found = ideal(parse(IdealConfig, prog="python -m benchmarks.repercent", examples=("python -m benchmarks.repercent",)))
+    print(f"distance {found.distance:.1f}: " + ", ".join(f"{name} {x:.1f}" for name, x in vars(found).items()))
+
+
+if __name__ == "__main__":
+    main()

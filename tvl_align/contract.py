@@ -4,7 +4,7 @@ Shape legend, used in docstrings and as suffixes of variable names:
 
     B  samples in a batch          T  key tokens of a modality      W  width of a modality's tokens
     E  width of pooled features    N  registers, No overlapping + Nc complementary = N
-    D  register width              V  augmented views of a training row
+    D  register width              V  views of a training row, beside the plain one
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,15 +54,15 @@ class Features:
     with text. Column 0 identifies the caption of the row, column 1 the augmented sentence. rows (B,) int64: indices of the
     rows in their split; -1 marks a padding row. content_keys {modality: (B,) int64}: rows that are equal have the same
     content in that modality, such as the same picture, and are positives of each other in pairs with it; in a modality that
-    is not in it all rows differ. augmented (B,) bool: rows whose pictures are augmented, so that some of what they show is
-    drawn at random; None: no row. Another sentence is not counted as augmented.
+    is not in it all rows differ. augmented {modality: (B,) bool}: rows that show an augmented picture, in which some of what
+    is unique was drawn at random; a modality that is not in it has none. Other sentences of a row are not augmented.
     """
 
     modalities: dict[str, Tokens]
     caption_keys: Tensor
     rows: Tensor
     content_keys: dict[str, Tensor] = field(default_factory=dict)
-    augmented: Tensor | None = None
+    augmented: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,13 +71,12 @@ class Features:
         """Apply a function to every tensor."""
         tokens = {name: m.map(function) for name, m in self.modalities.items()}
         content = {name: function(keys) for name, keys in self.content_keys.items()}
-        augmented = None if self.augmented is None else function(self.augmented)
+        augmented = {name: function(rows) for name, rows in self.augmented.items()}
         return Features(tokens, function(self.caption_keys), function(self.rows), content, augmented)
 
     def tensors(self) -> list[Tensor]:
         """All its tensors."""
-        found = [self.caption_keys, self.rows, *self.content_keys.values()]
-        found += [] if self.augmented is None else [self.augmented]
+        found = [self.caption_keys, self.rows, *self.content_keys.values(), *self.augmented.values()]
         return found + [t for m in self.modalities.values() for t in (m.tokens, m.mask, m.pooled, m.present)]
 
     def to(self, device: torch.device | str) -> "Features":
@@ -116,7 +115,7 @@ class Output:
     modalities jointly; None if `joint` is False. nested_dropout_mask: (B, N) bool, True = kept; None in evaluation.
     reconstruction: {modality: Reconstruction}, empty if the method does not reconstruct. features: the input of the model,
     which a loss must not use. extras: entries a method adds for its own loss or for inspection. content_keys: {modality:
-    (B,) int64} and augmented: (B,) bool or None, by default those of `features`.
+    (B,) int64} and augmented: {modality: (B,) bool}, by default those of `features`.
     """
 
     overlapping_tokens: dict[str, Tensor]
@@ -131,12 +130,12 @@ class Output:
     features: Features | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     content_keys: dict[str, Tensor] = field(default_factory=dict)
-    augmented: Tensor | None = None
+    augmented: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.features is not None and not self.content_keys:
             object.__setattr__(self, "content_keys", self.features.content_keys)
-        if self.features is not None and self.augmented is None:
+        if self.features is not None and not self.augmented:
             object.__setattr__(self, "augmented", self.features.augmented)
 
     def __contains__(self, name: object) -> bool:

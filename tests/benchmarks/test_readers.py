@@ -272,6 +272,18 @@ def test_the_distance_to_the_ideal() -> None:
     assert repercent.Readings(75.9, 89.3, 61.7, 57.0).distance == pytest.approx(13.375)  # published: 13.36
 
 
+def test_ideal_codes_leak_nothing_and_larger_ones_tell_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A binary label of which codes hold the share r of the variance is read at 1 - acos(sqrt(r)) / pi."""
+    monkeypatch.setattr(repercent, "ROWS", (3000, 0, 3000))
+    small, large = (repercent.ideal(repercent.IdealConfig(units, c, 101, 0)) for units, c in ((2, 8), (96, 16)))
+    for found in (small, large):
+        assert [found.unique_from_shared, found.shared_from_unique] == pytest.approx([50, 50], abs=2.5)
+    quarter = 100 * (1 - np.arccos(np.sqrt(8 / 32)) / np.pi)
+    assert small.unique == pytest.approx(quarter, abs=5)
+    assert large.unique > 90 and large.shared > 95
+    assert large.distance < 4 < small.distance
+
+
 def test_disentangled_ssl_draws_from_the_generator_of_the_clone(tmp_path: Path) -> None:
     folder = tmp_path / "DisentangledSSL" / "synthetic_task"
     folder.mkdir(parents=True)

@@ -113,7 +113,7 @@ def test_without_augmentation_images_are_encoded_once_and_sentences_vary(
     rows = torch.arange(5)
     plain, other = split.read(rows, torch.zeros(5, dtype=torch.long)), split.read(rows, torch.full((5,), 4))
     assert torch.equal(plain.modalities["tactile"].tokens, other.modalities["tactile"].tokens)
-    assert not split.augments and other.augmented is None
+    assert not split.augmented and not other.augmented
 
 
 def test_augmented_rows_are_marked(world: Path, stage1: Stage1, store: FeatureStore) -> None:
@@ -123,10 +123,10 @@ def test_augmented_rows_are_marked(world: Path, stage1: Stage1, store: FeatureSt
     live = LiveSplit(stage1, samples_of(world)["train"], 0, train=True)
     for source in (train, RowSubset(train, rows), ShuffledPairs(train, ["vision", "tactile", "text"], 0), live):
         (found,) = source.batches([rows], [views], CPU)
-        assert source.augments and found.augmented is not None
-        assert found.augmented.tolist() == [False, True, True, False]
-    assert not store.splits["val"].augments
-    assert store.splits["val"].read(torch.arange(2)).augmented is None
+        assert set(source.augmented) == set(found.augmented) == {"vision", "tactile"}  # text has other sentences
+        assert all(flags.tolist() == [False, True, True, False] for flags in found.augmented.values())
+    assert not store.splits["val"].augmented and not store.splits["val"].read(torch.arange(2)).augmented
+    assert FeatureStore(store.folder).only(["text", "tactile"]).splits["train"].augmented == ("tactile",)
 
 
 def test_an_interrupted_encode_goes_on_where_it_stopped(

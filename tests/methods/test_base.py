@@ -151,23 +151,26 @@ def test_rows_without_a_complementary_token_are_not_criticised() -> None:
 
 
 def test_complementary_registers_learn_from_pictures_that_are_not_augmented() -> None:
-    """Rows with augmented pictures are aligned; neither their rebuilding nor the critics' answers reach the loss."""
-    net, features = model(noise=0.0, input_dropout=0.0).train(), random_features(8)
-    kept = torch.ones(8, 4, dtype=torch.bool)
+    """Rows with augmented pictures are aligned; their rebuilding and what critics guess from them is in no loss. Other
+    modalities of the row count."""
+    net, kept = model(noise=0.0, input_dropout=0.0).train(), torch.ones(8, 4, dtype=torch.bool)
     augmented = torch.tensor([False, True] * 4)
-    changed = features.map(torch.clone)
-    for tokens in changed.modalities.values():
-        tokens.tokens[augmented] = tokens.tokens[augmented].flip(-1)
-    changed, features = (replace(f, augmented=augmented) for f in (changed, features))
-    numbers, others = (Stage2Loss()(net(f, kept=kept)) for f in (features, changed))
-    assert torch.equal(numbers["preservation"], others["preservation"])
-    assert not torch.equal(numbers["overlapping_loss"], others["overlapping_loss"])
+    features = replace(random_features(8), augmented={"vision": augmented, "tactile": augmented})
+
+    def other(*names: str) -> dict[str, torch.Tensor]:
+        changed = features.map(torch.clone)
+        for m in names:
+            changed.modalities[m].tokens[augmented] = changed.modalities[m].tokens[augmented].flip(-1)
+        return Stage2Loss()(net(changed, kept=kept))
+
+    numbers, pictures, text = other(), other("vision", "tactile"), other("text")
+    assert torch.equal(numbers["preservation"], pictures["preservation"])
+    assert not torch.allclose(numbers["preservation"], text["preservation"], rtol=1e-4)
+    assert not torch.equal(numbers["overlapping_loss"], pictures["overlapping_loss"])
     output = net(features, kept=kept)
-    valid, extras = dict.fromkeys(output.present, ~augmented), output.extras
-    expected = independence(extras["codes"], extras["guesses"], valid, output.present, output.caption_keys)
+    valid = output.present | {m: ~augmented for m in ("vision", "tactile")}
+    expected = independence(output.extras["codes"], output.extras["guesses"], valid, output.present, output.caption_keys)
     assert torch.allclose(torch.stack(expected), torch.stack([numbers["critic_loss"], numbers["independence"]]))
-    everyone = Stage2Loss()(net(replace(features, augmented=None), kept=kept))
-    assert not torch.allclose(everyone["preservation"], numbers["preservation"], rtol=1e-3)
 
 
 def test_pooling_uses_kept_overlapping_tokens_only() -> None:
@@ -376,3 +379,9 @@ def test_the_gradient_of_rounded_units_is_that_of_scaled_ones() -> None:
     scaled = units / units[:, :4].square().mean(1, keepdim=True).sqrt()
     (expected,) = torch.autograd.grad((scaled * weight).sum(), units)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_rounding_works_under_transforms_of_torch() -> None:
+    x = torch.randn(4, 6)
+    assert torch.equal(torch.func.grad(lambda y: on_grid(y, 0.5).sum())(x), torch.ones(4, 6))
+    assert torch.equal(torch.func.vmap(lambda y: on_grid(y, 0.5))(x), on_grid(x, 0.5))

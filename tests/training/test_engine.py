@@ -109,6 +109,9 @@ def test_resume_ends_where_the_uninterrupted_run_ends(
     other = changed(changed(stopped, "optim", lr=2e-3), "data", num_workers=1)
     with pytest.raises(UserError, match=r"other settings: --lr 0\.002 \(it has 0\.001\); give these values"):
         fit(other, BASE)
+    later = replace(BASE, implementation=replace(BASE.implementation, version=f"{BASE.implementation.version}9"))
+    with pytest.raises(UserError, match=r"was trained by version [\d.]+ of stage2_base, and [\d.]+9 trains otherwise"):
+        fit(stopped, later)
     with (stopped.folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"epoch": 2, "half": "an epoch that was never saved"}) + "\n")
     folder = fit(stopped, BASE)

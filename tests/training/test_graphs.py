@@ -1,6 +1,7 @@
 """What a GPU records of a training step, and the replay of it. The graphs themselves are tested where there is a GPU."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
@@ -69,6 +70,7 @@ def test_what_must_be_equal_for_a_replay() -> None:
         (features.map(lambda t: t.double() if t.is_floating_point() else t), kept),
         (Features(features.modalities | {"tactile": condensed}, features.caption_keys, features.rows), kept),
         (Features(features.modalities, features.caption_keys, features.rows, {"vision": features.rows}), kept),
+        (replace(features, augmented={"vision": features.rows > 0}), kept),
     )
     assert all(_shape(*other) != shape for other in others)
 

@@ -24,7 +24,8 @@ captions, nor for one that is named `text`, because a few sentences describe man
 
 View v of two modalities shares its augmentation, so V is the same in all modalities that have views; a modality without
 views repeats its plain tokens. Views have the mask of the row, and without .views_pooled the mean of their tokens as pooled
-features. Only the views of training rows are read; those of other rows may have any values.
+features. Only the views of training rows are read; those of other rows may have any values. Views count as augmented
+pictures in all modalities but `text`: half of a batch is plain, and from it complementary registers learn what to hold.
 """
 
 import csv

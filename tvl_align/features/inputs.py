@@ -105,8 +105,8 @@ class DataConfig:
     """Modalities to use: two or more of vision, tactile, text and --more_columns; with --store: two or more of the store's;
     default: all."""
     views: int = 4
-    """Augmented views per training row in the feature store, beside the plain one, which half of a batch shows; 0: no store,
-    encode every batch on the fly."""
+    """Views per training row in the feature store, beside the plain one; where pictures are augmented, half of a batch is
+    plain. 0: no store, encode every batch on the fly."""
     store: Path | None = None
     """Train on an existing feature store (`tvl-align features import`), without encoders and data sets."""
     feature_dir: Path | None = None

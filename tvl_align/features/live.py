@@ -11,7 +11,7 @@ from torch import Tensor
 from tvl_align.contract import Batch, Features
 from tvl_align.data.loading import ImageBatch, RowViews, load_images
 from tvl_align.data.samples import Samples
-from tvl_align.data.tvl import Tolerance
+from tvl_align.data.tvl import PICTURES, Tolerance
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.features.store import Condense, FeatureSource
 
@@ -30,7 +30,8 @@ class LiveSplit:
         self.stage1, self.samples, self.num_workers = stage1, samples, num_workers
         self.tolerance, self._bad = tolerance or Tolerance(), dict[tuple[int, str], str]()
         self.views = 10**9 if train else 0  # so many that a sampled view is practically always a new one
-        self.augments = train and samples.images.options.augment
+        augments = train and samples.images.options.augment
+        self.augmented = tuple(m for m in PICTURES if m in stage1.modalities) if augments else ()
         self.names = [row.name for row in samples.rows]
         distinct = sorted({row.dataset for row in samples.rows})
         self.datasets = torch.tensor([distinct.index(row.dataset) for row in samples.rows], dtype=torch.int64)
@@ -80,8 +81,10 @@ class LiveSplit:
         batch: Batch = {**raw, "present": present, "caption_keys": keys.to(device)}
         encoded = self.stage1.encode(batch)
         content = {m: keys[rows].to(device) for m, keys in self.content_keys.items()}
-        augmented = torch.tensor([view > 0 for _, view in row_views]).to(device) if self.augments else None
-        return Features(encoded.modalities, encoded.caption_keys, rows.to(device), content, augmented)
+        shown = torch.tensor([view > 0 for _, view in row_views]).to(device)
+        return Features(
+            encoded.modalities, encoded.caption_keys, rows.to(device), content, dict.fromkeys(self.augmented, shown)
+        )
 
     def _record_faults(self, row_views: RowViews, faults: Sequence[tuple[int, str, str]]) -> None:
         for position, modality, reason in faults:

@@ -51,8 +51,8 @@ class FeatureSource(Protocol):
         ...
 
     @property
-    def augments(self) -> bool:
-        """Whether views have augmented pictures; otherwise only sentences differ."""
+    def augmented(self) -> Sequence[str]:
+        """Modalities of which views show augmented pictures; in others they are plain, or have another sentence."""
         ...
 
     @property
@@ -110,7 +110,8 @@ class StoredSplit:
         files = {m: folder / "rows" / "content_keys" / f"{m}.memmap" for m in contents}
         self.content_keys = {m: open_memmap(file, torch.int64, shape[:1]) for m, file in files.items()}
         self.index = {m: open_memmap(folder / "index" / f"{m}.memmap", torch.int64, shape) for m in modalities}
-        self.is_condensed, self.augments = False, False
+        self.is_condensed = False
+        self.augmented: tuple[str, ...] = ()
         self.index["caption_keys"] = open_memmap(folder / "index" / "caption_keys.memmap", torch.int64, (*shape, 2))
         tables: dict[str, Mapping[str, Any]] = {
             m: open_parts([part / m for part in parts], spec) if parts else open_table(folder / m, spec)
@@ -121,8 +122,8 @@ class StoredSplit:
             rows = len(self.tables[m]["mask"]) if m in self.tables else 0
             if shape[0] and int(self.index[m].max()) >= rows:
                 raise UserError(f"{folder} refers to missing rows of {m}; the store is damaged, make it again.")
-            if self.views and m != "text":
-                self.augments |= bool((self.index[m] != self.index[m][:, :1]).any())
+            if self.views and m != "text" and (self.index[m] != self.index[m][:, :1]).any():
+                self.augmented = (*self.augmented, m)
             release_if_mapped(self.index[m])
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ class StoredSplit:
             token_rows, pooled_rows = read(table["tokens"], table_rows, length), read(table["pooled"], table_rows)
             tokens[name] = Tokens(token_rows, mask[:, :length], pooled_rows, present, self.is_condensed)
         content = {m: keys[rows] for m, keys in self.content_keys.items()}
-        augmented = views > 0 if self.augments else None
+        augmented = {m: self.index[m][rows, views] != self.index[m][rows, 0] for m in self.augmented}
         return Features(tokens, self.index["caption_keys"][rows, views], rows, content, augmented)
 
     def batches(self, rows: Sequence[Tensor], views: Sequence[Tensor], device: torch.device) -> Iterator[Features]:
@@ -251,6 +252,7 @@ class FeatureStore:
         for split in self.splits.values():
             split.tables = {name: split.tables[name] for name in names if name in split.tables}
             split.content_keys = {name: keys for name, keys in split.content_keys.items() if name in names}
+            split.augmented = tuple(name for name in split.augmented if name in names)
         return self
 
     @classmethod

@@ -18,7 +18,8 @@ class RowSubset:
     """Some rows of a split, (K,) int64, as a feature source; rows are renumbered from 0."""
 
     def __init__(self, source: FeatureSource, rows: Tensor) -> None:
-        self.source, self.rows, self.views, self.augments = source, rows, source.views, source.augments
+        self.source, self.rows = source, rows
+        self.views, self.augmented = source.views, source.augmented
         self.names = _Selected(source.names, rows)
         self.datasets, self.groups = source.datasets[rows], source.groups[rows]
         self.content_keys = {m: keys[rows] for m, keys in source.content_keys.items()}
@@ -59,7 +60,8 @@ class ShuffledPairs:
     """
 
     def __init__(self, source: FeatureSource, modalities: Sequence[str], seed: int) -> None:
-        self.source, self.views, self.augments, self.names = source, source.views, source.augments, source.names
+        self.source, self.names = source, source.names
+        self.views, self.augmented = source.views, source.augmented
         self.datasets, self.groups = source.datasets, source.groups
         self.orders = {
             m: torch.randperm(len(source), generator=generator(seed, 7, i)) if i else torch.arange(len(source))
@@ -80,7 +82,8 @@ class ShuffledPairs:
             text = parts.get("text", next(iter(parts.values())))
             modalities = {m: part.modalities[m] for m, part in parts.items() if m in part.modalities}
             content = {m: parts[m].content_keys[m] for m in self.content_keys}
-            yield Features(modalities, text.caption_keys, row.to(device), content, text.augmented)
+            augmented = {m: parts[m].augmented[m] for m in self.augmented if m in parts}
+            yield Features(modalities, text.caption_keys, row.to(device), content, augmented)
 
     def condensed(self, condense: Condense, device: torch.device) -> FeatureSource:
         """The same pairs of the condensed split."""

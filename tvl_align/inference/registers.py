@@ -417,7 +417,7 @@ def as_stored(features: Features) -> Features:
         m: Tokens((t.tokens * t.mask[..., None]).half().float(), t.mask, t.pooled, t.present)
         for m, t in features.modalities.items()
     }
-    return Features(tokens, features.caption_keys, features.rows, features.content_keys)
+    return replace(features, modalities=tokens)
 
 
 def check_keep(keep: int | None, registers: int) -> None:

@@ -60,24 +60,25 @@ def complementary_regularisation(output: Output) -> Tensor:
 def rebuilding_errors(output: Output) -> Tensor:
     """Mean squared error of rebuilding the frozen tokens of each modality, (M,); (1,) of 0 for a method without a decoder.
 
-    The tokens have unit variance, so predicting their mean gives 1. Rows with augmented pictures do not count.
+    The tokens have unit variance, so predicting their mean gives 1. Augmented pictures do not count.
     """
     found = list(output.reconstruction.values())
     if not found:
         return output.logit_scale[None] * 0.0
-    masks = [plain(r.mask, output) for r in found]
+    masks = [plain(r.mask, output, m) for m, r in output.reconstruction.items()]
     if len({r.error.shape for r in found}) == 1:
         return masked_mean(torch.stack([r.error for r in found]), torch.stack(masks))
     return torch.stack([masked_mean(r.error, mask) for r, mask in zip(found, masks, strict=True)])
 
 
-def plain(mask: Tensor, output: Output) -> Tensor:
-    """A mask (B, ...) bool without the rows that have augmented pictures.
+def plain(mask: Tensor, output: Output, modality: str) -> Tensor:
+    """A mask (B, ...) bool of a modality without the rows whose picture is augmented.
 
-    From those registers learn what modalities share. What only one shows there may be the augmentation, drawn for it alone.
+    These rows teach what modalities share. What only their picture shows may be its augmentation, drawn for it alone.
     """
-    augmented = output.augmented
-    return mask if augmented is None else mask & ~augmented.view(-1, *[1] * (mask.ndim - 1))
+    if modality not in output.augmented:
+        return mask
+    return mask & ~output.augmented[modality].view(-1, *[1] * (mask.ndim - 1))
 
 
 class RegisterLoss(nn.Module):

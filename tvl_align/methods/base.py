@@ -227,9 +227,14 @@ class Critics(nn.Module):
 class OnGrid(torch.autograd.Function):
     """x rounded to multiples of `step`, with the gradient of x (straight-through; Bengio et al. 2013, arXiv:1308.3432)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: float) -> Tensor:
+    def forward(x: Tensor, step: float) -> Tensor:
         return (x / step).round() * step
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -507,7 +512,7 @@ class BaseLoss(RegisterLoss):
         if kept is not None and "prefixes" not in output.extras:  # dropped registers have not been computed
             count = next(iter(output.complementary_tokens.values())).shape[1]
             computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
-        computed = {m: plain(rows, output) for m, rows in computed.items()}
+        computed = {m: plain(rows, output, m) for m, rows in computed.items()}
         codes, guesses = output.extras["codes"], output.extras["guesses"]
         critic, penalty = independence(codes, guesses, computed, output.present, output.caption_keys, output.content_keys)
         total = (numbers["total_loss"] + critic).add(penalty, alpha=self.independence_weight)

@@ -1,4 +1,4 @@
-"""stage2_flextok v1. 32 causal registers, prefixes of 1, 2, 4, ... 32, and a decoder that reconstructs from any prefix.
+"""stage2_flextok v1.1. 32 causal registers, prefixes of 1, 2, 4, ... 32, and a decoder that reconstructs from any prefix.
 
 After FlexTok (Bachmann et al. 2025, arXiv:2502.13967): for each sample one prefix length, a power of two, is drawn, and the
 outputs after it are masked. The first 8 registers are aligned across modalities, the other 24 are complementary.
@@ -45,7 +45,7 @@ class FlexTok(RegisterModel):
 
 
 FLEXTOK = Method(
-    Implementation("stage2_flextok", "1", "FLEXTOK"),
+    Implementation("stage2_flextok", "1.1", "FLEXTOK"),
     FlexTokConfig,
     lambda knobs, specs: FlexTok(specs, knobs),
     RegisterLoss,

@@ -1,4 +1,4 @@
-"""stage2_matryoshka v1. No dropout: every step averages the alignment loss over all prefixes of the overlapping registers.
+"""stage2_matryoshka v1.1. No dropout: every step averages the alignment loss over all prefixes of the overlapping registers.
 
 After Matryoshka representation learning (Kusupati et al. 2022, arXiv:2205.13147), which averages over all prefixes instead
 of sampling one. Registers are causal, so a prefix does not depend on later registers.
@@ -42,7 +42,7 @@ class MatryoshkaLoss(RegisterLoss):
 
 
 MATRYOSHKA = Method(
-    Implementation("stage2_matryoshka", "1", "MATRYOSHKA"),
+    Implementation("stage2_matryoshka", "1.1", "MATRYOSHKA"),
     MatryoshkaConfig,
     lambda knobs, specs: Matryoshka(specs, knobs),
     MatryoshkaLoss,

@@ -4,6 +4,8 @@ read tokens through principal components instead of attending to them.
 Shapes: B rows, N registers of width D, T tokens of a modality.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ def attention_maps(model: nn.Module, features: Features, kept: Tensor | None = N
     with torch.enable_grad():
         leaves = {m: t.tokens.float().detach().requires_grad_() for m, t in features.modalities.items()}
         tokens = {m: Tokens(leaves[m], t.mask, t.pooled.float(), t.present) for m, t in features.modalities.items()}
-        output = model(Features(tokens, features.caption_keys, features.rows), kept=kept, joint=False)
+        output = model(replace(features, modalities=tokens), kept=kept, joint=False)
         both = (output.overlapping_tokens, output.complementary_tokens)
         registers = torch.stack([torch.cat([of[m] for of in both], dim=1) for m in leaves]).float()  # (M, B, N, D)
         slopes = []

@@ -169,7 +169,7 @@ def eight_rows(count: int) -> tuple[Features, Tensor]:
     masked = Tokens(touch.tokens, touch.mask & present[:, None], touch.pooled, present)
     keys = torch.tensor([0, 1, 2, 3, 0, 4, 4, 5])[:, None]
     kept = torch.arange(count) < torch.tensor([1, 2, 4, 4, 4, 3, 4, 2])[:, None]
-    augmented = torch.tensor([True, True, False, False, True, False, False, False])
+    augmented = {"tactile": torch.tensor([True, True, False, False, True, False, False, False])}
     return Features(features.modalities | {"tactile": masked}, keys, features.rows, augmented=augmented), kept
 
 

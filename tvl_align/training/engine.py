@@ -254,7 +254,7 @@ def train_one_epoch(
     seed, batch, accum, epoch = settings.run.own_seed, settings.optim.batch_size, settings.optim.accum_iter, progress.epoch
     weights = balanced_weights(source.datasets) if settings.data.importance_sampling else None
     rows = epoch_batches(len(source), batch, seed, epoch, weights, settings.optim.drop_last)
-    views = epoch_views(len(rows), batch, source.views, seed, epoch, source.augments)
+    views = epoch_views(len(rows), batch, source.views, seed, epoch, bool(source.augmented))
     updates = math.ceil(len(rows) / accum)
     learner.wrapped.train()
     done = progress.step * accum

@@ -90,4 +90,4 @@ class RecordedGradients:
 def _shape(features: Features, kept: Tensor) -> Hashable:
     """What must be equal for a replay: modalities, and shapes and types of all tensors."""
     names = [(name, tokens.condensed) for name, tokens in features.modalities.items()]
-    return (*names, *features.content_keys, *((t.shape, t.dtype) for t in [*features.tensors(), kept]))
+    return (*names, *features.content_keys, *features.augmented, *((t.shape, t.dtype) for t in [*features.tensors(), kept]))

@@ -79,7 +79,7 @@ class Progress:
 def find_checkpoint(settings: Settings[Any], implementation: Implementation) -> dict[str, Any] | None:
     """The checkpoint to resume from: that of `--resume`, else checkpoint.pth of the run folder, else None.
 
-    Raises UserError for a checkpoint of another method, and for one of other settings unless `--resume` is given.
+    Raises UserError for a checkpoint of another method, and without `--resume` for one of other settings or another version.
     """
     requested, own = settings.run.resume, settings.folder / "checkpoint.pth"
     if not requested and not own.is_file():
@@ -99,7 +99,13 @@ def find_checkpoint(settings: Settings[Any], implementation: Implementation) -> 
         raise UserError(
             f"{path} is of the method {made_by}, not {implementation.experiment_id}; give the --method it was trained with."
         )
-    _check_version(path.parent, implementation, str(checkpoint["implementation"].get("version")))
+    version = str(checkpoint["implementation"].get("version"))
+    _check_version(path.parent, implementation, version)
+    if version != implementation.version and not requested:
+        raise UserError(
+            f"{path.parent} was trained by version {version} of {made_by}, and {implementation.version} trains otherwise; "
+            "give another --log_name, --resume, or use the package of that run."
+        )
     changed = changed_options(checkpoint["settings"], to_plain(settings))
     if checkpoint["processes"] != world_size():
         changed.append(f"{world_size()} processes (it has {checkpoint['processes']})")

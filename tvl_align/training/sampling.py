@@ -54,11 +54,12 @@ def epoch_batches(
 def epoch_views(steps: int, batch_size: int, views: int, seed: int, epoch: int, augmented: bool = False) -> Tensor:
     """(steps, batch_size) int64: the view of every row, uniform in 0 (the plain one) to `views`.
 
-    augmented: views have augmented pictures. Then half of the rows, and those that drew view 0, show the plain one, the only
-    one from which complementary registers learn (tvl_align.losses.register_loss).
+    augmented: views show augmented pictures. Then half of the rows show the plain one, from which alone complementary
+    registers learn what to hold (tvl_align.losses.register_loss).
     """
     draws, shape = generator(seed, epoch, 1), (steps, batch_size * world_size())
-    drawn = torch.randint(views + 1, shape, generator=draws)
-    if augmented:
-        drawn = drawn * (torch.rand(shape, generator=draws) < 0.5)
+    if augmented and views:
+        drawn = torch.randint(1, views + 1, shape, generator=draws) * (torch.rand(shape, generator=draws) < 0.5)
+    else:
+        drawn = torch.randint(views + 1, shape, generator=draws)
     return drawn[:, rank() * batch_size : (rank() + 1) * batch_size]

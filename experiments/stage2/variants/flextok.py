@@ -1,4 +1,4 @@
-"""stage2_flextok v1. Its code is tvl_align/methods/flextok.py."""
+"""stage2_flextok v1.1. Its code is tvl_align/methods/flextok.py."""
 
 from tvl_align.methods.flextok import FLEXTOK, FlexTok, FlexTokConfig
 

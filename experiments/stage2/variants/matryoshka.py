@@ -1,4 +1,4 @@
-"""stage2_matryoshka v1. Its code is tvl_align/methods/matryoshka.py."""
+"""stage2_matryoshka v1.1. Its code is tvl_align/methods/matryoshka.py."""
 
 from tvl_align.methods.matryoshka import MATRYOSHKA, Matryoshka, MatryoshkaConfig, MatryoshkaLoss
 
