@@ -91,7 +91,7 @@ def workers(scratch: Path) -> list[int]:
     return [process for process, title in titles(scratch).items() if title.startswith("ray::_Worker")]
 
 
-def until(holds: Callable[[], bool], seconds: float = 120) -> None:
+def until(holds: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, "it takes too long"
