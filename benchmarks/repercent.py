@@ -14,7 +14,7 @@ x<j>.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks.clones import module_of_clone
 from tvl_align.config import parse
 from tvl_align.features.arrays import Arrays, check_arrays
-from tvl_align.methods.base import DEFAULTS, quantise, rounded, unit_owners
+from tvl_align.methods.base import DEFAULTS, Stage2Config, quantise, rounded, unit_owners
 from tvl_align.system.bounds import at_least
 from tvl_align.system.console import reports_errors
 
@@ -112,7 +112,7 @@ def distance(
 
 @dataclass(frozen=True)
 class IdealConfig:
-    """What codes of a size could tell at best: drawn latents, each in units of its own, read by RePercENT's probe."""
+    """What codes of a size tell that keep all latents apart, each in units of its own: a guide to what size costs."""
 
     units: int = DEFAULTS.units
     """Units of the overlapping tokens: half of them hold the latent of all three modalities, the others those of pairs."""
@@ -127,7 +127,8 @@ class IdealConfig:
 
     def __post_init__(self) -> None:
         at_least(2, self, "units")
-        at_least(1, self, "complementary_units")
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seed"}
+        Stage2Config(**options)  # raises UserError for what the base refuses
 
 
 def ideal(config: IdealConfig) -> Readings:

@@ -282,6 +282,8 @@ def test_ideal_codes_leak_nothing_and_larger_ones_tell_more(monkeypatch: pytest.
     assert small.unique == pytest.approx(quarter, abs=5)
     assert large.unique > 90 and large.shared > 95
     assert large.distance < 4 < small.distance
+    with pytest.raises(UserError, match="--levels 4 has no level at 0"):
+        repercent.IdealConfig(levels=4)
 
 
 def test_disentangled_ssl_draws_from_the_generator_of_the_clone(tmp_path: Path) -> None:
