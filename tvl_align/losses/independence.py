@@ -70,9 +70,9 @@ def _terms(both: Tensor, gallery: Tensor, positives: Tensor, valid: Tensor, gall
     valid (Q, b), gallery_valid (Q, G).
     The penalty is the KL divergence, in nats, of the answer over the gallery from the uniform distribution.
     """
-    logits = similarities(both, gallery[:, None], gallery_valid[:, None])
-    critic = cross_entropy(logits[0], positives[:, None], valid[:, None]).sum(1)
-    log_probability = logits[1].log_softmax(-1)
+    of_critics, of_codes = similarities(both, gallery[:, None], gallery_valid[:, None]).unbind()
+    critic = cross_entropy(of_critics, positives[:, None], valid[:, None]).sum(1)
+    log_probability = of_codes.log_softmax(-1)
     negative_entropy = (log_probability.exp() * log_probability).sum(-1)  # (Q, C, b)
     divergence = negative_entropy + gallery_valid.sum(1).clamp(min=1).log()[:, None, None]
     return torch.stack([critic, (divergence * valid[:, None]).sum((1, 2))])
