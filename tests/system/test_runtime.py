@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import platform
 import resource
 import signal
@@ -214,6 +215,12 @@ def test_a_worker_that_dies_ends_the_others_and_is_named(how: str, said: str, tm
     assert not (tmp_path / "never begun").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "waits").read_text()), 0)
+
+
+def test_a_job_that_cannot_start_says_why_and_ends_the_others(tmp_path: Path) -> None:
+    jobs = {"waits": (_end, "", str(tmp_path / "waits")), "nameless": (lambda: None,)}
+    with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle|lambda"):
+        run_in_processes(jobs, at_once=2, threads=1)
 
 
 @pytest.mark.slow

@@ -61,8 +61,9 @@ def run_in_processes(jobs: Mapping[str, tuple[Any, ...]], at_once: int, threads:
         while waiting or running:
             while waiting and len(running) < at_once:
                 name, job = waiting.popleft()
-                running[name] = context.Process(target=_job, args=(threads, *job))
-                running[name].start()
+                process = context.Process(target=_job, args=(threads, *job))
+                process.start()
+                running[name] = process
             multiprocessing.connection.wait([process.sentinel for process in running.values()])
             for name in [name for name, process in running.items() if process.exitcode is not None]:
                 code = running.pop(name).exitcode
