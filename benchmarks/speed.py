@@ -271,17 +271,18 @@ def _step(config: BenchConfig) -> Iterator[Figure]:
 
 
 def _engine(config: BenchConfig) -> Iterator[Figure]:
-    """An epoch of the training loop (reading the store, sampling, checks, logging) relative to its training steps."""
-    count = 8
+    """An epoch of the training loop (reading features, sampling, checks, logging) relative to its training steps."""
+    count = 16
     with jobs.temporary_folder() as folder:
         jobs.write_store(folder / "store", SMALL, count * config.batch)
         settings = jobs.run_settings(folder / "store", folder, config.batch, config.width)
-        source = FeatureStore(folder / "store").splits["train"]
         method, accelerator = METHODS["base"], make_accelerator(settings)
         torch.manual_seed(0)
         model, loss = method.model(settings.knobs, SMALL).train(), method.loss(settings.knobs, MODALITIES)
+        source = FeatureStore(folder / "store").splits["train"].condensed(model.condense, accelerator.device)
         optimizer = make_adamw(model.named_parameters(), 0.05)
-        batches = [source.read(rows).float() for rows in torch.arange(count * config.batch).split(config.batch)]
+        rows = torch.arange(count * config.batch).split(config.batch)
+        batches = list(source.batches(rows, [torch.zeros_like(r) for r in rows], accelerator.device))
 
         learner = Learner(model, model, loss, optimizer, accelerator)
 

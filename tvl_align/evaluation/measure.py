@@ -180,6 +180,23 @@ def _identity(run: OpenedRun, options: EvaluateConfig) -> dict[str, Any]:
     }
 
 
+def factor_probes(run: OpenedRun, options: EvaluateConfig, labels: Labels, frozen: Features) -> FactorProbes:
+    """The factors of a run with their ceilings; no tokens have been read yet. frozen: of test rows."""
+    sides = Rows(
+        [run.probe.names[i] for i in run.rows.tolist()], stage1_features(run.probe, run.rows, run.device).to(run.device)
+    )
+    factors = FactorProbes(
+        labels,
+        sides,
+        Rows(list(run.test.names), frozen.to(run.device)),
+        run.settings.run.seed,
+        options.probe_steps,
+        _ceiling_rows(run.inputs.splits["train"], sides, run.device),
+    )
+    factors.read_ceilings(run.settings.data.store or run.settings.feature_dir)
+    return factors
+
+
 def _read_factors(
     run: OpenedRun,
     options: EvaluateConfig,
@@ -193,20 +210,8 @@ def _read_factors(
 
     frozen, untrained: of test rows. on_probe: the trained tokens of probe rows. prefixes: {k: tokens of test rows}.
     """
-    test, data = run.test, run.settings.data
     trained = prefixes[max(prefixes)]
-    sides = Rows(
-        [run.probe.names[i] for i in run.rows.tolist()], stage1_features(run.probe, run.rows, run.device).to(run.device)
-    )
-    factors = FactorProbes(
-        labels,
-        sides,
-        Rows(list(test.names), frozen.to(run.device)),
-        run.settings.run.seed,
-        options.probe_steps,
-        _ceiling_rows(run.inputs.splits["train"], sides, run.device),
-    )
-    factors.read_ceilings(data.store or run.settings.feature_dir)
+    factors = factor_probes(run, options, labels, frozen)
     floor = run.on_probe(run.untrained)
     groups: dict[str, Group] = {}
     for name in ("overlapping", "complementary"):
