@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tvl_align.config import parse
 from tvl_align.evaluation.labels import Labels
-from tvl_align.evaluation.measure import EvaluateConfig, OpenedRun, labelled_rows, labels_of, open_run
+from tvl_align.evaluation.measure import EvaluateConfig, OpenedRun, labelled_rows, needed_labels, open_run
 from tvl_align.evaluation.probes import Components
 from tvl_align.evaluation.scores import normalised_score
 from tvl_align.evaluation.split_tokens import SplitTokens, compute_tokens
@@ -93,9 +93,7 @@ def attack(config: AttackConfig) -> Path:
     results = _results(config.run)
     options = EvaluateConfig(config.run)
     run = open_run(options)
-    labels = labels_of(options, run.settings.data)
-    if labels is None:
-        raise UserError(f"{config.run} was trained on data without labels, so there are no factors to read.")
+    labels = needed_labels(options, run.settings.data)
     sides, test = _rows(run, config.rows), Rows(list(run.test.names), (run.on_test(run.model),))
     misplaced = list(_misplaced(results))
     found: dict[str, Any] = {}

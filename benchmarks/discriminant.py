@@ -22,7 +22,7 @@ from tvl_align.config import parse
 from tvl_align.contract import Features
 from tvl_align.evaluation.factors import Group
 from tvl_align.evaluation.labels import Labels
-from tvl_align.evaluation.measure import EvaluateConfig, OpenedRun, factor_probes, labelled_rows, labels_of, open_run
+from tvl_align.evaluation.measure import EvaluateConfig, OpenedRun, factor_probes, labelled_rows, needed_labels, open_run
 from tvl_align.evaluation.split_tokens import all_rows, stage1_features
 from tvl_align.evaluation.uncertainty import group_weights
 from tvl_align.methods.base import TVLStage2, quantise
@@ -85,9 +85,11 @@ def discriminant(config: DiscriminantConfig) -> Path:
     model = run.model
     if not isinstance(model, TVLStage2):
         raise UserError(f"{config.run} is a run of {run.config['implementation']['experiment_id']}; give a run of base.")
-    labels = labels_of(options, run.settings.data)
-    if labels is None:
-        raise UserError(f"{config.run} was trained on data without labels, so there are no factors to read.")
+    labels = needed_labels(options, run.settings.data)
+    if not any(len(owners) == 1 for owners in labels.ownership.values()):
+        raise UserError(
+            f"the labels of {config.run} have no factor that one modality alone owns, so there is nothing to make."
+        )
     frozen = stage1_features(run.test, all_rows(run.test), run.device)
     probes = factor_probes(run, options, labels, frozen)
     codes = _codes(run, model, labels, {"probe": probes.probe.frozen, "test": frozen})
@@ -111,7 +113,7 @@ def _codes(run: OpenedRun, model: TVLStage2, labels: Labels, sides: Mapping[str,
     for m in run.inputs.specs:
         present = fitted.modalities[m].present
         unique = [labels.of(f, names) for f, owners in labels.ownership.items() if list(owners) == [m]]
-        factors = [torch.from_numpy(levels_of).to(present.device)[present] for levels_of in unique]
+        factors = [torch.from_numpy(levels_of)[present] for levels_of in unique]
         of = discriminants(reader.read(m, fitted.modalities[m].float())[0][present], factors, units, levels)
         for side, features in sides.items():
             code = of(reader.read(m, features.to("cpu").modalities[m].float())[0])

@@ -13,6 +13,7 @@ from tvl_align.contract import Method
 from tvl_align.features.store import FeatureStore
 from tvl_align.methods.registry import METHODS, load_method
 from tvl_align.system.console import UserError
+from tvl_align.system.modules import import_named
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[1]
@@ -191,6 +192,20 @@ def test_unknown_and_broken_methods_are_refused(
     monkeypatch.delitem(sys.modules, "broken_name", raising=False)
     with pytest.raises(UserError, match=message):
         load_method(name)
+
+
+def test_the_current_folder_is_importable_only_for_what_is_found_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a folder here with the name of a package that is not installed would count as that package."""
+    (tmp_path / "found_here.py").write_text("x = 1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    before = list(sys.path)
+    assert import_named("json", "--method", "").__name__ == "json"
+    assert sys.path == before
+    assert import_named("found_here", "--method", "").x == 1
+    assert sys.path == [*before, str(tmp_path)]
 
 
 def test_every_promise_names_a_test_that_exists() -> None:

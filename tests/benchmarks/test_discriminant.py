@@ -49,12 +49,19 @@ def test_the_strongest_directions_fill_the_size_of_the_code() -> None:
 
 
 @pytest.mark.slow
-def test_codes_of_a_run_are_read_and_other_methods_refused(tmp_path: Path) -> None:
+def test_codes_of_a_run_hold_what_one_modality_owns(tmp_path: Path) -> None:
     runs = train_base_and_mlp(tmp_path)
+    with pytest.raises(UserError, match="mlp is a run of stage2_mlp; give a run of base"):
+        discriminant(DiscriminantConfig(runs / "mlp"))
+    with pytest.raises(UserError, match="base have no factor that one modality alone owns"):
+        discriminant(DiscriminantConfig(runs / "base"))
+    legend = tmp_path / "store" / "labels.json"
+    factors = json.loads(legend.read_text())
+    factors["factors"]["side"]["ownership"] = ["touch"]
+    legend.write_text(json.dumps(factors))
     path = discriminant(DiscriminantConfig(runs / "base"))
     assert path == runs / "base" / "discriminant.json"
     content = json.loads(path.read_text())
-    assert "shared_leak" in content["summary"]  # `side`, the unique factor, has a ceiling at chance
-    assert content["factors"]["touch"]["side"]["accuracy"].keys() == {"stage1", "complementary"}
-    with pytest.raises(UserError, match="mlp is a run of stage2_mlp; give a run of base"):
-        discriminant(DiscriminantConfig(runs / "mlp"))
+    assert content["summary"].keys() == {"unique_retention"}
+    # zeros score 0; of the one unit with 3 levels the middle one tells nothing
+    assert content["summary"]["unique_retention"]["score"] > 40

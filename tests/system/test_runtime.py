@@ -1,6 +1,7 @@
 """Process groups, devices, seeds, signals, provenance, and parallel tasks."""
 
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -218,9 +219,10 @@ def test_a_worker_that_dies_ends_the_others_and_is_named(how: str, said: str, tm
 
 
 def test_a_job_that_cannot_start_says_why_and_ends_the_others(tmp_path: Path) -> None:
-    jobs = {"waits": (_end, "", str(tmp_path / "waits")), "nameless": (lambda: None,)}
+    jobs = {"waits": (_end, "waits", str(tmp_path / "waits")), "nameless": (lambda: None,)}
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError), match="pickle|lambda"):
         run_in_processes(jobs, at_once=2, threads=1)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

@@ -267,6 +267,14 @@ def labels_of(options: EvaluateConfig, data: DataConfig) -> Labels | None:
     return read_labels(path) if options.labels is not None or path.is_file() else None
 
 
+def needed_labels(options: EvaluateConfig, data: DataConfig) -> Labels:
+    """As `labels_of`; raises UserError if there are none."""
+    labels = labels_of(options, data)
+    if labels is None:
+        raise UserError(f"{options.run} was trained on data without labels, so there are no factors to read.")
+    return labels
+
+
 class Meanings:
     """What is known about the partners of test rows: which rows have equal content, and what an oracle would find.
 

@@ -17,11 +17,13 @@ def import_named(module: str, option: str, remedy: str, never_from: Path | None 
     that nothing is imported from, such as a run folder, which may be untrusted. Raises UserError for a module that cannot be
     found, and for any error while it is imported.
     """
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # last, so that nothing installed is shadowed
+    name = module.partition(".")[0]
     try:
         importlib.invalidate_caches()
-        top = importlib.util.find_spec(module.partition(".")[0])
+        top = importlib.util.find_spec(name)
+        if top is None and str(Path.cwd()) not in sys.path:  # only then: a folder `ray` here is not the package ray
+            sys.path.append(str(Path.cwd()))  # last, so that nothing installed is shadowed
+            top = importlib.util.find_spec(name)
         locations = [top.origin or "", *(top.submodule_search_locations or ())] if top is not None else []
         if never_from is not None and any(Path(p).resolve().is_relative_to(never_from.resolve()) for p in locations if p):
             raise UserError(
