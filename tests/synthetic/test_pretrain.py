@@ -1,15 +1,18 @@
 """The targets of the small Stage 1: which tokens the predictions depend on, and how."""
 
+import copy
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tvl_align.encoders.tvl import read_checkpoint
 from tvl_align.synthetic.pretrain import (
     Heads,
+    Losses,
     PretrainConfig,
     PretrainPrecision,
     SpectrumTarget,
@@ -102,15 +105,15 @@ def test_the_heads_are_those_of_the_config(
     assert state.keys() == before.keys()
 
 
-def first_losses(
+def first_step(
     world: Path, folder: Path, precision: PretrainPrecision, monkeypatch: pytest.MonkeyPatch
-) -> tuple[bool, Tensor]:
-    """Whether the first step computes in bf16, and its losses: contrastive, pixels, spectrum, words."""
-    found: list[tuple[bool, Tensor]] = []
+) -> tuple[tuple[Any, ...], Losses]:
+    """The arguments of the losses of the first step, and these losses."""
+    found: list[tuple[tuple[Any, ...], Losses]] = []
 
-    def recorded(*args: Any) -> tuple[Tensor, ...]:
-        found.append((torch.is_autocast_enabled("cpu"), torch.stack(losses := _losses(*args)).detach()))
-        return losses
+    def recorded(*args: Any) -> Losses:
+        found.append((copy.deepcopy(args) if not found else (), _losses(*args)))
+        return found[-1][1]
 
     with monkeypatch.context() as patch:
         patch.setattr("tvl_align.synthetic.pretrain._losses", recorded)
@@ -119,11 +122,44 @@ def first_losses(
     return found[0]
 
 
+def test_gradients_are_the_slope_of_the_weighted_losses(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoders are backpropagated side by side, from copies of their features; the slope along the gradient is its norm."""
+    weights = {"pixels": 2.0, "spectrum": 0.5, "words": 0.1}
+    args, _ = first_step(world, tmp_path, "float32", monkeypatch)
+    parameters = [p for module in args[:2] for p in module.parameters()]
+    losses = _losses(*args[:-2], random.Random(0), False)
+    losses.backward(weights, losses.values["contrastive"])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+    totals = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for p, g in zip(parameters, gradients, strict=True):
+                p.add_(g / norm, alpha=sign * 2e-3)
+            values = _losses(*args[:-2], random.Random(0), False).values
+            totals.append(values["contrastive"] + sum(weights[name] * values[name] for name in weights))
+    assert float((totals[0] - totals[1]) / 4e-3) == pytest.approx(float(norm), rel=0.03)
+
+
+def test_the_same_config_gives_the_same_weights(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+    """Encoders in threads of their own draw nothing at random and add to no sum of each other."""
+    again = pretrain(PretrainConfig(world, tmp_path, epochs=1, batch_size=32, num_workers=0), quiet=True)
+    (first, _), (second, _) = read_checkpoint(stage1_checkpoint), read_checkpoint(again)
+    clips = [torch.load(path.parent / "clip.pt") for path in (stage1_checkpoint, again)]
+    for one, other in ((first, second), clips):
+        assert one.keys() == other.keys()
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
 def test_bf16_changes_no_loss_by_a_percent(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full, half = (first_losses(world, tmp_path, p, monkeypatch) for p in ("float32", "bf16"))
-    assert (full[0], half[0]) == (False, True)
-    assert torch.allclose(half[1], full[1], rtol=0.01), (half[1], full[1])
-    assert half[1].dtype == torch.float32 and not torch.equal(half[1], full[1])
+    steps = [first_step(world, tmp_path, p, monkeypatch) for p in ("float32", "bf16")]
+    assert [args[-1] for args, _ in steps] == [False, True]
+    full, half = (torch.stack(list(losses.values.values())) for _, losses in steps)
+    assert list(steps[0][1].values) == ["contrastive", "pixels", "spectrum", "words"]
+    assert torch.allclose(half, full, rtol=0.01), (half, full)
+    assert half.dtype == torch.float32 and not (half == full).any()
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -131,7 +167,7 @@ def test_auto_computes_in_bf16_where_the_processor_does(
     world: Path, tmp_path: Path, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx2": True, "avx512_bf16": native}, raising=False)
-    assert first_losses(world, tmp_path, "auto", monkeypatch)[0] is native
+    assert first_step(world, tmp_path, "auto", monkeypatch)[0][-1] is native
 
 
 def test_spectra_are_float32_under_autocast() -> None:

@@ -22,9 +22,11 @@ import argparse
 import logging
 import math
 import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,7 @@ from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, multiplies_bf16, pick_device, seed_everything
+from tvl_align.system.workers import run_in_threads
 from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
 
 log = logging.getLogger(__name__)
@@ -54,6 +57,7 @@ DECODER_WIDTH, DECODER_HEADS = 96, 3
 TOUCH_MODEL = "vit_tiny_patch16_224"
 Heads = Literal["nonlinear", "linear"]
 PretrainPrecision = Literal["auto", "float32", "bf16"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,7 @@ def _fit(
     schedule = Schedule(config.lr, total, warmup=max(1, total // 20))
     text_rng = random.Random(config.seed)
     half = config.precision == "bf16" or (config.precision == "auto" and multiplies_bf16(device))
+    weights = {"pixels": config.pixel_weight, "spectrum": config.spectrum_weight, "words": config.words_weight}
     stage1.train()
     with progress(total, "pretrain", "step", quiet) as bar:
         for step in range(total):
@@ -273,22 +278,48 @@ def _fit(
             batch = order[i * config.batch_size : (i + 1) * config.batch_size]
             photo, touch = (images[m][batch].float().to(device) for m in ("vision", "tactile"))
             # with 17 tokens plain attention is as fast as the fused one, whose backward pass in bf16 is slow on a CPU
-            with torch.autocast(device.type, torch.bfloat16, enabled=half), sdpa_kernel(SDPBackend.MATH):
-                losses = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng)
-            contrastive, pixels, spectrum, words = losses
-            loss = (
-                contrastive + config.pixel_weight * pixels + config.spectrum_weight * spectrum + config.words_weight * words
-            )
-            backward_and_step(loss, optimizer, schedule(step))
+            with sdpa_kernel(SDPBackend.MATH):
+                losses = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng, half)
+            backward_and_step(losses.values["contrastive"], optimizer, schedule(step), partial(losses.backward, weights))
             if step % 20 == 0:
-                bar.set_postfix(
-                    contrastive=f"{contrastive:.2f}",
-                    pixels=f"{pixels:.2f}",
-                    spectrum=f"{spectrum:.2f}",
-                    words=f"{words:.2f}",
-                    refresh=False,
-                )
+                bar.set_postfix({name: f"{value:.2f}" for name, value in losses.values.items()}, refresh=False)
             bar.update()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch in one modality: pooled features (n, E), and the errors of the targets of its tokens, {name: ()}."""
+
+    pooled: Tensor
+    errors: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a batch by name, and what they were computed from.
+
+    Encoders compute side by side, each in a thread of its own, forward and backward: a step of small encoders has some 3,000
+    operations too small to gain from more threads. So each starts from a copy of its features, a leaf, which collects the
+    gradient of the contrastive loss.
+    """
+
+    values: dict[str, Tensor]
+    encoded: list[Encoded]
+    leaves: list[Tensor]
+
+    def backward(self, weights: Mapping[str, float], contrastive: Tensor) -> None:
+        """Backpropagate the contrastive loss and the errors, {name: weight}."""
+        contrastive.backward()
+        work = []
+        for of, leaf in zip(self.encoded, self.leaves, strict=True):
+            own = torch.stack([weights[name] * error for name, error in of.errors.items()]).sum()
+            work.append(partial(torch.autograd.backward, [of.pooled, own], [leaf.grad, None]))
+        _side_by_side(work, contrastive.device)
+
+
+def _side_by_side(work: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """The results of the tasks: two at a time on a CPU, one by one on a GPU, which has one queue for all."""
+    return list(run_in_threads(work, lanes=2 if device.type == "cpu" else 1))
 
 
 def _losses(
@@ -300,34 +331,53 @@ def _losses(
     photo: Tensor,
     touch: Tensor,
     text_rng: random.Random,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    half: bool,
+) -> Losses:
     """The InfoNCE loss, mean over pairs of modalities and both directions, and the errors of pixels, spectrum and words."""
     sentences = [_sentence(samples.rows[row].caption, text_rng) for row in rows.tolist()]
     ids = {s: i for i, s in enumerate(dict.fromkeys(sentences))}  # every distinct sentence is encoded once
     sentence_ids = torch.tensor([ids[s] for s in sentences])
     keys = torch.stack([captions[rows], sentence_ids], dim=-1).to(photo.device)
     has_text = torch.tensor([samples.rows[row].caption is not None for row in rows.tolist()], device=photo.device)
-    vision_tokens, _, vision = stage1.encode_vision(photo)
-    touch_tokens, _, tactile = stage1.encode_touch(touch)
     token_ids = stage1.tokenize(list(ids)).to(photo.device)
-    text_tokens, text_mask, distinct = stage1.encode_text(token_ids)
+
+    def of_images(encode: Callable[[Tensor], Any], modality: str, images: Tensor) -> Encoded:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            tokens, _, pooled = encode(images)
+            pixels, spectrum = targets[modality](tokens, images)
+        return Encoded(pooled.float(), {"pixels": pixels, "spectrum": spectrum})
+
+    def of_text() -> Encoded:
+        with torch.autocast(token_ids.device.type, torch.bfloat16, enabled=half):
+            tokens, mask, pooled = stage1.encode_text(token_ids)
+            words = targets["text"](tokens, mask, token_ids)
+        return Encoded(pooled.float(), {"words": words})
+
+    work: list[Callable[[], Encoded]] = [  # the longest first
+        partial(of_images, stage1.encode_touch, "tactile", touch),
+        partial(of_images, stage1.encode_vision, "vision", photo),
+        of_text,
+    ]
+    encoded = _side_by_side(work, photo.device)
+    leaves = [e.pooled.detach().requires_grad_() for e in encoded]
+    tactile, vision, distinct = (F.normalize(leaf, dim=-1) for leaf in leaves)
     text = distinct[sentence_ids.to(photo.device)]
     scale = stage1.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
     all_rows, diagonal = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
     same_text = diagonal | positive_mask(keys, keys)
     contrastive = photo.new_zeros(())
-    with torch.autocast(photo.device.type, enabled=False):
-        vision, tactile, text = (F.normalize(x.float(), dim=-1) for x in (vision, tactile, text))
-        for a, b, positives, valid in (
-            (vision, tactile, diagonal, all_rows),
-            (vision, text, same_text, has_text),
-            (tactile, text, same_text, has_text),
-        ):
-            both = info_nce(a, b, scale, positives, valid, valid) + info_nce(b, a, scale, positives, valid, valid)
-            contrastive = contrastive + both / 6 / valid.sum().clamp(min=1)
-    errors = [targets["vision"](vision_tokens, photo), targets["tactile"](touch_tokens, touch)]
-    words = targets["text"](text_tokens, text_mask, token_ids)
-    return contrastive, errors[0][0] + errors[1][0], errors[0][1] + errors[1][1], words
+    for a, b, positives, valid in (
+        (vision, tactile, diagonal, all_rows),
+        (vision, text, same_text, has_text),
+        (tactile, text, same_text, has_text),
+    ):
+        both = info_nce(a, b, scale, positives, valid, valid) + info_nce(b, a, scale, positives, valid, valid)
+        contrastive = contrastive + both / 6 / valid.sum().clamp(min=1)
+    values = {"contrastive": contrastive}
+    for of in encoded:
+        for name, error in of.errors.items():
+            values[name] = values.get(name, torch.zeros_like(error)) + error.detach()
+    return Losses(values, encoded, leaves)
 
 
 def _sentence(caption: str | None, rng: random.Random) -> str:
