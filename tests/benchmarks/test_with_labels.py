@@ -1,19 +1,22 @@
-"""Codes made with labels: a planted factor is found in faint directions, the size is kept; a whole run on random arrays."""
+"""Codes and partners made with labels: planted factors are found in faint directions, matches have a slow twin."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from base_and_mlp import train_base_and_mlp
 
-from benchmarks.discriminant import DiscriminantConfig, discriminant, discriminants
+from benchmarks.with_labels import WithLabelsConfig, discriminants, likely, match, with_labels
 from tvl_align.config import parse
+from tvl_align.evaluation.oracle import expected_hits, oracle
 from tvl_align.system.console import UserError
 
 
 def test_the_documented_command_is_parsed() -> None:
-    assert parse(DiscriminantConfig, ["demo/runs/base"]) == DiscriminantConfig(Path("demo/runs/base"))
+    assert parse(WithLabelsConfig, ["demo/runs/base"]) == WithLabelsConfig(Path("demo/runs/base"))
 
 
 def planted(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -48,20 +51,56 @@ def test_the_strongest_directions_fill_the_size_of_the_code() -> None:
     assert abs(float(((codes[:, 0] > 0) == (one == 1)).float().mean()) - 0.5) > 0.49
 
 
+def test_a_row_that_does_not_tell_its_level_may_have_any() -> None:
+    levels = torch.tensor([0, 0, 0, 1, -1])
+    certain = torch.tensor([[0.0, 90.0, 0.0], [0.0, 0.0, 90.0]])  # level 1; not told
+    probabilities, frequency = likely(certain, levels)
+    torch.testing.assert_close(frequency, torch.tensor([3.5, 1.5]) / 5)
+    torch.testing.assert_close(probabilities, torch.stack([torch.tensor([0.0, 1.0]), frequency]))
+
+
+def test_rows_match_by_the_likelihood_of_equal_levels() -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(6, 4, generator=draw).softmax(1) for _ in range(2))
+    frequency = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    scores = match([a, a[:, :3]], [b, b[:, 1:]], [frequency, torch.full((3,), 1 / 3)])
+    for i in range(6):
+        for j in range(6):
+            one = sum(float(a[i, k] * b[j, k] / frequency[k]) for k in range(4))
+            other = sum(float(a[i, k] * b[j, k + 1] * 3) for k in range(3))
+            assert float(scores[i, j]) == pytest.approx(math.log(one) + math.log(other), abs=1e-4)
+
+
+def test_certain_classifiers_find_what_the_oracle_finds() -> None:
+    draw = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(0, 3, (40, 2), generator=draw) for _ in range(2))
+    second[::2] = first[::2]
+    own = torch.eye(40, dtype=torch.bool)
+    certain = [[F.one_hot(levels[:, f], 3).float() for f in range(2)] for levels in (first, second)]
+    scores = match(*certain, [torch.full((3,), 1 / 3)] * 2)
+    found = [50 * float(expected_hits(s, p, 1).mean()) for s, p in ((scores, own), (scores.T, own.T))]
+    assert sum(found) == pytest.approx(oracle(first, second, own)[0])
+
+
 @pytest.mark.slow
-def test_codes_of_a_run_hold_what_one_modality_owns(tmp_path: Path) -> None:
+def test_codes_and_partners_of_a_run(tmp_path: Path) -> None:
     runs = train_base_and_mlp(tmp_path)
     with pytest.raises(UserError, match="mlp is a run of stage2_mlp; give a run of base"):
-        discriminant(DiscriminantConfig(runs / "mlp"))
-    with pytest.raises(UserError, match="base have no factor that one modality alone owns"):
-        discriminant(DiscriminantConfig(runs / "base"))
+        with_labels(WithLabelsConfig(runs / "mlp"))
+    shared = json.loads(with_labels(WithLabelsConfig(runs / "base")).read_text())
+    assert shared["summary"] == {}
+    (partners,) = shared["partners"].values()
+    assert shared["partners"].keys() == {"depth_touch"}
+    assert partners["low"] <= partners["acc1"] <= partners["high"]
+    assert 0 < partners["acc1"] < 30  # one factor of two levels: 10% of 20 rows
     legend = tmp_path / "store" / "labels.json"
     factors = json.loads(legend.read_text())
     factors["factors"]["side"]["ownership"] = ["touch"]
     legend.write_text(json.dumps(factors))
-    path = discriminant(DiscriminantConfig(runs / "base"))
-    assert path == runs / "base" / "discriminant.json"
+    path = with_labels(WithLabelsConfig(runs / "base"))
+    assert path == runs / "base" / "with_labels.json"
     content = json.loads(path.read_text())
     assert content["summary"].keys() == {"unique_retention"}
+    assert content["partners"] == {}
     # zeros score 0; of the one unit with 3 levels the middle one tells nothing
     assert content["summary"]["unique_retention"]["score"] > 40

@@ -23,18 +23,24 @@ def compatible(first: Tensor, second: Tensor) -> Tensor:
     return scores
 
 
-def expected_accuracy(scores: Tensor, positive: Tensor, k: int) -> float:
-    """Expected Acc@k in percent of scores (M, K) with positives (M, K) bool; ties are broken at random."""
+def expected_hits(scores: Tensor, positive: Tensor, k: int) -> Tensor:
+    """Probabilities (M,) that a positive is among the k best of scores (M, K), positives (M, K) bool; ties are broken at
+    random."""
     best = torch.where(positive, scores, -torch.inf).amax(1, keepdim=True)
     higher = (scores > best).sum(1)
     tied = (scores - best).abs().nan_to_num(nan=0.0) < 1e-6  # -inf ties with -inf
     negatives, count = (tied & ~positive).sum(1), tied.sum(1)
-    hits = 0.0
-    for above, misses, n in zip(higher.tolist(), negatives.tolist(), count.tolist(), strict=True):
+    hits = torch.zeros(len(scores))
+    for i, (above, misses, n) in enumerate(zip(higher.tolist(), negatives.tolist(), count.tolist(), strict=True)):
         slots = min(k - above, n)
         if slots > 0:
-            hits += 1 - math.comb(misses, slots) / math.comb(n, slots)
-    return 100 * hits / max(1, len(scores))
+            hits[i] = 1 - math.comb(misses, slots) / math.comb(n, slots)
+    return hits
+
+
+def expected_accuracy(scores: Tensor, positive: Tensor, k: int) -> float:
+    """Expected Acc@k in percent, the mean of `expected_hits`; 0 of no rows."""
+    return 100 * float(expected_hits(scores, positive, k).double().sum()) / max(1, len(scores))
 
 
 def oracle(first: Tensor, second: Tensor, positive: Tensor) -> tuple[float, float]:
