@@ -11,11 +11,13 @@ from torch import nn
 
 from tvl_align.encoders.tvl import read_checkpoint
 from tvl_align.synthetic.pretrain import (
+    BANDS,
+    ORIENTATIONS,
     Heads,
     Losses,
     PretrainConfig,
     PretrainPrecision,
-    SpectrumTarget,
+    Spectrum,
     TokenTargets,
     WordTargets,
     _losses,
@@ -23,9 +25,9 @@ from tvl_align.synthetic.pretrain import (
 )
 
 
-def targets(heads: Heads, colour_spectrum: bool = True) -> TokenTargets:
+def targets(heads: Heads, channels: int = 3) -> TokenTargets:
     torch.manual_seed(0)
-    return TokenTargets(192, 64, colour_spectrum, heads).eval()
+    return TokenTargets(192, 64, channels, heads).eval()
 
 
 def predictions(module: TokenTargets, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,14 +56,15 @@ def test_nonlinear_heads_know_positions() -> None:
     assert (turned - predictions(module, tokens)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("colour_spectrum", [False, True])
-def test_the_errors_fall_and_every_weight_is_trained(colour_spectrum: bool) -> None:
-    module = targets("nonlinear", colour_spectrum).train()
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_errors_fall_and_every_weight_is_trained(channels: int) -> None:
+    module = targets("nonlinear", channels).train()
     tokens, images = torch.randn(8, 17, 192), torch.rand(8, 3, 64, 64)
+    power = Spectrum(64)(images[:, :channels])
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     errors = []
     for _ in range(60):
-        pixels, spectrum = module(tokens, images)
+        pixels, spectrum = module(tokens, images, power)
         errors.append((pixels.item(), spectrum.item()))
         optimizer.zero_grad()
         (pixels + spectrum).backward()
@@ -170,9 +173,18 @@ def test_auto_computes_in_bf16_where_the_processor_does(
     assert first_step(world, tmp_path, "auto", monkeypatch)[0][-1] is native
 
 
-def test_spectra_are_float32_under_autocast() -> None:
-    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    target = SpectrumTarget(64)
-    with torch.autocast("cpu", torch.bfloat16):
-        under = target(images)
-    assert torch.equal(under, target(images))
+@pytest.mark.parametrize(("turned", "direction"), [(False, 0), (True, ORIENTATIONS // 2)])
+def test_a_grating_has_its_power_in_its_band_and_direction(turned: bool, direction: int) -> None:
+    """4 cycles in a window of 32 pixels, along a row or a column; the bands end at 1.4 x 1.45^k cycles."""
+    grating = (2 * torch.pi * 4 * torch.arange(64) / 32).cos().expand(64, 64)
+    power = Spectrum(64)((grating.T if turned else grating)[None, None])
+    assert power.shape == (1, 16, BANDS * ORIENTATIONS)
+    inside = power.view(4, 4, -1)[1:3, 1:3].flatten(0, 1)  # at the border a window sees the mirrored image
+    assert set(inside.argmax(1).tolist()) == {2 * ORIENTATIONS + direction}
+
+
+def test_the_power_is_standardised_over_the_batch() -> None:
+    module, tokens, images = targets("nonlinear"), torch.randn(4, 17, 192), torch.rand(4, 3, 64, 64)
+    power = Spectrum(64)(images)
+    error, scaled = (module(tokens, images, x)[1] for x in (power, 3 * power + 2))
+    assert scaled.item() == pytest.approx(error.item(), rel=0.02)  # 0.001 is added to the standard deviation

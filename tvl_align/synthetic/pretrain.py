@@ -49,7 +49,7 @@ from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, multiplies_bf16, pick_device, seed_everything
 from tvl_align.system.workers import run_in_threads
-from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw
+from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw, optimizer_step
 
 log = logging.getLogger(__name__)
 BANDS, ORIENTATIONS = 6, 8
@@ -101,8 +101,8 @@ class PretrainConfig:
         at_least(0, self, "lr", "weight_decay", "pixel_weight", "spectrum_weight", "words_weight", "num_workers")
 
 
-class SpectrumTarget(nn.Module):
-    """Images (B, C, S, S) -> standardised log power (B, 16, C * 48) of 4 x 4 overlapping Hann windows of S/2 pixels.
+class Spectrum(nn.Module):
+    """Images (B, C, S, S) -> log power (B, 16, C * 48) of 4 x 4 overlapping Hann windows of S/2 pixels.
 
     size: S. The 48 values per channel are 6 frequency bands x 8 orientations.
     """
@@ -130,18 +130,12 @@ class SpectrumTarget(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """In float32, also under autocast."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self._bands(images)
-
-    def _bands(self, images: Tensor) -> Tensor:
         step = self.window // 2
         padded = F.pad(images, [step // 2] * 4, mode="reflect")
         windows = padded.unfold(2, self.window, step).unfold(3, self.window, step)
         windows = (windows - windows.mean((-1, -2), keepdim=True)) * self.hann
         power = torch.view_as_real(torch.fft.rfft2(windows)).square().sum(-1).flatten(-2)
-        bands = rearrange((power @ self.bank.T + 0.05).log(), "b c y x f -> b (y x) (c f)")
-        return (bands - bands.mean((0, 1))) / (bands.std((0, 1)) + 1e-3)
+        return rearrange((power @ self.bank.T + 0.05).log(), "b c y x f -> b (y x) (c f)")
 
 
 class _Decoder(nn.Module):
@@ -159,23 +153,26 @@ class _Decoder(nn.Module):
 
 
 class TokenTargets(nn.Module):
-    """The heads that predict the pixel and spectrum targets from the tokens of one modality; not saved."""
+    """The heads that predict the pixel and spectrum targets from the tokens of one modality; not saved.
 
-    def __init__(self, width: int, size: int, colour_spectrum: bool, heads: Heads) -> None:
+    width: W of the tokens. size: S of the images. channels: of their spectrum.
+    """
+
+    def __init__(self, width: int, size: int, channels: int, heads: Heads) -> None:
         super().__init__()
-        self.patch, self.colour_spectrum = size // GRID, colour_spectrum
+        self.patch = size // GRID
         self.decoder = _Decoder(width) if heads == "nonlinear" else nn.Identity()
         width = DECODER_WIDTH if heads == "nonlinear" else width
         self.pixels = nn.Linear(width, 3 * self.patch**2)
-        self.bands = nn.Linear(width, BANDS * ORIENTATIONS * (3 if colour_spectrum else 1))
-        self.spectrum = SpectrumTarget(size)
+        self.bands = nn.Linear(width, BANDS * ORIENTATIONS * channels)
 
-    def forward(self, tokens: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, 1 + 16, W), images (B, 3, S, S) -> mean squared errors (), () of the pixels and of the spectrum."""
+    def forward(self, tokens: Tensor, images: Tensor, power: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1 + 16, W), images (B, 3, S, S), log power (B, 16, channels * 48), which is standardised over the batch
+        -> mean squared errors (), () of the pixels and of the spectrum."""
         grid = self.decoder(tokens)[:, 1:]
         patches = rearrange(images, "b c (y p) (x q) -> b (y x) (c p q)", p=self.patch, q=self.patch)
-        channels = images if self.colour_spectrum else images.mean(1, keepdim=True)
-        return F.mse_loss(self.pixels(grid), patches), F.mse_loss(self.bands(grid), self.spectrum(channels))
+        power = (power - power.mean((0, 1))) / (power.std((0, 1)) + 1e-3)
+        return F.mse_loss(self.pixels(grid), patches), F.mse_loss(self.bands(grid), power)
 
 
 class WordTargets(nn.Module):
@@ -218,12 +215,13 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
     stage1 = Stage1(clip, open_clip.get_tokenizer(SMALL_CLIP), touch).to(device)
     options = ImageOptions(stage1.photo_size, stage1.touch_size)
     samples = Samples(data.root, data.train, options, TextOptions(), config.seed)
-    images = _load(samples, config.num_workers, quiet)
+    spectra = {"vision": Spectrum(stage1.photo_size), "tactile": Spectrum(stage1.touch_size)}
+    images = _load(samples, spectra, config.num_workers, quiet)
     widths = {modality: spec.width for modality, spec in stage1.specs.items()}
     targets = nn.ModuleDict(
         {
-            "vision": TokenTargets(widths["vision"], stage1.photo_size, colour_spectrum=False, heads=config.heads),
-            "tactile": TokenTargets(widths["tactile"], stage1.touch_size, colour_spectrum=True, heads=config.heads),
+            "vision": TokenTargets(widths["vision"], stage1.photo_size, channels=1, heads=config.heads),
+            "tactile": TokenTargets(widths["tactile"], stage1.touch_size, channels=3, heads=config.heads),
             "text": WordTargets(widths["text"], stage1.tokenize([PROMPT, *(row.caption or "" for row in data.train)])),
         }
     ).to(device)
@@ -231,38 +229,64 @@ def pretrain(config: PretrainConfig, quiet: bool = False) -> Path:
     return _save(stage1, config)
 
 
-def _load(samples: Samples, workers: int, quiet: bool) -> dict[str, Tensor]:
-    """The plain images of all rows that have both: {"vision", "tactile": (n, 3, S, S) fp16, "rows": (n,) int64}."""
+@dataclass(frozen=True)
+class Images:
+    """The plain images of all rows that have both, in fp16: (n, 3, S, S), and their log power (n, 16, C * 48), by modality.
+
+    rows (n,) int64. The spectrum of a photo is that of its brightness, of a touch image that of each colour.
+    """
+
+    pixels: dict[str, Tensor]
+    power: dict[str, Tensor]
+    rows: Tensor
+
+    def batch(self, modality: str, at: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Images and log power of some rows, in float32."""
+        pixels, power = (found[modality][at].float().to(device) for found in (self.pixels, self.power))
+        return pixels, power
+
+
+def _load(samples: Samples, spectra: Mapping[str, Spectrum], workers: int, quiet: bool) -> Images:
     pairs = [(i, 0) for i, row in enumerate(samples.rows) if row.vision and row.tactile]
-    chunks: dict[str, list[Tensor]] = {"vision": [], "tactile": []}
+    pixels: dict[str, list[Tensor]] = {m: [] for m in spectra}
+    power: dict[str, list[Tensor]] = {m: [] for m in spectra}
     rows: list[int] = []
     with progress(len(pairs), "decode", "image", quiet) as bar:
         batches = [pairs[i : i + 128] for i in range(0, len(pairs), 128)]
         for batch, loaded in zip(batches, load_images(samples, batches, workers, ("vision", "tactile")), strict=True):
             usable = sorted(set(range(len(batch))) - {position for position, _, _ in loaded.faults})
             for modality, (positions, images) in loaded.images.items():
-                chunks[modality].append(images[[positions.index(i) for i in usable]].half())
+                images = images[[positions.index(i) for i in usable]]
+                channels = images.mean(1, keepdim=True) if modality == "vision" else images
+                pixels[modality].append(images.half())
+                power[modality].append(spectra[modality](channels).half())
             rows += [batch[i][0] for i in usable]
             bar.update(len(batch))
     if len(rows) < len(pairs):
         reason = f"{len(pairs) - len(rows)} rows have an image that cannot be used"
         log.warning("skipped rows: %s", reason)
         Tolerance().check(len(pairs) - len(rows), len(pairs), reason)
-    return {modality: torch.cat(images) for modality, images in chunks.items()} | {"rows": torch.tensor(rows)}
+    images_of, power_of = ({m: torch.cat(parts) for m, parts in found.items()} for found in (pixels, power))
+    return Images(images_of, power_of, torch.tensor(rows))
 
 
 def _fit(
     stage1: Stage1,
     targets: nn.ModuleDict,
     samples: Samples,
-    images: dict[str, Tensor],
+    images: Images,
     config: PretrainConfig,
     device: torch.device,
     quiet: bool,
 ) -> None:
     modules = nn.ModuleDict({"stage1": stage1, "targets": targets})
-    optimizer = make_adamw(modules.named_parameters(), config.weight_decay, betas=(0.9, 0.98))
-    rows, captions = images["rows"], samples.caption_ids()
+    words, betas = stage1.clip.token_embedding, (0.9, 0.98)
+    optimizer = make_adamw(
+        ((name, p) for name, p in modules.named_parameters() if p is not words.weight), config.weight_decay, betas
+    )
+    words.sparse = True  # a dense gradient of all 49,408 words and its AdamW would take a twentieth of a step
+    of_words = torch.optim.SparseAdam([words.weight], betas=betas)
+    rows, captions = images.rows, samples.caption_ids()
     per_epoch = len(rows) // config.batch_size
     total = per_epoch * config.epochs
     schedule = Schedule(config.lr, total, warmup=max(1, total // 20))
@@ -276,11 +300,12 @@ def _fit(
             if i == 0:
                 order = torch.randperm(len(rows), generator=generator(config.seed, epoch))
             batch = order[i * config.batch_size : (i + 1) * config.batch_size]
-            photo, touch = (images[m][batch].float().to(device) for m in ("vision", "tactile"))
+            photo, touch = (images.batch(m, batch, device) for m in ("vision", "tactile"))
             # with 17 tokens plain attention is as fast as the fused one, whose backward pass in bf16 is slow on a CPU
             with sdpa_kernel(SDPBackend.MATH):
                 losses = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng, half)
             backward_and_step(losses.values["contrastive"], optimizer, schedule(step), partial(losses.backward, weights))
+            optimizer_step(of_words, schedule(step))
             if step % 20 == 0:
                 bar.set_postfix({name: f"{value:.2f}" for name, value in losses.values.items()}, refresh=False)
             bar.update()
@@ -319,7 +344,7 @@ class Losses:
 
 def _side_by_side(work: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
     """The results of the tasks: two at a time on a CPU, one by one on a GPU, which has one queue for all."""
-    return list(run_in_threads(work, lanes=2 if device.type == "cpu" else 1))
+    return list(run_in_threads(work, lanes=len(work) if device.type == "cpu" else 1))
 
 
 def _losses(
@@ -328,44 +353,48 @@ def _losses(
     samples: Samples,
     rows: Tensor,
     captions: Tensor,
-    photo: Tensor,
-    touch: Tensor,
+    photo: tuple[Tensor, Tensor],
+    touch: tuple[Tensor, Tensor],
     text_rng: random.Random,
     half: bool,
 ) -> Losses:
-    """The InfoNCE loss, mean over pairs of modalities and both directions, and the errors of pixels, spectrum and words."""
+    """The InfoNCE loss, mean over pairs of modalities and both directions, and the errors of pixels, spectrum and words.
+
+    photo, touch: images and their log power (see `Images.batch`). half: compute in bf16 (autocast).
+    """
+    device = photo[0].device
     sentences = [_sentence(samples.rows[row].caption, text_rng) for row in rows.tolist()]
     ids = {s: i for i, s in enumerate(dict.fromkeys(sentences))}  # every distinct sentence is encoded once
     sentence_ids = torch.tensor([ids[s] for s in sentences])
-    keys = torch.stack([captions[rows], sentence_ids], dim=-1).to(photo.device)
-    has_text = torch.tensor([samples.rows[row].caption is not None for row in rows.tolist()], device=photo.device)
-    token_ids = stage1.tokenize(list(ids)).to(photo.device)
+    keys = torch.stack([captions[rows], sentence_ids], dim=-1).to(device)
+    has_text = torch.tensor([samples.rows[row].caption is not None for row in rows.tolist()], device=device)
+    token_ids = stage1.tokenize(list(ids)).to(device)
 
-    def of_images(encode: Callable[[Tensor], Any], modality: str, images: Tensor) -> Encoded:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+    def of_images(encode: Callable[[Tensor], Any], modality: str, images: Tensor, power: Tensor) -> Encoded:
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             tokens, _, pooled = encode(images)
-            pixels, spectrum = targets[modality](tokens, images)
+            pixels, spectrum = targets[modality](tokens, images, power)
         return Encoded(pooled.float(), {"pixels": pixels, "spectrum": spectrum})
 
     def of_text() -> Encoded:
-        with torch.autocast(token_ids.device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             tokens, mask, pooled = stage1.encode_text(token_ids)
             words = targets["text"](tokens, mask, token_ids)
         return Encoded(pooled.float(), {"words": words})
 
     work: list[Callable[[], Encoded]] = [  # the longest first
-        partial(of_images, stage1.encode_touch, "tactile", touch),
-        partial(of_images, stage1.encode_vision, "vision", photo),
+        partial(of_images, stage1.encode_touch, "tactile", *touch),
+        partial(of_images, stage1.encode_vision, "vision", *photo),
         of_text,
     ]
-    encoded = _side_by_side(work, photo.device)
+    encoded = _side_by_side(work, device)
     leaves = [e.pooled.detach().requires_grad_() for e in encoded]
     tactile, vision, distinct = (F.normalize(leaf, dim=-1) for leaf in leaves)
-    text = distinct[sentence_ids.to(photo.device)]
+    text = distinct[sentence_ids.to(device)]
     scale = stage1.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()
-    all_rows, diagonal = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=photo.device)
+    all_rows, diagonal = torch.ones_like(has_text), torch.eye(len(rows), dtype=torch.bool, device=device)
     same_text = diagonal | positive_mask(keys, keys)
-    contrastive = photo.new_zeros(())
+    contrastive = torch.zeros((), device=device)
     for a, b, positives, valid in (
         (vision, tactile, diagonal, all_rows),
         (vision, text, same_text, has_text),
