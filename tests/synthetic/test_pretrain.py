@@ -23,6 +23,7 @@ from tvl_align.synthetic.pretrain import (
     _losses,
     pretrain,
 )
+from tvl_align.training.optimisation import backward_side_by_side
 
 
 def targets(heads: Heads, channels: int = 3) -> TokenTargets:
@@ -133,7 +134,7 @@ def test_gradients_are_the_slope_of_the_weighted_losses(
     args, _ = first_step(world, tmp_path, "float32", monkeypatch)
     parameters = [p for module in args[:2] for p in module.parameters()]
     losses = _losses(*args[:-2], random.Random(0), False)
-    losses.backward(weights, losses.values["contrastive"])
+    backward_side_by_side(losses.values["contrastive"], losses.parts(weights))
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
     norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
     totals = []

@@ -22,11 +22,11 @@ import argparse
 import logging
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,14 @@ from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, multiplies_bf16, pick_device, seed_everything
-from tvl_align.system.workers import run_in_threads
-from tvl_align.training.optimisation import Schedule, backward_and_step, make_adamw, optimizer_step
+from tvl_align.system.workers import side_by_side
+from tvl_align.training.optimisation import (
+    Schedule,
+    backward_and_step,
+    backward_side_by_side,
+    make_adamw,
+    optimizer_step,
+)
 
 log = logging.getLogger(__name__)
 BANDS, ORIENTATIONS = 6, 8
@@ -57,7 +63,6 @@ DECODER_WIDTH, DECODER_HEADS = 96, 3
 TOUCH_MODEL = "vit_tiny_patch16_224"
 Heads = Literal["nonlinear", "linear"]
 PretrainPrecision = Literal["auto", "float32", "bf16"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -304,7 +309,8 @@ def _fit(
             # with 17 tokens plain attention is as fast as the fused one, whose backward pass in bf16 is slow on a CPU
             with sdpa_kernel(SDPBackend.MATH):
                 losses = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng, half)
-            backward_and_step(losses.values["contrastive"], optimizer, schedule(step), partial(losses.backward, weights))
+            through = partial(backward_side_by_side, parts=losses.parts(weights))
+            backward_and_step(losses.values["contrastive"], optimizer, schedule(step), through)
             optimizer_step(of_words, schedule(step))
             if step % 20 == 0:
                 bar.set_postfix({name: f"{value:.2f}" for name, value in losses.values.items()}, refresh=False)
@@ -332,19 +338,10 @@ class Losses:
     encoded: list[Encoded]
     leaves: list[Tensor]
 
-    def backward(self, weights: Mapping[str, float], contrastive: Tensor) -> None:
-        """Backpropagate the contrastive loss and the errors, {name: weight}."""
-        contrastive.backward()
-        work = []
-        for of, leaf in zip(self.encoded, self.leaves, strict=True):
-            own = torch.stack([weights[name] * error for name, error in of.errors.items()]).sum()
-            work.append(partial(torch.autograd.backward, [of.pooled, own], [leaf.grad, None]))
-        _side_by_side(work, contrastive.device)
-
-
-def _side_by_side(work: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
-    """The results of the tasks: two at a time on a CPU, one by one on a GPU, which has one queue for all."""
-    return list(run_in_threads(work, lanes=len(work) if device.type == "cpu" else 1))
+    def parts(self, weights: Mapping[str, float]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(features, their leaf, the weighted sum of the errors) of each modality; weights: {name of an error: weight}."""
+        own = [torch.stack([weights[name] * e for name, e in of.errors.items()]).sum() for of in self.encoded]
+        return [(of.pooled, leaf, error) for of, leaf, error in zip(self.encoded, self.leaves, own, strict=True)]
 
 
 def _losses(
@@ -387,7 +384,7 @@ def _losses(
         partial(of_images, stage1.encode_vision, "vision", *photo),
         of_text,
     ]
-    encoded = _side_by_side(work, device)
+    encoded = side_by_side(work, device)
     leaves = [e.pooled.detach().requires_grad_() for e in encoded]
     tactile, vision, distinct = (F.normalize(leaf, dim=-1) for leaf in leaves)
     text = distinct[sentence_ids.to(device)]

@@ -4,7 +4,7 @@ import multiprocessing
 import multiprocessing.connection
 import signal
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
@@ -39,6 +39,12 @@ def run_in_threads(work: Iterable[Callable[[], T]], lanes: int | None = None) ->
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # after an error, running tasks end on their own
         torch.set_num_threads(threads)
+
+
+def side_by_side(work: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """The results of tasks: each in a thread of its own on a CPU, where small operations gain little from more torch threads,
+    one after the other on a GPU, which has one queue for all."""
+    return list(run_in_threads(work, lanes=len(work) if device.type == "cpu" else 1))
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T]:

@@ -1,13 +1,15 @@
 """AdamW, its learning-rate schedule and its step. All training in this repository calls `backward_and_step`."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from tvl_align.system.bounds import at_least
+from tvl_align.system.workers import side_by_side
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,16 @@ def backward_and_step(
     (backward or Tensor.backward)(loss)
     if update:
         optimizer_step(optimizer, lr)
+
+
+def backward_side_by_side(loss: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Backpropagate `loss` () and the losses of parts of a model that share no weight, the parts side by side.
+
+    parts: (output, leaf, own loss ()) of each. The leaf is a detached copy of the output, and `loss` was computed from it.
+    """
+    loss.backward()
+    work = [partial(torch.autograd.backward, [output, own], [leaf.grad, None]) for output, leaf, own in parts]
+    side_by_side(work, loss.device)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, skip: Tensor | None = None) -> None:
