@@ -42,8 +42,8 @@ def run_in_threads(work: Iterable[Callable[[], T]], lanes: int | None = None) ->
 
 
 def side_by_side(work: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
-    """The results of tasks: each in a thread of its own on a CPU, where small operations gain little from more torch threads,
-    one after the other on a GPU, which has one queue for all."""
+    """The results of tasks. On a CPU each has a thread of its own, since small operations gain little from more torch
+    threads; a GPU, which has one queue for all, gets one after the other."""
     return list(run_in_threads(work, lanes=len(work) if device.type == "cpu" else 1))
 
 
