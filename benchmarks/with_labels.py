@@ -1,13 +1,14 @@
-"""What labels get out of the features that a run of `base` reads, its components and pooled features. No method.
+"""What labels get out of the features that a run of `base` reads: its components and pooled features.
 
-`python -m benchmarks.with_labels RUN` makes two things with labels, and measures them on test rows as the run was measured:
+`python -m benchmarks.with_labels RUN` makes two things with labels and measures them on test rows as the run was measured.
+Neither is a method:
 
 - Codes of the size of the complementary ones: Fisher's linear discriminants (Fisher 1936) of every unique factor, fitted to
   training rows and rounded as the units are. Their unique retention and shared leak show whether a goal is out of reach of
   the size of the codes, or only of training without labels.
 - Partners: classifiers of every shared factor, one a modality, fitted to training and probe rows. Two rows match as far as
-  both are likely to have equal levels. Their Acc@1 is what the frozen features tell of the shared factors; where modalities
-  share more than factors, such as the noise of a texture, a method can find more.
+  both are likely to have equal levels. Better classifiers would find more; and so does a method where modalities share more
+  than factors, such as the noise of a texture.
 
 Shapes: M rows, Q test rows, K components, C levels of a factor, U units.
 """
@@ -84,7 +85,10 @@ def discriminants(read: Tensor, factors: Sequence[Tensor], units: int, levels: i
     directions, strengths = [x.new_zeros(x.shape[1], 0)], [x.new_zeros(0)]
     for factor in factors:
         known = factor >= 0
-        targets = F.one_hot(factor[known]).float()
+        found = factor[known].unique(return_inverse=True)
+        if len(found[0]) < 2:
+            continue
+        targets = F.one_hot(found[1]).float()
         regression = torch.linalg.solve(covariance, x[known].T @ (targets - targets.mean(0)) / known.sum())
         _, strength, axes = torch.linalg.svd(x @ regression, full_matrices=False)
         directions.append(regression @ axes[:-1].T)
@@ -109,10 +113,11 @@ def with_labels(config: WithLabelsConfig) -> Path:
         raise UserError(f"the labels of {config.run} do not say which modalities own a factor; see docs/own_data.md.")
     frozen = stage1_features(run.test, all_rows(run.test), run.device)
     probes, weights = factor_probes(run, options, labels, frozen), group_weights(run.test.groups, run.settings.run.seed)
+    reader = model.codes.cpu()
     if any(len(owners) == 1 for owners in labels.ownership.values()):
         codes = _codes(run, model, labels, {"probe": probes.probe.frozen, "test": frozen})
         probes.read({"complementary": Group(codes["probe"], codes["test"], thorough=True)})
-    summary, found = probes.summary(weights), _partners(run, model.codes, probes, weights)
+    summary, found = probes.summary(weights), _label_retrieval(run, reader, probes, weights)
     for name, numbers in summary.items():
         print(f"{name.replace('_', ' ')} {numbers['score']:.1f} [{numbers['low']:.1f}, {numbers['high']:.1f}]")
     for pair, numbers in found.items():
@@ -128,7 +133,7 @@ def _codes(run: OpenedRun, model: TVLStage2, labels: Labels, sides: Mapping[str,
     """{side: {modality: (M, 1, U + 1)}}, fitted to training rows; the last unit is zero, for modalities without a factor."""
     train, rows = labelled_rows(run.inputs.splits["train"], len(run.inputs.splits["train"]))
     fitted, names = stage1_features(train, rows, run.device), [train.names[i] for i in rows.tolist()]
-    reader, units, levels = model.codes.cpu(), sum(model.codes.comp_counts), model.knobs.levels
+    reader, units, levels = model.codes, sum(model.codes.comp_counts), model.knobs.levels
     codes: dict[str, dict[str, Tensor]] = {side: {} for side in sides}
     for m in run.inputs.specs:
         present = fitted.modalities[m].present
@@ -141,51 +146,43 @@ def _codes(run: OpenedRun, model: TVLStage2, labels: Labels, sides: Mapping[str,
     return codes
 
 
-def likely(logits: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (Q, C + 1), the last class "not told", and the levels (M,) they were fitted to -> the probability of each level
-    (Q, C), and how frequent it is (C,). A row that does not tell its level may have any."""
-    frequency = levels[levels >= 0].bincount(minlength=logits.shape[1] - 1).float() + 0.5
-    frequency = frequency / frequency.sum()
-    told, untold = logits.softmax(1).split([logits.shape[1] - 1, 1], dim=1)
-    return told + untold * frequency, frequency
+def level_posteriors(logits: Tensor, frequency: Tensor) -> Tensor:
+    """Logits (Q, C) of the levels, or (Q, C + 1) with a class for rows that do not name theirs, and how frequent levels are
+    (C,) -> the probability of each level (Q, C). A level that is not named may be any, as frequent as it is."""
+    levels, rest = logits.softmax(1).split([len(frequency), logits.shape[1] - len(frequency)], dim=1)
+    return levels + rest.sum(1, keepdim=True) * frequency
 
 
-def match(first: Sequence[Tensor], second: Sequence[Tensor], frequencies: Sequence[Tensor]) -> Tensor:
+def match_scores(first: Sequence[Tensor], second: Sequence[Tensor], frequencies: Sequence[Tensor]) -> Tensor:
     """Log-likelihood ratios (Q, Q) of equal against independent levels.
 
     first, second: the probabilities (Q, C) of each factor. frequencies: (C,) of each.
     """
     scores = torch.zeros(len(first[0]), len(second[0]))
     for a, b, frequency in zip(first, second, frequencies, strict=True):
-        scores += ((a / frequency) @ b.T).clamp(min=1e-30).log()
+        scores += ((a / frequency) @ b.T).clamp(min=1e-30).log()  # probabilities of 0 and 1 must not give -inf
     return scores
 
 
-def _partners(run: OpenedRun, reader: Codes, probes: FactorProbes, weights: Tensor) -> dict[str, dict[str, float]]:
-    """{pair: Acc@1 in percent, mean of both directions, and its 95% interval} of what classifiers tell of shared factors."""
-    labels, known, test = probes.labels, probes.ceiling, probes.test
-    meanings = Meanings(labels, test.names, test.frozen.caption_keys.cpu(), test.frozen.to("cpu").content_keys)
-    told: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+def _label_retrieval(run: OpenedRun, reader: Codes, probes: FactorProbes, weights: Tensor) -> dict[str, dict[str, float]]:
+    """{pair: Acc@1 in percent, mean of both directions, and its 95% interval} of classifiers of the shared factors.
+
+    reader: on the CPU. The frequencies of levels are those of the first modality of a pair.
+    """
+    labels, test = probes.labels, probes.test
+    meanings = Meanings(labels, test.names, test.frozen.caption_keys.cpu(), run.test.content_keys)
+    posteriors: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for m in run.inputs.specs:
         shared = [f for f, owners in labels.ownership.items() if m in owners and len(owners) > 1]
-        if not shared:
-            continue
-        levels = torch.from_numpy(labels.told(m, shared, known.names))
-        sides = [reader.read(m, rows.frozen.to("cpu").modalities[m].float())[0] for rows in (known, test)]
-        at = known.frozen.modalities[m].present.cpu()
-        classes = [len(labels.levels[f]) for f in shared]
-        targets = [Target(torch.where(x < 0, c, x)[at], c + 1) for x, c in zip(levels.T, classes, strict=True)]
-        (fitted,) = fit_probes([Problem((sides[0][at],), targets, (sides[1],))], KINDS, run.settings.run.seed)
-        each = [min((fitted[k][i] for k in KINDS), key=attrgetter("held_out_loss")) for i in range(len(shared))]
-        told[m] = {f: likely(p.output.cpu(), x[at]) for f, p, x in zip(shared, each, levels.T, strict=True)}
+        posteriors[m] = _classified(run, reader, probes, m, shared) if shared else {}
     found = {}
-    for one, other in combinations(told, 2):
-        both = [f for f in told[one] if f in told[other]]
+    for one, other in combinations(posteriors, 2):
+        both = [f for f in posteriors[one] if f in posteriors[other]]
         valid = (test.frozen.modalities[one].present & test.frozen.modalities[other].present).cpu()
         if not both or not valid.any():
             continue
-        (a, frequencies), (b, _) = (zip(*(told[m][f] for f in both), strict=True) for m in (one, other))
-        scores = match([x[valid] for x in a], [x[valid] for x in b], frequencies)
+        (a, frequencies), (b, _) = (zip(*(posteriors[m][f] for f in both), strict=True) for m in (one, other))
+        scores = match_scores([x[valid] for x in a], [x[valid] for x in b], frequencies)
         keys = meanings.of(one, other)
         ids = torch.arange(len(scores))[:, None] if keys is None else keys[valid]
         positive = positive_mask(ids, ids)
@@ -193,6 +190,26 @@ def _partners(run: OpenedRun, reader: Codes, probes: FactorProbes, weights: Tens
         low, high = interval(weighted_mean(hits, weights[:, valid]))
         found[pair_name(one, other)] = {"acc1": float(hits.mean()), "low": low, "high": high}
     return found
+
+
+def _classified(
+    run: OpenedRun, reader: Codes, probes: FactorProbes, modality: str, factors: Sequence[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """{factor: probabilities of its levels on test rows (Q, C), frequencies of its levels (C,)}, by the better probe."""
+    labels, known, test = probes.labels, probes.ceiling, probes.test
+    at = known.frozen.modalities[modality].present.cpu()
+    sides = [reader.read(modality, rows.frozen.to("cpu").modalities[modality].float())[0] for rows in (known, test)]
+    targets, frequencies = [], []
+    for f in factors:
+        levels, named = (torch.from_numpy(x) for x in (labels.of(f, known.names), labels.told(modality, [f], known.names)))
+        named, count = named[:, 0], len(labels.levels[f])
+        silent = (levels >= 0) & (named < 0)
+        targets.append(Target(torch.where(silent, count, named)[at], count + bool(silent.any())))
+        frequency = named[at & (named >= 0)].bincount(minlength=count).float() + 0.5
+        frequencies.append(frequency / frequency.sum())
+    (fitted,) = fit_probes([Problem((sides[0][at],), targets, (sides[1],))], KINDS, run.settings.run.seed)
+    best = [min((fitted[k][i] for k in KINDS), key=attrgetter("held_out_loss")) for i in range(len(factors))]
+    return {f: (level_posteriors(p.output, q), q) for f, p, q in zip(factors, best, frequencies, strict=True)}
 
 
 @reports_errors

@@ -5,10 +5,12 @@ import random
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from torch import nn
 
+from tvl_align.encoders.small import SMALL_CLIP, register_small_clip
 from tvl_align.encoders.tvl import read_checkpoint
 from tvl_align.synthetic.pretrain import (
     BANDS,
@@ -23,7 +25,8 @@ from tvl_align.synthetic.pretrain import (
     _losses,
     pretrain,
 )
-from tvl_align.training.optimisation import backward_side_by_side
+from tvl_align.system.runtime import seed_everything
+from tvl_align.training.optimisation import backward_together
 
 
 def targets(heads: Heads, channels: int = 3) -> TokenTargets:
@@ -126,32 +129,56 @@ def first_step(
     return found[0]
 
 
-def test_gradients_are_the_slope_of_the_weighted_losses(
+def test_every_encoder_gets_the_slope_of_the_weighted_losses(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Encoders are backpropagated side by side, from copies of their features; the slope along the gradient is its norm."""
+    """The slope along the gradient of an encoder and of its heads is the norm of this gradient, which is not 0."""
     weights = {"pixels": 2.0, "spectrum": 0.5, "words": 0.1}
     args, _ = first_step(world, tmp_path, "float32", monkeypatch)
-    parameters = [p for module in args[:2] for p in module.parameters()]
+    stage1, heads = args[:2]
+    encoders = {"vision": stage1.clip.visual, "tactile": stage1.tactile_encoder, "text": stage1.clip.transformer}
     losses = _losses(*args[:-2], random.Random(0), False)
-    backward_side_by_side(losses.values["contrastive"], losses.parts(weights))
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-    norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
-    totals = []
-    with torch.no_grad():
-        for sign in (1, -2):
-            for p, g in zip(parameters, gradients, strict=True):
-                p.add_(g / norm, alpha=sign * 2e-3)
-            values = _losses(*args[:-2], random.Random(0), False).values
-            totals.append(values["contrastive"] + sum(weights[name] * values[name] for name in weights))
-    assert float((totals[0] - totals[1]) / 4e-3) == pytest.approx(float(norm), rel=0.03)
+    backward_together(losses.values["contrastive"], losses.parts(weights))
+    for modality, encoder in encoders.items():
+        parameters = [p for p in (*encoder.parameters(), *heads[modality].parameters()) if p.grad is not None]
+        norm = torch.stack([p.grad.square().sum() for p in parameters if p.grad is not None]).sum().sqrt()
+        assert norm > 1e-3, modality
+        totals = []
+        with torch.no_grad():
+            for step in (1, -2, 1):
+                for p in parameters:
+                    p.add_(p.grad / norm, alpha=step * 2e-3)
+                values = _losses(*args[:-2], random.Random(0), False).values
+                totals.append(values["contrastive"] + sum(weights[name] * values[name] for name in weights))
+        assert float((totals[0] - totals[1]) / 4e-3) == pytest.approx(float(norm), rel=0.05), modality
 
 
-def test_the_same_config_gives_the_same_weights(world: Path, stage1_checkpoint: Path, tmp_path: Path) -> None:
+def test_every_encoder_is_trained_and_of_the_words_only_those_that_were_read(stage1_checkpoint: Path) -> None:
+    register_small_clip()
+    seed_everything(0)
+    clip = open_clip.create_model(SMALL_CLIP, load_weights=False)
+    start, end = clip.state_dict(), torch.load(stage1_checkpoint.parent / "clip.pt")
+    prompt, other = open_clip.get_tokenizer(SMALL_CLIP)(["image", "elephant"])[:, 1]  # every other sentence has the prompt
+    name = "token_embedding.weight"
+    assert (end[name][prompt] - start[name][prompt]).abs().max() > 1e-4
+    assert torch.equal(end[name][other], start[name][other])
+    for part in ("visual.", "transformer."):
+        assert any((end[n] - start[n]).abs().max() > 1e-4 for n in start if n.startswith(part) and n.endswith("weight"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_same_config_gives_the_same_weights(world: Path, tmp_path: Path, precision: PretrainPrecision) -> None:
     """Encoders in threads of their own draw nothing at random and add to no sum of each other."""
-    again = pretrain(PretrainConfig(world, tmp_path, epochs=1, batch_size=32, num_workers=0), quiet=True)
-    (first, _), (second, _) = read_checkpoint(stage1_checkpoint), read_checkpoint(again)
-    clips = [torch.load(path.parent / "clip.pt") for path in (stage1_checkpoint, again)]
+    before, paths = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "other"):
+            config = PretrainConfig(world, tmp_path / name, epochs=1, batch_size=32, num_workers=0, precision=precision)
+            paths.append(pretrain(config, quiet=True))
+    finally:
+        torch.set_num_threads(before)
+    (first, _), (second, _) = (read_checkpoint(path) for path in paths)
+    clips = [torch.load(path.parent / "clip.pt") for path in paths]
     for one, other in ((first, second), clips):
         assert one.keys() == other.keys()
         assert [name for name in one if not torch.equal(one[name], other[name])] == []

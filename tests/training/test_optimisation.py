@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tvl_align.training.optimisation import (
     Schedule,
     backward_and_step,
+    backward_together,
     decays,
     gradient_norm,
     make_adamw,
@@ -43,6 +44,32 @@ def test_only_matrices_decay() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert (len(decayed["params"]), len(plain["params"])) == (1, 3)
     assert decayed["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_parts_that_are_backpropagated_together_get_the_gradients_of_the_sum(threads: int) -> None:
+    torch.manual_seed(0)
+    data, weight, before = torch.randn(5, 3), nn.Parameter(torch.randn(2)), torch.get_num_threads()
+    layers = [nn.Linear(3, 2) for _ in range(3)]
+    parameters = [weight, *(p for layer in layers for p in layer.parameters())]
+
+    def joint(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return (weight * a * b.exp() * c.cos()).sum()
+
+    outputs = [layer(data) for layer in layers]
+    errors = [z.square().mean() * (i + 1) for i, z in enumerate(outputs)]
+    expected = torch.autograd.grad(joint(*outputs) + torch.stack(errors).sum(), parameters)
+    outputs = [layer(data) for layer in layers]
+    errors = [z.square().mean() * (i + 1) for i, z in enumerate(outputs)]
+    leaves = [z.detach().requires_grad_() for z in outputs]
+    torch.set_num_threads(threads)
+    try:
+        backward_together(joint(*leaves), list(zip(outputs, leaves, errors, strict=True)))
+    finally:
+        torch.set_num_threads(before)
+    for p, gradient in zip(parameters, expected, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, gradient)
 
 
 def test_accumulated_gradients_are_those_of_their_mean() -> None:

@@ -27,8 +27,8 @@ def expected_hits(scores: Tensor, positive: Tensor, k: int) -> Tensor:
     """Probabilities (M,) that a positive is among the k best of scores (M, K), positives (M, K) bool; ties are broken at
     random."""
     best = torch.where(positive, scores, -torch.inf).amax(1, keepdim=True)
-    higher = (scores > best).sum(1)
     tied = (scores - best).abs().nan_to_num(nan=0.0) < 1e-6  # -inf ties with -inf
+    higher = ((scores > best) & ~tied).sum(1)
     negatives, count = (tied & ~positive).sum(1), tied.sum(1)
     hits = torch.zeros(len(scores))
     for i, (above, misses, n) in enumerate(zip(higher.tolist(), negatives.tolist(), count.tolist(), strict=True)):

@@ -48,11 +48,11 @@ from tvl_align.system.bounds import at_least
 from tvl_align.system.console import UserError, progress
 from tvl_align.system.provenance import provenance
 from tvl_align.system.runtime import generator, multiplies_bf16, pick_device, seed_everything
-from tvl_align.system.workers import side_by_side
+from tvl_align.system.workers import run_together
 from tvl_align.training.optimisation import (
     Schedule,
     backward_and_step,
-    backward_side_by_side,
+    backward_together,
     make_adamw,
     optimizer_step,
 )
@@ -82,7 +82,7 @@ class PretrainConfig:
     lr: float = 1.5e-3
     """Peak learning rate of AdamW: linear warm-up over the first 5% of steps, then cosine decay to 0."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of AdamW."""
+    """Decoupled weight decay of AdamW; the embedding of words has none (SparseAdam)."""
     pixel_weight: float = 1.0
     """Weight of the pixel target."""
     spectrum_weight: float = 2.0
@@ -289,7 +289,8 @@ def _fit(
     optimizer = make_adamw(
         ((name, p) for name, p in modules.named_parameters() if p is not words.weight), config.weight_decay, betas
     )
-    words.sparse = True  # a dense gradient of all 49,408 words and its AdamW would take a twentieth of a step
+    # a dense gradient of all 49,408 words and its AdamW would take a twentieth of a step; words that a batch lacks stay
+    words.sparse = True
     of_words = torch.optim.SparseAdam([words.weight], betas=betas)
     rows, captions = images.rows, samples.caption_ids()
     per_epoch = len(rows) // config.batch_size
@@ -309,7 +310,7 @@ def _fit(
             # with 17 tokens plain attention is as fast as the fused one, whose backward pass in bf16 is slow on a CPU
             with sdpa_kernel(SDPBackend.MATH):
                 losses = _losses(stage1, targets, samples, rows[batch], captions, photo, touch, text_rng, half)
-            through = partial(backward_side_by_side, parts=losses.parts(weights))
+            through = partial(backward_together, parts=losses.parts(weights))
             backward_and_step(losses.values["contrastive"], optimizer, schedule(step), through)
             optimizer_step(of_words, schedule(step))
             if step % 20 == 0:
@@ -318,7 +319,7 @@ def _fit(
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """A batch in one modality: pooled features (n, E), and the errors of the targets of its tokens, {name: ()}."""
 
     pooled: Tensor
@@ -329,13 +330,13 @@ class Encoded:
 class Losses:
     """The losses of a batch by name, and what they were computed from.
 
-    Encoders compute side by side, each in a thread of its own, forward and backward: a step of small encoders has some 3,000
-    operations too small to gain from more threads. So each starts from a copy of its features, a leaf, which collects the
-    gradient of the contrastive loss.
+    Encoders run in threads, forward and backward: a step has some 3,000 small operations, which gain little from more torch
+    threads. So the contrastive loss, the only value with a graph, is computed from detached features, the leaves; their
+    gradients are then passed to each encoder.
     """
 
     values: dict[str, Tensor]
-    encoded: list[Encoded]
+    encoded: list[EncodedBatch]
     leaves: list[Tensor]
 
     def parts(self, weights: Mapping[str, float]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -367,24 +368,24 @@ def _losses(
     has_text = torch.tensor([samples.rows[row].caption is not None for row in rows.tolist()], device=device)
     token_ids = stage1.tokenize(list(ids)).to(device)
 
-    def of_images(encode: Callable[[Tensor], Any], modality: str, images: Tensor, power: Tensor) -> Encoded:
+    def of_images(encode: Callable[[Tensor], Any], modality: str, images: Tensor, power: Tensor) -> EncodedBatch:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             tokens, _, pooled = encode(images)
             pixels, spectrum = targets[modality](tokens, images, power)
-        return Encoded(pooled.float(), {"pixels": pixels, "spectrum": spectrum})
+        return EncodedBatch(pooled.float(), {"pixels": pixels, "spectrum": spectrum})
 
-    def of_text() -> Encoded:
+    def of_text() -> EncodedBatch:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             tokens, mask, pooled = stage1.encode_text(token_ids)
             words = targets["text"](tokens, mask, token_ids)
-        return Encoded(pooled.float(), {"words": words})
+        return EncodedBatch(pooled.float(), {"words": words})
 
-    work: list[Callable[[], Encoded]] = [  # the longest first
+    work: list[Callable[[], EncodedBatch]] = [  # the longest first
         partial(of_images, stage1.encode_touch, "tactile", *touch),
         partial(of_images, stage1.encode_vision, "vision", *photo),
         of_text,
     ]
-    encoded = side_by_side(work, device)
+    encoded = run_together(work, device)
     leaves = [e.pooled.detach().requires_grad_() for e in encoded]
     tactile, vision, distinct = (F.normalize(leaf, dim=-1) for leaf in leaves)
     text = distinct[sentence_ids.to(device)]

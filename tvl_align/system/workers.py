@@ -41,10 +41,15 @@ def run_in_threads(work: Iterable[Callable[[], T]], lanes: int | None = None) ->
         torch.set_num_threads(threads)
 
 
-def side_by_side(work: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
-    """The results of tasks. On a CPU each has a thread of its own, since small operations gain little from more torch
-    threads; a GPU, which has one queue for all, gets one after the other."""
-    return list(run_in_threads(work, lanes=len(work) if device.type == "cpu" else 1))
+def run_together(work: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """The results of tasks that each have many small operations, which gain little from more torch threads.
+
+    On a CPU each task has a thread of its own, as many at a time as there are torch threads; modes that belong to a thread,
+    such as autocast, must be entered by the task. On another device the tasks run here, one after the other.
+    """
+    if device.type != "cpu":
+        return [task() for task in work]
+    return list(run_in_threads(work, lanes=min(len(work), torch.get_num_threads())))
 
 
 def read_ahead(items: Iterable[T]) -> Iterator[T]:

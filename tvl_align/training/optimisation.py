@@ -1,4 +1,5 @@
-"""AdamW, its learning-rate schedule and its step. All training in this repository calls `backward_and_step`."""
+"""AdamW, its learning-rate schedule and its step. All training in this repository calls `backward_and_step`, with
+`backward_together` where parts of a model run in threads."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tvl_align.system.bounds import at_least
-from tvl_align.system.workers import side_by_side
+from tvl_align.system.workers import run_together
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,21 @@ def backward_and_step(
         optimizer_step(optimizer, lr)
 
 
-def backward_side_by_side(loss: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Backpropagate `loss` () and the losses of parts of a model that share no weight, the parts side by side.
+def backward_together(loss: Tensor, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Backpropagate `loss` () and the losses of parts of a model that share no weight, all parts at once.
 
     parts: (output, leaf, own loss ()) of each. The leaf is a detached copy of the output, and `loss` was computed from it.
     """
     loss.backward()
     work = [partial(torch.autograd.backward, [output, own], [leaf.grad, None]) for output, leaf, own in parts]
-    side_by_side(work, loss.device)
+    run_together(work, loss.device)
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, skip: Tensor | None = None) -> None:
-    """One step of a fused optimizer with learning rate `lr`, then zero the gradients.
+    """One step of an optimizer with learning rate `lr`, then zero the gradients.
 
-    skip: (); where it is not 0 the step changes nothing. Its value is not read, so a GPU is not waited for.
+    skip: (), for fused optimizers; where it is not 0 the step changes nothing. Its value is not read, so a GPU is not waited
+    for.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
