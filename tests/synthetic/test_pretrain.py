@@ -216,3 +216,11 @@ def test_the_power_is_standardised_over_the_batch() -> None:
     power = Spectrum(64)(images)
     error, scaled = (module(tokens, images, x)[1] for x in (power, 3 * power + 2))
     assert scaled.item() == pytest.approx(error.item(), rel=0.02)  # 0.001 is added to the standard deviation
+
+
+def test_spectra_are_float32_under_autocast() -> None:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    target = Spectrum(64)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = target(images)
+    assert torch.equal(under, target(images))

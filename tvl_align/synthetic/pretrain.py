@@ -135,12 +135,15 @@ class Spectrum(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
+        """In float32, also under autocast."""
         step = self.window // 2
         padded = F.pad(images, [step // 2] * 4, mode="reflect")
         windows = padded.unfold(2, self.window, step).unfold(3, self.window, step)
         windows = (windows - windows.mean((-1, -2), keepdim=True)) * self.hann
         power = torch.view_as_real(torch.fft.rfft2(windows)).square().sum(-1).flatten(-2)
-        return rearrange((power @ self.bank.T + 0.05).log(), "b c y x f -> b (y x) (c f)")
+        with torch.autocast(images.device.type, enabled=False):
+            bands = power @ self.bank.T
+        return rearrange((bands + 0.05).log(), "b c y x f -> b (y x) (c f)")
 
 
 class _Decoder(nn.Module):
