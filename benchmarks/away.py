@@ -42,11 +42,15 @@ from tvl_align.training.settings import RunConfig, Settings
 EXAMPLES = ("make benchmarks DATA=clones", "python -m benchmarks.away --data clones --datasets tactip --seeds 0")
 READERS: dict[str, Callable[[Path, int], Arrays]] = {
     "tactip": tactip.arrays,
+    "tactip_edge": partial(tactip.arrays, contact="edge_2d"),
     "tactip_efficientnet": partial(tactip.arrays, views=3, encoder="efficientnet"),
     "ur5": ur5.arrays,
     "repercent": repercent.arrays,
+    "repercent_pair": repercent.pair,
     "disentangled_ssl": disentangled_ssl.arrays,
 }
+STEPS = {"tactip": 6000, "tactip_edge": 6000, "tactip_efficientnet": 6000}  # of Stage 2, else:
+FEWEST_STEPS = 1500  # about as many as on the synthetic data
 
 
 @dataclass(frozen=True)
@@ -57,14 +61,14 @@ class AwayConfig:
     """Folder that holds the clones."""
     out: Path = Path("away")
     """Folder for stores, runs and reports."""
-    datasets: tuple[str, ...] = ("tactip", "ur5", "repercent", "disentangled_ssl")
-    """Data sets: these, or tactip_efficientnet, real images as a frozen EfficientNet-Lite0 sees them."""
+    datasets: tuple[str, ...] = tuple(name for name in READERS if name != "tactip_efficientnet")
+    """Data sets: these, or tactip_efficientnet, TacTip's images as a frozen EfficientNet-Lite0 sees them."""
     methods: tuple[str, ...] = ("base", "disentangled", "cursor", "closed", "mlp")
     """Methods to train; options follow the name: "base --units 32"."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
-    steps: int = 1500
-    """Optimizer steps of Stage 2, about as many as on the synthetic data; the number of epochs follows from the rows."""
+    steps: int | None = None
+    """Optimizer steps of Stage 2; the number of epochs follows from the rows. Default: 6,000 for TacTip, else 1,500."""
     jobs: int = field(default_factory=cores)
     """Runs in parallel; they share the CPU cores."""
 
@@ -101,7 +105,9 @@ def _settings(config: AwayConfig, name: str, store: Path, seed: int, text: str) 
     rows = len(set_probe_rows_aside(FeatureStore(store).splits["train"], DataConfig().probe_rows, seed=0)[0])
     method, knobs = with_options(text)
     optim = optimisation_of(method, 1, rows)
-    optim = replace(optim, epochs=max(1, round(config.steps / max(1, rows // optim.batch_size))))
+    optim = replace(
+        optim, epochs=max(1, round((config.steps or STEPS.get(name, FEWEST_STEPS)) / max(1, rows // optim.batch_size)))
+    )
     run = RunConfig(config.out / name / "runs", f"{run_name(text)}-{seed}", method=method, draw_seed=seed)
     return Settings(Stage1Config(None), knobs, DataConfig(store=store), optim, run)
 
@@ -183,6 +189,7 @@ def _of_disentangled_ssl(x: Representations) -> dict[str, dict[str, float]]:
 
 THEIR_METRICS: dict[str, Callable[[Representations], Any]] = {
     "repercent": _of_repercent,
+    "repercent_pair": _of_repercent,
     "disentangled_ssl": _of_disentangled_ssl,
 }
 

@@ -14,7 +14,7 @@ x<j>.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import combinations, permutations
 from pathlib import Path
 
@@ -54,6 +54,18 @@ def arrays(folder: Path, seed: int, rows: tuple[int, int, int] = ROWS, modalitie
         owners=owners,
         split=np.repeat(["train", "val", "test"], rows),
         seed=seed,
+    )
+
+
+def pair(folder: Path, seed: int, rows: tuple[int, int, int] = ROWS) -> Arrays:
+    """The modalities x1 and x2 of a draw of three, as `arrays`. What x1 has in common with x3 alone is unique to x1 here."""
+    drawn = arrays(folder, seed, rows)
+    chosen = {key: owners for key, owners in drawn.owners.items() if "3" not in key}
+    return replace(
+        drawn,
+        modalities={m: x for m, x in drawn.modalities.items() if m != "x3"},
+        labels={key: drawn.labels[key] for key in chosen},
+        owners=chosen,
     )
 
 

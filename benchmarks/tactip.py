@@ -6,17 +6,21 @@ al., "Optical Tactile Sim-to-Real Policy Transfer via Real-to-Sim Tactile Image 
 
 Layout of the clone, DATA/tactip-posenet-pytorch/tactip-data/Bourne/tactip/:
 
-    real/surface_3d/shear/csv_{train,val}/         images/image_N.png, targets.csv: 5,000 and 2,000 presses on a flat surface
-    sim/surface_3d/shear/128x128/csv_{train,val}/  the same rows: a rendering, not a photo, of the depth of each contact
+    real/{surface_3d,edge_2d}/shear/csv_{train,val}/         images/image_N.png, targets.csv: 5,000 and 2,000 presses
+    sim/{surface_3d,edge_2d}/shear/128x128/csv_{train,val}/  the same rows: a rendering, not a photo, of the depth
 
 Images are grey, 128 x 128. A row of targets.csv names its image in the column `sensor_image`, and real and rendered rows are
-paired by their targets, which must be equal. Shared by both: the depth of the contact (`pose_3`, mm) and its tilt (`pose_4`,
-`pose_5`, degrees). Unique to the real image: the shear (`move_1`, `move_2`, mm), which the renderer does not know.
+paired by their targets, which must be equal. Shared by both are the depth of the contact (`pose_3`, mm) and, on a flat
+surface, its tilt (`pose_4`, `pose_5`, degrees), or on an edge, how far the edge is off (`pose_2`, mm) and its angle
+(`pose_6`, degrees; -180 and 180 are the same). Unique to the real image: the shear (`move_1`, `move_2`, mm), which the
+renderer does not know.
+
+The flat surface was looked at while the method was made; the edge was not, before version 6.2 of `base` was done.
 """
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,18 +37,13 @@ from tvl_align.features.arrays import Arrays, check_arrays
 from tvl_align.system.console import UserError
 
 URL = "https://github.com/mattclifford1/tactip-posenet-pytorch"
-FOLDERS = {"touch": "real/surface_3d/shear", "depth": "sim/surface_3d/shear/128x128"}
+FOLDERS = {"touch": "real/{contact}/shear", "depth": "sim/{contact}/shear/128x128"}
 SIDE, PATCHES = 128, 4  # pixels of an image; patches along a side
 VALIDATION = 500  # rows of csv_train
 SHIFT, ROTATION = 2.0, 1.7  # largest shift in pixels of the 128 x 128 image and rotation in degrees, real image only
 BATCH = 500
-OWNERS = {
-    "pose_3": ("touch", "depth"),
-    "pose_4": ("touch", "depth"),
-    "pose_5": ("touch", "depth"),
-    "move_1": ("touch",),
-    "move_2": ("touch",),
-}
+SHARED = {"surface_3d": ("pose_3", "pose_4", "pose_5"), "edge_2d": ("pose_2", "pose_3", "pose_6")}
+UNIQUE = ("move_1", "move_2")
 
 
 @dataclass(frozen=True)
@@ -58,13 +57,20 @@ class Targets:
 Encoder = Callable[[Tensor], Tensor]  # (B, 128, 128) float32 in [0, 1] -> (B, 16, W) float32
 
 
-def arrays(folder: Path, seed: int, views: int = 8, encoder: str = "patches", validation: int = VALIDATION) -> Arrays:
+def arrays(
+    folder: Path,
+    seed: int,
+    contact: str = "surface_3d",
+    views: int = 8,
+    encoder: str = "patches",
+    validation: int = VALIDATION,
+) -> Arrays:
     """The modalities `touch` (real image) and `depth` (a rendering) of all presses, 16 tokens each.
 
     folder: the parent of the clone. seed: of the views and of the validation rows, the last `validation` of csv_train in
-    shuffled order; csv_val is the test split. views: augmented views of training rows. View v flips both images alike
-    (horizontally, vertically: the symmetry of the sensor), and moves the real one by up to 2 pixels and 1.7 degrees. A flip
-    reverses one tilt and one shear, so labels hold for view 0 only.
+    shuffled order; csv_val is the test split. contact: "surface_3d" or "edge_2d". views: augmented views of training rows.
+    View v flips both images alike (horizontally, vertically: the symmetry of the sensor), and moves the real one by up to 2
+    pixels and 1.7 degrees. A flip reverses one tilt and one shear, so labels hold for view 0 only.
     encoder: "patches", tokens of 256 numbers, 4 x 4 patches of the image at 64 x 64 pixels in [0, 1]; or "efficientnet",
     tokens of 1,280 numbers, see `efficientnet`. Views take 2 x 7,000 x views x 16 x width half-precision numbers of address
     space and the part of the training rows, 4,500 of 7,000, of memory: 0.6 GB with patches, 3 GB with efficientnet. Raises
@@ -74,8 +80,12 @@ def arrays(folder: Path, seed: int, views: int = 8, encoder: str = "patches", va
     if encoder not in encoders:
         raise UserError(f"unknown encoder {encoder!r}; choose from {', '.join(encoders)}.")
     root = folder / "tactip-posenet-pytorch" / "tactip-data" / "Bourne" / "tactip"
+    folders = {m: root / path.format(contact=contact) for m, path in FOLDERS.items()}
+    owners = {k: ("touch", "depth") for k in SHARED[contact]} | dict.fromkeys(UNIQUE, ("touch",))
     tables = {
-        (m, part): read_targets(root / path / f"csv_{part}") for m, path in FOLDERS.items() for part in ("train", "val")
+        (m, part): read_targets(path / f"csv_{part}", tuple(owners))
+        for m, path in folders.items()
+        for part in ("train", "val")
     }
     for part in ("train", "val"):
         _check_pairs(root, part, tables["touch", part], tables["depth", part])
@@ -90,10 +100,8 @@ def arrays(folder: Path, seed: int, views: int = 8, encoder: str = "patches", va
     train = np.flatnonzero(split == "train")
     draws = rng.uniform(size=(len(train), views, 5)).astype(np.float32)
     tokens, view_tokens = {}, {}
-    for modality, path in FOLDERS.items():
-        files = [
-            root / path / f"csv_{part}" / "images" / f for part in ("train", "val") for f in tables[modality, part].images
-        ]
+    for modality, path in folders.items():
+        files = [path / f"csv_{part}" / "images" / f for part in ("train", "val") for f in tables[modality, part].images]
         images = np.stack([_read_image(file) for file in files])
         tokens[modality] = np.concatenate([encode(_scaled(x)).numpy() for x in _batches(images)])
         if views:
@@ -103,18 +111,20 @@ def arrays(folder: Path, seed: int, views: int = 8, encoder: str = "patches", va
                     moved = augment(_scaled(images[rows]), torch.from_numpy(draw), move=modality == "touch")
                     out[rows, view] = encode(moved).numpy()
             view_tokens[modality] = out
-    values = {k: np.concatenate([tables["touch", part].values[k] for part in ("train", "val")]) for k in OWNERS}
+    values = {k: np.concatenate([tables["touch", part].values[k] for part in ("train", "val")]) for k in owners}
     names = [f"{part}/{file}" for part in ("train", "val") for file in tables["touch", part].images]
-    return check_arrays(tokens, labels=values, owners=OWNERS, views=view_tokens, split=split, names=names, seed=seed)
+    return check_arrays(tokens, labels=values, owners=owners, views=view_tokens, split=split, names=names, seed=seed)
 
 
-def read_targets(folder: Path) -> Targets:
-    """Read `folder`/targets.csv. Raises UserError if it is missing or lacks a column."""
+def read_targets(folder: Path, columns: Sequence[str]) -> Targets:
+    """Read columns of `folder`/targets.csv. Raises UserError if it is missing or lacks one."""
     path = file_of_clone(folder / "targets.csv", URL)
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
-        return Targets([row["sensor_image"] for row in rows], {k: np.array([float(row[k]) for row in rows]) for k in OWNERS})
+        return Targets(
+            [row["sensor_image"] for row in rows], {k: np.array([float(row[k]) for row in rows]) for k in columns}
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} has no valid column of {error}; clone {URL} again.") from error
 
@@ -145,7 +155,7 @@ def augment(images: Tensor, draws: Tensor, move: bool) -> Tensor:
 
 def _check_pairs(root: Path, part: str, real: Targets, rendered: Targets) -> None:
     same = len(real.images) == len(rendered.images)
-    if not same or not all(np.allclose(real.values[k], rendered.values[k], rtol=0, atol=1e-6) for k in OWNERS):
+    if not same or not all(np.allclose(real.values[k], rendered.values[k], rtol=0, atol=1e-6) for k in real.values):
         raise UserError(
             f"real and rendered targets of csv_{part} in {root} differ, so rows are no pairs; clone {URL} again."
         )

@@ -57,7 +57,9 @@ def test_what_two_of_three_modalities_share_is_unique_to_the_pair_with_the_third
 
 
 def test_bad_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown data set 'tactile'; --datasets takes tactip, tactip_efficientnet, ur5"):
+    with pytest.raises(
+        UserError, match="unknown data set 'tactile'; --datasets takes tactip, tactip_edge, tactip_efficientnet, ur5"
+    ):
         AwayConfig(tmp_path, datasets=("tactile",))
     with pytest.raises(UserError, match="--steps 0 is out of range"):
         AwayConfig(tmp_path, steps=0)

@@ -32,18 +32,22 @@ def test_a_missing_clone_is_named_with_its_url(name: str, tmp_path: Path) -> Non
         READERS[name](tmp_path, 0)
 
 
-def write_tactip(data: Path, train: int = 8, test: int = 3) -> dict[tuple[str, str], np.ndarray]:
+def write_tactip(
+    data: Path, train: int = 8, test: int = 3, contact: str = "surface_3d"
+) -> dict[tuple[str, str], np.ndarray]:
     """A clone of random images, rows not in the order of image numbers -> {(modality, name of a row): pixels}."""
     g = np.random.default_rng(0)
+    columns = (*tactip.SHARED[contact], *tactip.UNIQUE)
     pixels = {}
     for part, count in (("train", train), ("val", test)):
-        targets = g.standard_normal((count, len(tactip.OWNERS)))
+        targets = g.standard_normal((count, len(columns)))
         for modality, folder in tactip.FOLDERS.items():
-            path = data / "tactip-posenet-pytorch" / "tactip-data" / "Bourne" / "tactip" / folder / f"csv_{part}"
+            path = data / "tactip-posenet-pytorch" / "tactip-data" / "Bourne" / "tactip"
+            path = path / folder.format(contact=contact) / f"csv_{part}"
             (path / "images").mkdir(parents=True)
             with (path / "targets.csv").open("w", newline="") as file:
                 writer = csv.writer(file)
-                writer.writerow(["sensor_image", *tactip.OWNERS])
+                writer.writerow(["sensor_image", *columns])
                 for row in range(count):
                     image = f"image_{(row + 2) % count + 1}.png"
                     writer.writerow([image, *targets[row]])
@@ -62,7 +66,8 @@ def test_tactip_pairs_images_by_name_and_cuts_patches(tmp_path: Path) -> None:
     arrays = tactip.arrays(tmp_path, 0, views=0, validation=2)
     assert [(arrays.split == s).sum() for s in ("train", "val", "test")] == [6, 2, 3]
     assert all(name.startswith("val/") == (s == "test") for name, s in zip(arrays.names, arrays.split, strict=True))
-    assert arrays.owners == tactip.OWNERS and arrays.views == 0
+    assert set(arrays.owners) == {"pose_3", "pose_4", "pose_5", "move_1", "move_2"} and arrays.views == 0
+    assert arrays.owners["pose_4"] == ("touch", "depth") and arrays.owners["move_2"] == ("touch",)
     for modality, content in arrays.modalities.items():
         assert content.tokens.shape == (11, 16, 256)
         for row, name in enumerate(arrays.names):
@@ -72,6 +77,14 @@ def test_tactip_pairs_images_by_name_and_cuts_patches(tmp_path: Path) -> None:
             assert np.allclose(square(content.tokens[row]), half, atol=1e-6)
     other = tactip.arrays(tmp_path, 1, views=0, validation=2)
     assert other.names == arrays.names and (other.split != arrays.split).any()
+
+
+def test_tactip_on_an_edge_has_other_factors(tmp_path: Path) -> None:
+    pixels = write_tactip(tmp_path, contact="edge_2d")
+    arrays = tactip.arrays(tmp_path, 0, contact="edge_2d", views=0, validation=2)
+    assert {k for k, owners in arrays.owners.items() if owners == ("touch", "depth")} == {"pose_2", "pose_3", "pose_6"}
+    image = pixels["touch", arrays.names[0]] / 255
+    assert np.isclose(arrays.modalities["touch"].tokens[0, 0, 0], image[:2, :2].mean(), atol=1e-6)
 
 
 def test_tactip_views_flip_both_modalities_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +149,8 @@ def test_tactip_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         away.READERS["tactip_efficientnet"](tmp_path, 0)
     with pytest.raises(UserError, match="csv_train has 8 rows and 500 were to be for validation"):
         tactip.arrays(tmp_path, 0)
-    path = tmp_path / "tactip-posenet-pytorch" / "tactip-data" / "Bourne" / "tactip" / tactip.FOLDERS["depth"] / "csv_val"
+    path = tmp_path / "tactip-posenet-pytorch" / "tactip-data" / "Bourne" / "tactip"
+    path = path / tactip.FOLDERS["depth"].format(contact="surface_3d") / "csv_val"
     (path / "images" / "image_1.png").write_text("no image")
     with pytest.raises(UserError, match=r"image_1.png cannot be read as an image"):
         tactip.arrays(tmp_path, 0, validation=2)
@@ -249,6 +263,10 @@ def test_repercent_draws_from_the_generator_of_the_clone(tmp_path: Path, capsys:
     assert np.allclose(arrays.modalities["x1"].tokens, expected, atol=1e-6)
     assert np.array_equal(arrays.labels["u_12"] == "1", expected[:, 0, 2] > 0)
     assert np.array_equal(repercent.arrays(tmp_path, 3, rows=(20, 5, 7)).labels["s_12"], arrays.labels["s_12"])
+    pair = repercent.pair(tmp_path, 3, rows=(20, 5, 7))
+    assert list(pair.modalities) == ["x1", "x2"] and pair.owners == {k: arrays.owners[k] for k in ("u_12", "u_21", "s_12")}
+    assert np.array_equal(pair.modalities["x2"].tokens, arrays.modalities["x2"].tokens)
+    assert np.array_equal(pair.labels["u_21"], arrays.labels["u_21"])
     file.write_text("import package_that_is_missing")
     with pytest.raises(UserError, match=r"needs a missing package \(No module named 'package_that_is_missing'\)"):
         repercent.arrays(tmp_path, 3)
