@@ -116,7 +116,7 @@ def with_labels(config: WithLabelsConfig) -> Path:
     reader = model.codes.cpu()
     if any(len(owners) == 1 for owners in labels.ownership.values()):
         codes = _codes(run, model, labels, {"probe": probes.probe.frozen, "test": frozen})
-        probes.read({"complementary": Group(codes["probe"], codes["test"], thorough=True)})
+        probes.read({"complementary": Group(codes["probe"], codes["test"])})
     summary, found = probes.summary(weights), _label_retrieval(run, reader, probes, weights)
     for name, numbers in summary.items():
         print(f"{name.replace('_', ' ')} {numbers['score']:.1f} [{numbers['low']:.1f}, {numbers['high']:.1f}]")

@@ -9,13 +9,15 @@ from tvl_align.evaluation.split_tokens import SplitTokens
 
 
 def tokens(rows: int, seed: int, kind: str) -> SplitTokens:
-    """Two modalities. "product": overlapping tokens of b are products of units of the complementary tokens of a;
-    "linear": they are those units. Everything else is independent."""
+    """Two modalities. "product": overlapping tokens of b are products of units of the complementary tokens of a; "faint": of
+    units that are small beside the others; "linear": they are those units. Everything else is independent."""
     draw = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(rows, 2, 3, generator=draw) for name in ("ao", "bo", "ac", "bc")}
-    if kind == "product":
+    if kind in ("product", "faint"):
         noise["bo"][:, 0, 0] = noise["ac"][:, 0, 0] * noise["ac"][:, 1, 0]
         noise["bo"] *= torch.tensor([1.0, 0.0, 0.0]) * torch.tensor([[1.0], [0.0]])
+    if kind == "faint":
+        noise["ac"][:, :, 0] *= 0.1
     if kind == "linear":
         noise["bo"] = noise["ac"].flip(1) + 0.1 * noise["bo"]
     present = {m: torch.ones(rows, dtype=torch.bool) for m in "ab"}
@@ -42,8 +44,32 @@ def test_a_planted_leak_is_found() -> None:
     ):
         assert max(found[modality][name].values()) < 0.05
     assert mean_leak(found, "shared from complementary") == pytest.approx(
-        (leak["mlp"] + max(found["b"]["shared from complementary"].values())) / 2
+        (leak["mlp"] + max(0.0, *found["b"]["shared from complementary"].values())) / 2
     )
+
+
+def test_a_faint_leak_is_found_too() -> None:
+    found = cross_readings(tokens(1500, 0, "faint"), tokens(500, 1, "faint"), seed=0)
+    assert found["a"]["shared from complementary"]["mlp"] > 0.5
+
+
+def test_a_leak_below_zero_hides_no_other() -> None:
+    readings = {m: {"shared from complementary": {"linear": x - 1, "mlp": x}} for m, x in (("a", -0.4), ("b", 0.4))}
+    assert mean_leak(readings, "shared from complementary") == pytest.approx(0.2)
+
+
+def test_two_modalities_that_no_row_has_both_are_read_from_a_third() -> None:
+    """a and b in one half of the rows, a and c in the other: both are read from a, each from the rows that have it."""
+    sides = [tokens(1200, 0, "linear"), tokens(400, 1, "linear")]
+    for side in sides:
+        half = torch.arange(len(side.present["a"])) % 2 == 0
+        for group in (side.overlapping, side.complementary):
+            group["c"] = group["b"].clone()
+            group["b"][~half], group["c"][half] = 1e3, 1e3
+        side.present["b"], side.present["c"] = half, ~half
+    found = cross_readings(*sides, seed=0, steps=150)
+    assert found["a"]["shared from complementary"]["linear"] > 0.8
+    assert max(found["b"]["shared from complementary"].values()) < 0.05
 
 
 def test_a_linear_leak_is_found_by_both_and_independent_tokens_have_none() -> None:

@@ -63,6 +63,13 @@ def test_retention_and_leak_worked_out_by_hand() -> None:
     assert found["shared_retention"]["low"] == pytest.approx(85, abs=1e-3) == found["shared_retention"]["high"]
 
 
+def test_a_leak_below_chance_hides_no_other() -> None:
+    low, high = (factor(("tactile",), 100, overlapping=(x, 5), complementary=(60, 60)) for x in (4, 36))
+    found = probes_of({"tactile": {"shape": low, "print": high}}).summary(torch.ones(4, TEST))["unique_leak"]
+    assert found["score"] == found["linear"] == pytest.approx(10)  # of -19 and 20
+    assert found["low"] == found["high"] == pytest.approx(10, abs=1e-3)
+
+
 def test_every_number_goes_into_json() -> None:
     made = hand_made()
     text = json.dumps({"factors": made.as_json(), "summary": made.summary(torch.ones(4, TEST))}, allow_nan=False)

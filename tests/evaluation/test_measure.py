@@ -6,21 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tvl_align.contract import Features
+from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.evaluation import measure as module
 from tvl_align.evaluation.factors import Rows
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.measure import EvaluateConfig, Meanings, measure
 from tvl_align.evaluation.split_tokens import all_rows, compute_tokens, stage1_features
+from tvl_align.features.arrays import Arrays, check_arrays
 from tvl_align.features.identity import Identity
+from tvl_align.features.inputs import DataConfig
+from tvl_align.features.store import FeatureStore
 from tvl_align.features.subset import ShuffledPairs
 from tvl_align.losses.contrastive import positive_mask
+from tvl_align.methods.closed import CLOSED, ClosedConfig
 from tvl_align.system.console import UserError
+from tvl_align.training.engine import fit
+from tvl_align.training.optimisation import OptimConfig
 from tvl_align.training.run import Places, load_run
+from tvl_align.training.settings import RunConfig, Settings
 
 
 def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +85,57 @@ def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, 
     assert all(p["low"] <= p["acc1"] <= p["high"] for p in results["prefix"])
     factors = {f for table in (*results["factors"].values(), *results["left_out"].values()) for f in table}
     assert {"hue", "texture", "shape"} <= factors
+
+
+def planted_arrays() -> Arrays:
+    """Two modalities of one token of 6 numbers: the sign of a class that both share, of one of its own, and noise."""
+    g = np.random.default_rng(0)
+    counts = {"train": 2400, "val": 40, "test": 400}
+    rows = sum(counts.values())
+    classes = {name: g.integers(0, 2, rows) for name in ("shared", "of_a", "of_b")}
+    tokens = {
+        m: np.stack([*(2.0 * classes[c] - 1 for c in ("shared", f"of_{m}")), *g.standard_normal((4, rows))], axis=1)[:, None]
+        for m in "ab"
+    }
+    owners = {"shared": ["a", "b"], "of_a": ["a"], "of_b": ["b"]}
+    return check_arrays(tokens, labels=classes, owners=owners, split=np.repeat(list(counts), list(counts.values())))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_planted_leaks_are_found_from_the_tokens_to_the_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: bool
+) -> None:
+    """Complementary tokens hold what is shared as a faint product of units, overlapping ones what is unique as a variance.
+
+    Linear probes see neither, and nothing is retained; with the groups exchanged, it is retention, and no leak.
+    """
+    FeatureStore.from_arrays(planted_arrays(), tmp_path / "store")
+    settings = Settings(
+        Stage1Config(None),
+        ClosedConfig(components=4, register_token_dim=8),
+        DataConfig(store=tmp_path / "store"),
+        OptimConfig(batch_size=64, epochs=1, warmup_epochs=0, lr=1e-3),
+        RunConfig(tmp_path, "run", method="closed", device="cpu"),
+    )
+    fit(settings, CLOSED)
+
+    def planted_tokens(model: Any, source: Any, rows: Tensor, device: Any, k: int | None = None) -> Any:
+        made = compute_tokens(model, source, rows, device, k)
+        for m, frozen in stage1_features(source, rows, device).modalities.items():
+            shared, own, x, y, z, noise = frozen.tokens[:, 0].float().unbind(1)
+            product = torch.stack([0.1 * x.abs() * y.sign() * shared, 0.1 * y, noise], dim=1)[:, None]
+            variance = torch.stack([z * torch.where(own > 0, 2.0, 0.3), y, noise], dim=1)[:, None]
+            made.complementary[m], made.overlapping[m] = (variance, product) if swapped else (product, variance)
+        return made
+
+    monkeypatch.setattr(module, "compute_tokens", planted_tokens)
+    results = json.loads(measure(EvaluateConfig(settings.folder, probe_steps=200, device="cpu")).read_text())
+    found = results["summary"]
+    seen, hidden = ("retention", "leak") if swapped else ("leak", "retention")
+    for name, least in ((f"shared_{seen}", 80), (f"unique_{seen}", 50)):
+        assert min(found[name][reading] for reading in ("score", "untrained", "half")) > least
+        assert found[name]["linear"] < 15
+    assert max(found[f"shared_{hidden}"]["score"], found[f"unique_{hidden}"]["score"]) < 15
 
 
 def labels_of(levels: Tensor, **fields: Any) -> Labels:

@@ -175,6 +175,23 @@ def test_problems_of_other_sizes_are_fitted_together() -> None:
         assert r2(second[1], torch.stack([y_test * 3.0 - 1, y_test * 1.0], dim=1), shifted.mean(0)) > 0.6
 
 
+def test_rows_of_a_group_are_held_out_together() -> None:
+    """A probe of copies with random labels would else find them among its held-out rows, and stop late."""
+    draw = torch.Generator().manual_seed(0)
+    groups = torch.arange(200).repeat_interleave(torch.randint(1, 6, (200,), generator=draw))[
+        torch.randperm(400, generator=draw)
+    ]
+    problem = Problem(
+        (torch.zeros(400, 2),), (Target(torch.zeros(400, dtype=torch.int64), 2),), (torch.zeros(4, 2),), groups
+    )
+    held, fitted = module._hold_out(problem, seed=0)
+    assert sorted(torch.cat([held, fitted]).tolist()) == list(range(400))
+    assert not set(groups[held].tolist()) & set(groups[fitted].tolist())
+    assert 70 <= len(held) <= 80
+    few = Problem(problem.train, problem.targets, problem.test, groups % 3)
+    assert len(module._hold_out(few, seed=0)[0]) == 80  # three groups cannot be parted
+
+
 def test_numbers_are_read() -> None:
     """y = |x|: of a quadratic kind, so no linear probe finds it."""
     draw = torch.Generator().manual_seed(0)

@@ -1,9 +1,10 @@
 """Leak without labels: how much of one group of tokens is read from the other.
 
 Complementary tokens must not tell what modalities share, and overlapping tokens must not tell what a modality keeps to
-itself. So the OTHER modalities' overlapping tokens are predicted from the complementary tokens of a modality, and its
-complementary tokens from its overlapping ones. The score is R2 on test rows: 0 = nothing is read, 1 = everything. A small R2
-can still hide a class (see docs/DESIGN.md), so it orders methods; it does not replace labels.
+itself. So the OTHER modalities' overlapping tokens are predicted from the complementary tokens of a modality, each from the
+rows that have both, and its complementary tokens from its overlapping ones. The score is R2 on test rows: 0 = nothing is
+read, 1 = everything. A small R2 can still hide a class (see docs/DESIGN.md), so it orders methods and does not replace
+labels.
 """
 
 import torch
@@ -19,45 +20,65 @@ LEAST_VARIANCE = 1e-4  # of a code whose mean square on the probe rows is 1; of 
 
 
 def cross_readings(
-    probe: SplitTokens, test: SplitTokens, seed: int, device: torch.device | None = None, steps: int = 400
+    probe: SplitTokens,
+    test: SplitTokens,
+    seed: int,
+    device: torch.device | None = None,
+    steps: int = 400,
+    groups: Tensor | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{modality: {"shared from complementary" or "unique from overlapping": {kind of probe: R2}}}.
 
-    Modalities with fewer than MIN_ROWS paired rows are left out.
+    groups: (M,) int64 of the probe rows. Pairs of modalities with fewer than MIN_ROWS paired probe rows are left out.
     """
     problems, tests, places = [], [], []
     result: dict[str, dict[str, dict[str, float]]] = {}
     for m in probe.overlapping:
-        others = [o for o in probe.overlapping if o != m]
         for name, source, wanted in (
-            ("shared from complementary", "complementary", [(o, "overlapping") for o in others]),
+            ("shared from complementary", "complementary", [(o, "overlapping") for o in probe.overlapping if o != m]),
             ("unique from overlapping", "overlapping", [(m, "complementary")]),
         ):
+            wanted = [(o, g) for o, g in wanted if _paired(probe, m, o) >= MIN_ROWS and _paired(test, m, o)]
             if not wanted:
                 continue
-            rows = [torch.stack([t.present[o] for o in (m, *(o for o, _ in wanted))]).all(0) for t in (probe, test)]
-            if rows[0].sum() < MIN_ROWS or not rows[1].any():
-                continue
-            codes = [_code(getattr(probe, g)[o], getattr(test, g)[o], *rows) for o, g in wanted]
-            target, tested = (torch.cat(parts, dim=1) for parts in zip(*codes, strict=True))
-            x, x_test = (getattr(t, source)[m][at].flatten(1) for t, at in zip((probe, test), rows, strict=True))
             result.setdefault(m, {})[name] = dict.fromkeys(KINDS, 0.0)
-            if min(part.var(0, correction=0).mean() for part in (target, tested)) >= LEAST_VARIANCE:
+            codes = [code for o, g in wanted if (code := _code(probe, test, m, o, g)) is not None]
+            if codes:
+                target, tested = (torch.cat(parts, dim=1) for parts in zip(*codes, strict=True))
+                x, x_test = (getattr(t, source)[m][t.present[m]].flatten(1) for t in (probe, test))
+                own = groups[probe.present[m]] if groups is not None else None
                 on_device = [t.to(device) for t in (x, target, x_test)]
-                problems.append(Problem(on_device[:1], [Target(on_device[1])], on_device[2:], thorough=False))
+                problems.append(Problem(on_device[:1], [Target(on_device[1])], on_device[2:], own))
                 tests.append(tested)
                 places.append((m, name))
     found = fit_probes(problems, KINDS, seed, steps, "probe without labels")
     for (m, name), problem, tested, by_kind in zip(places, problems, tests, found, strict=True):
-        mean = problem.targets[0].values.mean(0).cpu()
+        mean = problem.targets[0].values.nanmean(0).cpu()
         result[m][name] = {kind: r2(probed, tested, mean) for kind, (probed,) in by_kind.items()}
     return result
 
 
-def _code(probe: Tensor, test: Tensor, rows: Tensor, test_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Leading principal components of tokens (M, n, D), (Q, n, D), fitted on the probe rows, with a mean square of 1."""
-    x, y = probe[rows].flatten(1).float(), test[test_rows].flatten(1).float()
+def _paired(tokens: SplitTokens, first: str, second: str) -> int:
+    """The number of rows that have both modalities."""
+    return int((tokens.present[first] & tokens.present[second]).sum())
+
+
+def _code(probe: SplitTokens, test: SplitTokens, of: str, modality: str, group: str) -> tuple[Tensor, Tensor] | None:
+    """Leading principal components (M, C), (Q, C) of the tokens of a modality in the rows of another one, `of`.
+
+    They are fitted on the probe rows that have both, where their mean square is 1; NaN in rows without the modality. None if
+    they are constant on either side.
+    """
+    both = [t.present[of] & t.present[modality] for t in (probe, test)]
+    x, y = (getattr(t, group)[modality][at].flatten(1).float() for t, at in zip((probe, test), both, strict=True))
     components = Components(x)
     a, b = ((components(t) * components.weights(1.0))[:, :CODE_WIDTH] for t in (x, y))
     scale = a.square().mean().sqrt().clamp(min=1e-12)
-    return a / scale, b / scale
+    if min((part / scale).var(0, correction=0).mean() for part in (a, b)) < LEAST_VARIANCE:
+        return None
+    sides = []
+    for part, t, at in zip((a, b), (probe, test), both, strict=True):
+        code = torch.full((len(at), part.shape[1]), torch.nan)
+        code[at] = part / scale
+        sides.append(code[t.present[of]])
+    return sides[0], sides[1]

@@ -38,7 +38,7 @@ from tvl_align.system.console import UserError
 
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
 CEILING = "stage1"  # the group of the frozen features
-CEILINGS_VERSION = 3  # of the probes that read ceilings; a new one where they change
+CEILINGS_VERSION = 4  # of the probes that read ceilings; a new one where they change
 MIN_MARGIN = 5.0  # percentage points and
 MIN_ERRORS = 2.0  # standard errors that a ceiling must be above chance
 MIN_BITS = 0.05  # usable bits of a ceiling that are divided by
@@ -53,10 +53,12 @@ SUMMARY = {  # name: (is the factor shared, group)
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows that probes are fitted on (`probe`) or tested on (`test`): names and frozen features, on one device."""
+    """The rows that probes are fitted on (`probe`) or tested on (`test`): names and frozen features, on one device, and
+    groups (M,) int64 of rows that are held out together."""
 
     names: Sequence[str]
     frozen: Features
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -151,15 +153,13 @@ class _Labelled:
 class Group:
     """Tokens to probe: {modality: (M, n, D)} of the probe rows and {modality: (Q, n, D)} of the test rows.
 
-    share: fraction of the probe rows to use. shared_only: only factors that several modalities own. thorough: try every
-    strength of regularisation.
+    share: fraction of the probe rows to use. shared_only: only factors that several modalities own.
     """
 
     probe: Mapping[str, Tensor]
     test: Mapping[str, Tensor]
     share: float = 1.0
     shared_only: bool = False
-    thorough: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,8 @@ class FactorProbes:
                 digest.update(f"{m} {tuple(tokens.tokens.shape)}".encode())
                 for part in (tokens.tokens, tokens.mask, tokens.pooled, tokens.present):
                     digest.update(part.cpu().numpy().tobytes())
+            if rows.groups is not None:
+                digest.update(rows.groups.numpy().tobytes())
         for m, factors in self._labelled.items():
             for name, x in factors.items():
                 digest.update(f"{m} {name} {x.levels}".encode())
@@ -274,7 +276,7 @@ class FactorProbes:
         for name, group in groups.items():
             for m in self.factors:
                 x, y = ((tokens[m].flatten(1).to(device),) for tokens in (group.probe, group.test))
-                jobs.append(self._job(m, name, x, y, group.share, group.shared_only, group.thorough))
+                jobs.append(self._job(m, name, x, y, group.share, group.shared_only))
         self._run(jobs, kinds, "tokens")
 
     def _job(
@@ -285,7 +287,6 @@ class FactorProbes:
         test: Sequence[Tensor],
         share: float = 1.0,
         shared_only: bool = False,
-        thorough: bool = True,
         of: str = "",
     ) -> _Job:
         chosen = {
@@ -294,7 +295,8 @@ class FactorProbes:
             if not shared_only or len(self.labels.ownership[name]) > 1
         }
         of_ceiling = group == CEILING
-        at = (self.ceiling if of_ceiling else self.probe).frozen.modalities[modality].present.nonzero().squeeze(1)
+        side = self.ceiling if of_ceiling else self.probe
+        at = side.frozen.modalities[modality].present.nonzero().squeeze(1)
         at = at[: max(MIN_ROWS, math.ceil(share * len(at)))]
         rows, targets = at.cpu(), []
         for x in chosen.values():
@@ -302,7 +304,8 @@ class FactorProbes:
             if x.numbers is not None:
                 mean, std = x.moments
                 targets.append(Target(((x.numbers[2 if of_ceiling else 0][rows] - mean) / std).to(at.device)))
-        return _Job(modality, group, chosen, Problem([x[at] for x in train], targets, test, thorough), of)
+        own = side.groups[rows] if side.groups is not None else None
+        return _Job(modality, group, chosen, Problem([x[at] for x in train], targets, test, own), of)
 
     def _run(self, jobs: Sequence[_Job], kinds: Sequence[ProbeKind], title: str) -> None:
         jobs = [job for job in jobs if job.factors]
@@ -325,28 +328,29 @@ class FactorProbes:
 
         weights: (R, Q) bootstrap weights of the test rows. low, high: 95% interval. linear: by linear probes alone. bits:
         usable bits in percent. half, untrained: of other readings of the same group, if they were made. Factors without
-        owners or with a ceiling at chance are left out.
+        owners or with a ceiling at chance are left out. A leak below 0, worse than chance, counts as 0: it hides no other.
         """
         result = {}
         for name, (shared, group) in SUMMARY.items():
             factors = [f for f in self.each() if f.ownership and (len(f.ownership) > 1) == shared and f.readable]
             if not factors or group not in factors[0].readings:
                 continue
-            samples = torch.stack([f.resampled(group, weights) for f in factors]).mean(0)
+            least = 0.0 if name.endswith("leak") else -math.inf
+            samples = torch.stack([f.resampled(group, weights).clamp(min=least) for f in factors]).mean(0)
             low, high = interval(samples)
-            entry = {"score": _mean(f.score(group) for f in factors), "low": low, "high": high}
-            entry |= {"linear": _mean(f.score(group, "linear") for f in factors)}
-            entry |= {"bits": _mean(f.bits_score(group) for f in factors)}
-            for other in ("half", "untrained"):
-                if f"{other}_{group}" in factors[0].readings:
-                    entry[other] = _mean(f.score(f"{other}_{group}") for f in factors)
+            entry = {"low": low, "high": high, "bits": _mean(f.bits_score(group) for f in factors)}
+            readings = {"score": (group, None), "linear": (group, "linear")}
+            readings |= {other: (f"{other}_{group}", None) for other in ("half", "untrained")}
+            for key, (read, kind) in readings.items():
+                if read in factors[0].readings:
+                    entry[key] = _mean(max(least, f.score(read, kind)) for f in factors)
             result[name] = entry
         return result
 
-    def shared_score(self, group: str) -> float | None:
-        """Mean normalised score of the shared factors in a group; None if there are none."""
+    def shared_score(self, group: str, bits: bool = False) -> float | None:
+        """Mean normalised score of the shared factors in a group, or their usable bits in percent; None without any."""
         factors = [f for f in self.each() if len(f.ownership) > 1 and f.readable and group in f.readings]
-        return _mean(f.score(group) for f in factors) if factors else None
+        return _mean(f.bits_score(group) if bits else f.score(group) for f in factors) if factors else None
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """{modality: {factor: plain numbers}}."""

@@ -123,7 +123,8 @@ def measure(options: EvaluateConfig) -> Path:
     results["repeated"] = {m: repeats(keys.numpy()) for m, keys in test.content_keys.items()}
     results["controls"] = {"shuffled_acc1": _shuffled_acc1(trained, names, meanings, seed)}
     on_probe = run.on_probe(run.model)
-    results["label_free"] = cross_readings(on_probe, trained, seed, device, options.probe_steps)
+    on_groups = run.probe.groups[run.rows]
+    results["label_free"] = cross_readings(on_probe, trained, seed, device, options.probe_steps, on_groups)
     prefixes = {k: _first(k, run.model, test, all_rows(test), device, trained) for k in _lengths(run.model)}
     factors = None if labels is None else _read_factors(run, options, labels, frozen, on_probe, untrained, prefixes)
     results["prefix"] = [_prefix(k, tokens, names, meanings, weights, factors) for k, tokens in prefixes.items()]
@@ -183,7 +184,9 @@ def _identity(run: OpenedRun, options: EvaluateConfig) -> dict[str, Any]:
 def factor_probes(run: OpenedRun, options: EvaluateConfig, labels: Labels, frozen: Features) -> FactorProbes:
     """The factors of a run with their ceilings; no tokens have been read yet. frozen: of test rows."""
     sides = Rows(
-        [run.probe.names[i] for i in run.rows.tolist()], stage1_features(run.probe, run.rows, run.device).to(run.device)
+        [run.probe.names[i] for i in run.rows.tolist()],
+        stage1_features(run.probe, run.rows, run.device).to(run.device),
+        run.probe.groups[run.rows],
     )
     factors = FactorProbes(
         labels,
@@ -216,7 +219,7 @@ def _read_factors(
     groups: dict[str, Group] = {}
     for name in ("overlapping", "complementary"):
         on_rows, on_test = getattr(on_probe, name), getattr(trained, name)
-        groups[name] = Group(on_rows, on_test, thorough=True)
+        groups[name] = Group(on_rows, on_test)
         groups[f"half_{name}"] = Group(on_rows, on_test, share=0.5)
         groups[f"untrained_{name}"] = Group(getattr(floor, name), getattr(untrained, name))
     for k, tokens in prefixes.items():
@@ -255,7 +258,9 @@ def _ceiling_rows(train: FeatureSource, probe: Rows, device: torch.device) -> Ro
     if not len(rows):
         return probe
     more = stage1_features(train, rows, device).to(device)
-    return Rows([*probe.names, *(train.names[i] for i in rows.tolist())], joined_features([probe.frozen, more]))
+    names = [*probe.names, *(train.names[i] for i in rows.tolist())]
+    groups = torch.cat([probe.groups, train.groups[rows]]) if probe.groups is not None else None
+    return Rows(names, joined_features([probe.frozen, more]), groups)
 
 
 def labels_of(options: EvaluateConfig, data: DataConfig) -> Labels | None:
@@ -397,8 +402,8 @@ def _prefix(
 ) -> dict[str, Any]:
     """Results for the first k registers, with their tokens of the test rows.
 
-    Mean Acc@1 over the pairs with its interval, shared retention (None without labels) and the reconstruction error in
-    percent of the variance of the frozen tokens (None without a decoder).
+    Mean Acc@1 over the pairs with its interval, shared retention and usable bits of the shared factors in percent (None
+    without labels), and the reconstruction error in percent of the variance of the frozen tokens (None without a decoder).
     """
     found = _retrievals(tokens, names, meanings)
     samples = [weighted_mean(r.hits, weights[:, valid]) for r, valid in found.values()]
@@ -411,6 +416,7 @@ def _prefix(
         "low": low,
         "high": high,
         "shared_retention": factors.shared_score(group) if factors is not None else None,
+        "shared_bits": factors.shared_score(group, bits=True) if factors is not None else None,
         "reconstruction": float(np.mean(errors)) if errors else None,
         "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
         "reconstructions": tokens.reconstruction_error,

@@ -78,13 +78,13 @@ class Problem:
     """What is read (`targets`) from what: features ((M, F),) for linear and MLP probes, or tokens (M, L, W) and a mask
     (M, L) for attentive ones, of the probe rows (`train`) and of the test rows, on one device.
 
-    thorough: try every strength, else the first only.
+    groups: (M,) int64 groups of the probe rows, such as frames of one press; rows of a group are held out together.
     """
 
     train: Sequence[Tensor]
     targets: Sequence[Target]
     test: Sequence[Tensor]
-    thorough: bool = True
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -162,9 +162,7 @@ class _Batch:
 
     def __init__(self, problems: Sequence[Problem], seed: int) -> None:
         self.problems, self.device = problems, problems[0].train[0].device
-        orders = [torch.randperm(len(p.train[0]), generator=generator(seed, 0)).to(self.device) for p in problems]
-        held = [order[: len(order) // HELD_OUT] for order in orders]
-        self.fitted = [order[len(order) // HELD_OUT :] for order in orders]
+        held, self.fitted = zip(*(_hold_out(p, seed) for p in problems), strict=True)
         train, self.test = ([getattr(p, side) for p in problems] for side in ("train", "test"))
         self.components: list[Components] = []
         if len(problems[0].train) == 1:
@@ -179,7 +177,7 @@ class _Batch:
         self.labels = _stacked([self._labels(p.targets) for p in problems], -1)
         self.numbers = _stacked([self._numbers(p.targets, len(p.train[0])) for p in problems], torch.nan)
         self.blocked = torch.stack([self._blocked(p.targets) for p in problems])
-        self.held = pad_sequence(held, batch_first=True)
+        self.held = pad_sequence(list(held), batch_first=True)
         spare = torch.arange(self.held.shape[1], device=self.device) >= torch.tensor([[len(h)] for h in held]).to(
             self.device
         )
@@ -220,7 +218,7 @@ class _Batch:
 
     def fit(self, kind: ProbeKind, seed: int, max_steps: int) -> list[list[Probed]]:
         """Train every problem at its strengths; returns the predictions of the best, [problem][target]."""
-        members = [(i, s) for i, p in enumerate(self.problems) for s in STRENGTHS[kind][: None if p.thorough else 1]]
+        members = [(i, s) for i in range(len(self.problems)) for s in STRENGTHS[kind]]
         models = MODELS[kind](
             self.inputs[0].shape[2:],
             self.shape,
@@ -313,6 +311,19 @@ class _Batch:
         return Probed(kind, predicted[best][:, place, : target.outputs], float(lowest[best, place]))
 
 
+def _hold_out(problem: Problem, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows to hold out, a fifth, and those to fit on, in random order. A group is on one side, if there are enough."""
+    rows, draw = len(problem.train[0]), generator(seed, 0)
+    order, count = torch.randperm(rows, generator=draw), rows // HELD_OUT
+    if problem.groups is not None:
+        names, group = problem.groups.cpu().unique(return_inverse=True)
+        if len(names) >= HELD_OUT:
+            place = torch.randperm(len(names), generator=draw)[group]
+            order = place.argsort(stable=True)
+            count = max(int((place < place[order[count]]).sum()), int((place == 0).sum()))
+    return tuple(part.to(problem.train[0].device) for part in (order[:count], order[count:]))  # type: ignore[return-value]
+
+
 def _stacked(parts: Sequence[Tensor], fill: float) -> Tensor:
     """(P, M, ...) of (M, ...), padded with `fill` to the same number of rows."""
     return parts[0][None] if len(parts) == 1 else pad_sequence(list(parts), batch_first=True, padding_value=fill)
@@ -329,6 +340,7 @@ def bits(probed: Probed, labels: Tensor) -> Tensor:
 
 
 def r2(probed: Probed, values: Tensor, mean: Tensor) -> float:
-    """Share of the variance of (Q, C) values, around the mean (C,) of the probe rows, that is predicted; at most 1."""
-    error = (probed.output.cpu() - values).square().sum()
-    return 1 - float(error / (values - mean).square().sum().clamp(min=1e-12))
+    """Share of the variance of (Q, C) values, around the mean (C,) of the probe rows, that is predicted; at most 1. NaN
+    values are left out."""
+    error = (probed.output.cpu() - values).square().nansum()
+    return 1 - float(error / (values - mean).square().nansum().clamp(min=1e-12))

@@ -17,8 +17,8 @@ def normalised_score(score: float, chance: float, ceiling: float = 100.0) -> flo
 
 
 def mean_leak(readings: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> float | None:
-    """The R2 of the strongest probe, averaged over modalities; None if no modality could be read."""
-    scores = [max(entry[name].values()) for entry in readings.values() if name in entry]
+    """The R2 of the strongest probe, averaged over modalities; None if no modality could be read. Below 0 counts as 0."""
+    scores = [max(0.0, *entry[name].values()) for entry in readings.values() if name in entry]
     return sum(scores) / len(scores) if scores else None
 
 

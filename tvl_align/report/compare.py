@@ -187,10 +187,11 @@ def leaderboard(groups: Groups) -> Leaderboard:
         accuracy = [mean_known([r["retrieval"][p][column] for r in everything]) for p in some["retrieval"]]
         cells = ["" if a is None else number(a, 2 if name == "chance" else 1) for a in accuracy]
         rows.append([name, "", "", *cells, *[""] * (len(columns) - len(cells))])
-    untrained = [mean_known([r["retrieval"][p]["untrained_acc1"] for r in everything]) for p in some["retrieval"]]
+    real = [r for m, rs in groups.items() if not m.endswith(SHUFFLED) for r in rs] or everything
+    untrained = [mean_known([r["retrieval"][p]["untrained_acc1"] for r in real]) for p in some["retrieval"]]
     for metric in columns[len(untrained) :]:
         names = [name for name in SUMMARY if plain(name) == metric.title]
-        untrained.append(mean_known([_summary(names[0], "untrained", r) for r in everything]) if names else None)
+        untrained.append(mean_known([_summary(names[0], "untrained", r) for r in real]) if names else None)
     cells = ["" if value is None else number(value) for value in untrained]
     rows.insert(len(groups) + 1, ["untrained, mean of methods", "", "", *cells])
     return Leaderboard(["method", "stores", "seeds", *(c.title for c in columns)], rows, frozenset(bold), differences)
@@ -200,7 +201,9 @@ def _against_best(groups: Groups, metric: Metric) -> tuple[list[str], int | None
     """Difference of every method to the best one, as text, and the index of the best if all others differ from it.
 
     The best method is never one that was trained on shuffled pairs, which are a control. A difference is the mean over the
-    (store, seed) that both methods have, with a 95% t interval: "none" if it contains 0, a dash with fewer than two.
+    stores, each the mean over the seeds that both methods have, with a 95% t interval over stores: "none" if it contains 0.
+    Runs of one store are not independent, so with one store there is no interval and nothing is better. A dash: no common
+    store and seed.
     """
     values = {m: _paired(rs, metric) for m, rs in groups.items()}
     ranked = [m for m, found in values.items() if found and not m.endswith(SHUFFLED)]
@@ -209,15 +212,17 @@ def _against_best(groups: Groups, metric: Metric) -> tuple[list[str], int | None
     best = (max if metric.more else min)(ranked, key=lambda m: float(np.mean(list(values[m].values()))))
     cells, differ = [], len(ranked) > 1
     for name, found in values.items():
-        both = sorted(found.keys() & values[best].keys())
-        pairs = [found[key] - values[best][key] for key in both]
-        cell = "best" if name == best else "-"
+        by_store: dict[str, list[float]] = {}
+        for store, seed in sorted(found.keys() & values[best].keys()):
+            by_store.setdefault(store, []).append(found[store, seed] - values[best][store, seed])
+        pairs = [float(np.mean(of_store)) for of_store in by_store.values()]
+        cell = "best" if name == best else f"{np.mean(pairs):+z.{metric.digits}f}" if pairs else "-"
+        beyond = False
         if name != best and len(pairs) > 1:
             low, high = t_interval(pairs)
-            digits = metric.digits
-            text = f"{np.mean(pairs):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
-            cell = "none" if low <= 0 <= high else text
-        differ &= name not in ranked or cell not in ("none", "-")
+            beyond = not low <= 0 <= high
+            cell = f"{cell} [{low:+.{metric.digits}f}, {high:+.{metric.digits}f}]" if beyond else "none"
+        differ &= name == best or name not in ranked or beyond
         cells.append(cell)
     return cells, list(groups).index(best) if differ else None
 
@@ -371,7 +376,7 @@ def _markdown(facts: Mapping[str, Any], groups: Groups, factors: Mapping[str, Ma
     parts.append(table(board.columns, rows))
     if facts["incomplete"]:
         parts.append(f"Without some of the stores or seeds: {'; '.join(facts['incomplete'])}.")
-    text = 'Paired differences to the best method, with 95% t intervals; "none" if the interval contains 0'
+    text = 'Differences to the best method, with 95% t intervals over several stores; "none": the interval contains 0'
     parts.append(f"{text}\n\n{table(['method', *board.columns[3:]], board.differences)}")
     if facts["readers"][1]:
         parts.append(f"Retention and leak by other readings\n\n{table(*facts['readers'])}")
@@ -384,11 +389,12 @@ def _markdown(facts: Mapping[str, Any], groups: Groups, factors: Mapping[str, Ma
             head = ["factor", "owners", *map(plain, GROUPS)]
             parts.append(f"{method}: normalised scores (0 = chance, 100 = ceiling)\n\n{table(head, rows)}")
         found = [{p["k"]: p for p in r["prefix"]} for r in runs]
+        columns = ("acc1", "shared_retention", "shared_bits", "reconstruction")
         rows = [
-            [str(k), *(_spread([f[k][column] for f in found]) for column in ("acc1", "shared_retention", "reconstruction"))]
+            [str(k), *(_spread([f[k].get(column) for f in found]) for column in columns)]
             for k in sorted(set(found[0]).intersection(*found))
         ]
-        head = ["registers kept", "mean Acc@1", "shared retention", "reconstruction error"]
+        head = ["registers kept", "mean Acc@1", "shared retention", "usable bits of shared factors", "reconstruction error"]
         parts.append(f"{method}: prefixes of registers\n\n{table(head, rows)}")
     parts.append("\n".join(f"- {m}, seed {s}, {c[:12]}: `{command}`" for m, s, command, c in facts["commands"]))
     return "\n\n".join([*parts, f"Command of this report: `{facts['command']}`"]) + "\n"
