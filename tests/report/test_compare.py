@@ -154,6 +154,15 @@ def test_the_untrained_floor_is_not_that_of_controls(tmp_path: Path) -> None:
     assert board(runs)["untrained, mean of methods"][PAIR] == "30.0"
 
 
+def test_the_time_of_training_is_a_column(tmp_path: Path) -> None:
+    slow, quick = (write_run(tmp_path / name, method=name) for name in ("slow", "quick"))
+    (slow / "times.jsonl").write_text(
+        '{"epoch": 0, "train": 40.5, "validate": 9}\n{"epoch": 1, "train": 30, "validate": 9}\n'
+    )
+    found = board([slow, quick])
+    assert (found["slow v1"]["training, s"], found["quick v1"]["training, s"]) == ("70", "")
+
+
 def test_floors_and_ceilings(tmp_path: Path) -> None:
     found = board(several(tmp_path, {"toy": [40.0, 60.0]}))
     rows = ("Stage 1, frozen", "untrained, mean of methods", "oracle", "chance")

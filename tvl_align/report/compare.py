@@ -5,6 +5,7 @@ several stores (worlds, or seeds of the data) are compared if they have the same
 methods are averaged over stores and seeds, and differences are taken between runs of the same store and seed.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -134,7 +135,7 @@ def metrics(groups: Groups) -> list[Metric]:
         if any(name in r.get("summary", {}) for r in runs)
     ]
     found += [Metric(f"{name} (R2)", partial(_leak, name), False, 2) for name in LEAKS]
-    return [*found, Metric("Acc@1 with 1 register (% of all)", _first_register)]
+    return [*found, Metric("Acc@1 with 1 register (% of all)", _first_register), Metric("training, s", _seconds, False, 0)]
 
 
 def _acc1(pair: str, results: Results) -> float | None:
@@ -147,6 +148,13 @@ def _summary(name: str, column: str, results: Results) -> float | None:
 
 def _leak(name: str, results: Results) -> float | None:
     return leak(results, name)
+
+
+def _seconds(results: Results) -> float | None:
+    """Seconds of training, on the machine of the run, without validation; None if they were not kept."""
+    path = Path(results["folder"]) / "times.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return sum(json.loads(line)["train"] for line in lines) if lines else None
 
 
 def _first_register(results: Results) -> float | None:
