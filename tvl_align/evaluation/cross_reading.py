@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tvl_align.evaluation.factors import KINDS
-from tvl_align.evaluation.probes import Components, Problem, Target, fit_probes, r2
+from tvl_align.evaluation.probes import MAX_STEPS, Components, Problem, Target, fit_probes, r2
 from tvl_align.evaluation.split_tokens import SplitTokens
 
 CODE_WIDTH = 32  # principal components of the tokens that are predicted
@@ -24,7 +24,7 @@ def cross_readings(
     test: SplitTokens,
     seed: int,
     device: torch.device | None = None,
-    steps: int = 400,
+    steps: int = MAX_STEPS,
     groups: Tensor | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{modality: {"shared from complementary" or "unique from overlapping": {kind of probe: R2}}}.

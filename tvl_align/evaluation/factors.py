@@ -21,6 +21,7 @@ from torch import Tensor
 from tvl_align.contract import Features
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.probes import (
+    MAX_STEPS,
     STRENGTHS,
     Probed,
     ProbeKind,
@@ -184,7 +185,7 @@ class FactorProbes:
     """
 
     def __init__(
-        self, labels: Labels, probe: Rows, test: Rows, seed: int, steps: int = 400, ceiling: Rows | None = None
+        self, labels: Labels, probe: Rows, test: Rows, seed: int, steps: int = MAX_STEPS, ceiling: Rows | None = None
     ) -> None:
         self.labels, self.probe, self.test, self.seed, self.steps = labels, probe, test, seed, steps
         self.ceiling = ceiling or probe

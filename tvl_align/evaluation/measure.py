@@ -24,6 +24,7 @@ from tvl_align.evaluation.explore import by_direction, explore, single_registers
 from tvl_align.evaluation.factors import MIN_ROWS, FactorProbes, Group, Rows
 from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.oracle import oracle
+from tvl_align.evaluation.probes import MAX_STEPS
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, joined_features, stage1_features
 from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
 from tvl_align.features.identity import Identity
@@ -58,9 +59,9 @@ class EvaluateConfig:
     """Method of the run, as for train; default: the one stored in the run folder."""
     labels: Path | None = None
     """CSV with a vision column and one column per factor; default: the labels stored with the data, if any."""
-    probe_steps: int = 400
+    probe_steps: int = MAX_STEPS
     """Most training steps of a probe."""
-    probe_rows: int = 3000
+    probe_rows: int = DataConfig.probe_rows
     """Maximal number of probe rows, drawn with the seed of the run."""
     split: Literal["test", "val"] = "test"
     """Split to evaluate. Use val to choose settings; it writes results-val.json and no page."""

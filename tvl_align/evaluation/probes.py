@@ -35,7 +35,8 @@ CACHED = 3  # problems of one batch on a CPU: more leave its cache
 MAX_COMPONENTS = 512  # principal components of the features that linear and MLP probes read
 NOISE_FLOOR = 1e-5  # components whose standard deviation is smaller, relative to the largest, are rounding errors
 EPOCHS = 14  # of training, but at least
-LEAST_STEPS = 300  # steps, and at most `max_steps`
+LEAST_STEPS = 300  # steps, and at most `max_steps`, by default
+MAX_STEPS = 400
 PATIENCE = 6  # epochs without improvement of any target, after which a model stops
 LEARNING_RATE: dict[ProbeKind, float] = {"linear": 2e-2, "mlp": 6e-3, "attentive": 4e-3}
 HELD_OUT = 5  # one row in 5 is held out, to stop the training and to choose the strength
@@ -128,7 +129,7 @@ class Components:
 
 
 def fit_probes(
-    problems: Sequence[Problem], kinds: Sequence[ProbeKind], seed: int = 0, max_steps: int = 400, title: str = "probe"
+    problems: Sequence[Problem], kinds: Sequence[ProbeKind], seed: int = 0, max_steps: int = MAX_STEPS, title: str = "probe"
 ) -> list[dict[ProbeKind, list[Probed]]]:
     """Fit probes of the kinds for all problems (token sequences: attentive ones); returns the predictions for the test rows
     of every problem, {kind: [one for each target]}.

@@ -52,9 +52,9 @@ class DemoConfig:
     """Seed of the data, Stage 1 and Stage 2."""
     misregistration: float = 1.0
     """From 0, photo and touch image are registered to the pixel, to 1, they share no frame (`tvl-align world`)."""
-    probe_rows: int = 3000
+    probe_rows: int = DataConfig.probe_rows
     """Maximal number of probe rows."""
-    probe_steps: int = 400
+    probe_steps: int = EvaluateConfig.probe_steps
     """Most training steps of a probe."""
 
     def __post_init__(self) -> None:
