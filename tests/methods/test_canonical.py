@@ -41,7 +41,7 @@ def test_correlations_equal_numpys_canonical_correlations() -> None:
     assert a.shape == (ROWS, SHARED)
     assert np.allclose(correlation(a, b).numpy(), expected[:SHARED], atol=0.01)
     assert torch.allclose(a.std(0), torch.ones(SHARED), atol=1e-3)
-    assert np.allclose(strengths.numpy(), expected[:SHARED], atol=0.02)  # on held-out rows
+    assert all(np.allclose(s.numpy(), expected[:SHARED], atol=0.02) for s in strengths.values())  # on held-out rows
     assert (a.T @ a / ROWS - torch.eye(SHARED)).abs().max() < 0.02
 
 
@@ -50,7 +50,8 @@ def test_the_planted_variables_are_found_in_new_rows(count: int) -> None:
     """They have much less variance than what is not shared, so principal components do not find them."""
     maps, strengths = canonical(planted(0, count, noise=4.0)[1], 8)
     shared, data = planted(1, count, noise=4.0)
-    assert strengths.tolist() == pytest.approx([0.8] * SHARED, abs=0.05)  # 1 / (1 + 0.5^2)
+    for of_modality in strengths.values():
+        assert of_modality.tolist() == pytest.approx([0.8] * SHARED, abs=0.05)  # 1 / (1 + 0.5^2)
     variates = {m: data[m] @ w for m, w in maps.items()}
     for m, v in variates.items():
         assert explained(shared, v) > 0.75
@@ -69,14 +70,14 @@ def test_noise_has_no_shared_directions(rows: int, count: int) -> None:
     data = {m: x - x.mean(0) for m, x in data.items()}
     maps, strengths = canonical(data, 24)
     assert [w.shape[1] for w in maps.values()] == [1] * count  # the strongest is kept, so that there is a code
-    assert 0 <= float(strengths) < MIN_CORRELATION
+    assert all(0 <= float(s) < MIN_CORRELATION for s in strengths.values())
     if rows == 400:
         assert correlation(*(data[m] @ maps[m] for m in "ab")).abs() > 0.25  # on the rows of the fit
 
 
 def test_equal_modalities_have_strengths_just_below_one() -> None:
     x = planted(0)[1]["a"]
-    strengths = canonical({"a": x, "b": x.clone()}, 4)[1]
+    strengths = canonical({"a": x, "b": x.clone()}, 4)[1]["b"]
     assert len(strengths) == 4 and (strengths <= MAX_ROUNDING).all() and (strengths > 0.99).all()
 
 
@@ -86,7 +87,22 @@ def test_at_most_rank_directions_are_kept_in_descending_order() -> None:
     data["b"] -= data["b"].mean(0)
     maps, strengths = canonical(data, 5)
     assert maps["a"].shape == (8, 5) and maps["b"].shape == (12, 5)
-    assert (strengths[:-1] >= strengths[1:]).all()
+    assert (strengths["a"][:-1] >= strengths["a"][1:]).all()
+
+
+def test_what_only_two_of_three_share_is_strong_in_these_and_nothing_in_the_third() -> None:
+    """The mean over pairs would be a third of their correlation, and noise of the third as strong as what is shared."""
+    g = torch.Generator().manual_seed(0)
+    everywhere, pair = torch.randn(2, ROWS, 1, generator=g)
+    parts = {"a": [everywhere, pair], "b": [everywhere, pair], "c": [everywhere, torch.randn(ROWS, 1, generator=g)]}
+    data = {m: torch.cat([x + 0.7 * torch.randn(ROWS, 1, generator=g) for x in xs], dim=1) for m, xs in parts.items()}
+    maps, strengths = canonical({m: x - x.mean(0) for m, x in data.items()}, 2)
+    weights = {m: [float(s) for s in strengths[m]] for m in "abc"}
+    expected = 1 / (1 + 0.7**2)
+    assert weights["a"] == pytest.approx([expected] * 2, abs=0.05) == weights["b"]
+    assert sorted(weights["c"]) == pytest.approx([0, expected], abs=0.05)
+    (at,) = [i for i, w in enumerate(weights["c"]) if w == 0]
+    assert abs(float(correlation(data["a"] @ maps["a"], pair)[at])) > 0.7
 
 
 def test_ridge_regression_equals_numpys() -> None:

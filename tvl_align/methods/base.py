@@ -1,4 +1,4 @@
-"""stage2_base v6.2. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v6.3. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
@@ -548,4 +548,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "6.2", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
+BASE = Method(Implementation("stage2_base", "6.3", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)

@@ -18,31 +18,37 @@ MIN_CORRELATION = 0.2  # on held-out rows
 MAX_ROUNDING = 0.999  # correlations are taken to be at most this
 
 
-def canonical(scores: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Features {modality: (n, K)} of zero mean -> maps {modality: (K, R)} to variates of unit variance, strengths (R,).
+def canonical(scores: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Features {modality: (n, K)} of zero mean -> maps {modality: (K, R)} to variates of unit variance, strengths {(R,)}.
 
-    The strength of a variate is its correlation between modalities on held-out rows (mean of the pairs, 3-fold). Variates
-    are in descending order of it; R <= rank are kept, at least one.
+    The strength of a variate in a modality is its largest correlation with that of another modality, on held-out rows
+    (3-fold), or 0 if that is below MIN_CORRELATION: what only two of three modalities share is noise in the third. Variates
+    are in descending order of their largest strength; R <= rank are kept, at least one.
     """
-    count = len(next(iter(scores.values())))
+    rows, device = len(next(iter(scores.values()))), next(iter(scores.values())).device
     maps = _maxvar(scores, rank)
-    fold = torch.arange(count) * FOLDS // count  # contiguous: rows of a group, such as frames of one press, stay together
-    strengths = torch.zeros(next(iter(maps.values())).shape[1])
-    if count >= 10 * FOLDS:
-        strengths = torch.stack([_held_out(scores, fold == i, rank) for i in range(FOLDS)]).mean(0)
-    order = strengths.argsort(descending=True)
-    least = max(MIN_CORRELATION, 3 * (count / FOLDS) ** -0.5)  # three standard errors of a correlation of 0
-    order = order[: max(1, int((strengths[order] > least).sum()))]
-    return {m: w[:, order] for m, w in maps.items()}, strengths[order].clamp(0, MAX_ROUNDING).to(next(iter(maps.values())))
+    fold = torch.arange(rows) * FOLDS // rows  # contiguous: rows of a group, such as frames of one press, stay together
+    found = torch.zeros(len(scores), next(iter(maps.values())).shape[1])
+    if rows >= 10 * FOLDS:
+        found = torch.stack([_held_out(scores, fold == i, rank) for i in range(FOLDS)]).mean(0).amax(1)
+    least = max(MIN_CORRELATION, 3 * (rows / FOLDS) ** -0.5)  # three standard errors of a correlation of 0
+    order = found.amax(0).argsort(descending=True)
+    count = int((found.amax(0) > least).sum())
+    kept = found[:, order[: max(1, count)]]
+    strengths = (
+        torch.where(kept > least, kept, 0.0) if count else kept.clamp(min=0)
+    )  # a code of noise, where nothing is shared
+    strengths, order = strengths.clamp(max=MAX_ROUNDING).to(device), order[: max(1, count)]
+    return {m: w[:, order] for m, w in maps.items()}, dict(zip(scores, strengths, strict=True))
 
 
 def _held_out(scores: Mapping[str, Tensor], held: Tensor, rank: int) -> Tensor:
-    """Correlations (R,) on the held-out rows (n,) bool, mean of all pairs of modalities."""
+    """Correlations (M, M, R) between modalities on the held-out rows (n,) bool; 0 of a modality with itself."""
     maps = _maxvar({m: x[~held] for m, x in scores.items()}, rank)
-    variates = [scores[m][held] @ w for m, w in maps.items()]
-    variates = [(v - v.mean(0)) / v.std(0).clamp(min=1e-6) for v in variates]
-    pairs = [(a * b).mean(0) for i, a in enumerate(variates) for b in variates[:i]]
-    return torch.stack(pairs).mean(0).cpu()
+    variates = torch.stack([scores[m][held] @ w for m, w in maps.items()])
+    variates = (variates - variates.mean(1, keepdim=True)) / variates.std(1, keepdim=True).clamp(min=1e-6)
+    found = torch.einsum("inr,jnr->ijr", variates, variates) / variates.shape[1]
+    return found.cpu() * (1 - torch.eye(len(maps)))[..., None]
 
 
 def _maxvar(scores: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:

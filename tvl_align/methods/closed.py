@@ -1,8 +1,8 @@
-"""stage2_closed v1. No training: canonical correlations, and the principal components of what they leave. A baseline.
+"""stage2_closed v2. No training: canonical correlations, and the principal components of what they leave. A baseline.
 
-Overlapping tokens hold canonical variates, weighted by their correlation on held-out rows; those below
-canonical.MIN_CORRELATION are dropped. Complementary tokens hold principal components of the frozen tokens minus what the
-variates predict. Gradients change nothing but the temperature; one epoch is enough.
+Overlapping tokens hold canonical variates, weighted in each modality by their largest correlation with another one on
+held-out rows; those below canonical.MIN_CORRELATION are dropped. Complementary tokens hold principal components of the
+frozen tokens minus what the variates predict. Gradients change nothing but the temperature; one epoch is enough.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -65,12 +65,12 @@ class Closed(DirectModel):
         maps, strengths = canonical(scores, sum(self.codes.counts))
         for m, x in scores.items():
             over, comp, back = (self.get_buffer(f"{group}_{m}").zero_() for group in ("over", "comp", "back"))
-            over[:, : maps[m].shape[1]] = maps[m] * strengths
+            over[:, : maps[m].shape[1]] = maps[m] * strengths[m]
             found = residual_components(x, maps[m], int(comp.shape[1]))
             comp[:, : found.shape[1]] = found
             back.copy_(ridge_regression(torch.cat([x @ over, x @ comp], dim=1), x[:, : back.shape[1]], ridge=1e-4))
 
 
 CLOSED = Method(
-    Implementation("stage2_closed", "1", "CLOSED"), ClosedConfig, lambda knobs, specs: Closed(specs, knobs), RegisterLoss
+    Implementation("stage2_closed", "2", "CLOSED"), ClosedConfig, lambda knobs, specs: Closed(specs, knobs), RegisterLoss
 )

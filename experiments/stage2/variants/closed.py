@@ -1,4 +1,4 @@
-"""stage2_closed v1. Its code is tvl_align/methods/closed.py."""
+"""stage2_closed v2. Its code is tvl_align/methods/closed.py."""
 
 from tvl_align.methods.closed import CLOSED, Closed, ClosedConfig
 

@@ -1,4 +1,4 @@
-"""stage2_disentangled v6.2. Its code is tvl_align/methods/disentangled.py."""
+"""stage2_disentangled v6.3. Its code is tvl_align/methods/disentangled.py."""
 
 from tvl_align.methods.disentangled import DISENTANGLED, DisentangledConfig
 
