@@ -34,9 +34,15 @@ def test_rows_of_the_tables() -> None:
         ["vision: wood", "vision, tactile", "20.0", "21.0 (at chance)", "35.0 / 50.0", "35.0 / 50.0"],
         ["tactile: shape", "tactile", "20.0", "80.0 (linear on tokens)", "20.0 / 80.0", "35.0 / 50.0"],
     ]
+    assert tables.r2_rows(results) == []
+    name, entry = tables.entries(results["factors"])[0]
+    entry["r2"] = {
+        g: {"linear": x - 0.5, "mlp": x} for g, x in (("stage1", 0.9), ("overlapping", 0.25), ("complementary", 0.7))
+    }
+    assert tables.r2_rows(results) == [[name, "0.90", "0.25", "0.70"]]
     assert tables.bits_rows(results)[0] == ["vision: hue", "2.32", "0.12", "0.12", "0.12"]
     assert tables.leak_rows(results)[0] == ["vision", "shared from complementary", "0.10", "0.30", "0.30"]
-    assert [tables.leak(results, name) for name in tables.LEAKS] == [pytest.approx(0.4), pytest.approx(-0.2)]
+    assert [tables.leak(results, name) for name in tables.LEAKS] == [pytest.approx(0.4), 0.0]
     assert tables.unreadable(results) == ["vision: wood"]
     assert tables.left_out(results) == ["tactile: fur (3 labelled probe rows with 1 levels, 2 test rows)"]
 
@@ -77,7 +83,7 @@ def test_the_page_has_every_table(tmp_path: Path) -> None:
         "80 rows set aside from training",
         "A normalised score places",
         "Usable bits are",
-        "Means over modalities: shared from complementary 0.40, unique from overlapping -0.20.",
+        "Means over modalities: shared from complementary 0.40, unique from overlapping 0.00.",
     ):
         assert part in text, part
     assert html.count("data:image/png;base64,") == 4
@@ -120,7 +126,7 @@ def test_the_terminal_has_the_main_numbers_in_80_columns(tmp_path: Path, capsys:
         r"unique retention +50 \[46, 55\] +11 +22 +33 +44",
         r"unique leak +75 \[71, 80\] +11 +22 +33 +44",
         r"shared from complementary +0\.40",
-        r"unique from overlapping +-0\.20",
+        r"unique from overlapping +0\.00",
         r"not in the scores: vision: wood\.",
         r"Shuffled partners: mean Acc@1 1\.50",
     ):

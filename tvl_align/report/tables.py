@@ -14,6 +14,7 @@ RETRIEVAL_COLUMNS = ("pair", "Acc@1", "Acc@5", "Stage 1", "untrained", "oracle",
 SUMMARY_COLUMNS = ("score", "strongest probe", "linear", "half rows", "untrained", "usable bits")
 FACTOR_COLUMNS = ("factor", "owners", "chance", "ceiling", "overlapping", "complementary")
 BITS_COLUMNS = ("factor", "entropy", "ceiling", "overlapping", "complementary")
+R2_COLUMNS = ("factor", "ceiling", "overlapping", "complementary")
 LEAK_COLUMNS = ("modality", "read", "linear", "mlp", "strongest")
 
 
@@ -146,6 +147,15 @@ def bits_rows(results: Mapping[str, Any]) -> Cells:
     return [
         [name, f"{e['entropy']:.2f}", *(f"{max(e['bits'][g].values()):z.2f}" for g in (CEILING, *GROUPS[:2]))]
         for name, e in entries(results["factors"])
+    ]
+
+
+def r2_rows(results: Mapping[str, Any]) -> Cells:
+    """Cells under R2_COLUMNS: R2 of the factors that are numbers, by their strongest probe."""
+    return [
+        [name, *(f"{max(e['r2'][g].values()):z.2f}" for g in (CEILING, *GROUPS[:2]))]
+        for name, e in entries(results["factors"])
+        if e["r2"]
     ]
 
 
