@@ -68,7 +68,8 @@ class AwayConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs."""
     steps: int | None = None
-    """Optimizer steps of Stage 2; the number of epochs follows from the rows. Default: 6,000 for TacTip (3,000 with EfficientNet), else 1,500."""
+    """Optimizer steps of Stage 2; the number of epochs follows from the rows. Default: 6,000 of TacTip (3,000 with
+    EfficientNet), else 1,500."""
     jobs: int = field(default_factory=cores)
     """Runs in parallel; they share the CPU cores."""
 
