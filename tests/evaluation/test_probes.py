@@ -192,6 +192,26 @@ def test_rows_of_a_group_are_held_out_together() -> None:
     assert len(module._hold_out(few, seed=0)[0]) == 80  # three groups cannot be parted
 
 
+def test_frozen_features_are_read_as_they_are_too() -> None:
+    """Two directions of large variance tell the class by their product; whitened, they drown in 300 others of noise."""
+
+    def features(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        draw = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(rows, 302, generator=draw), torch.randint(2, (rows,), generator=draw)
+        x[:, 0] = x[:, 0].abs() * x[:, 1].sign() * (2.0 * y - 1)
+        x[:, :2] *= 30
+        return x, y
+
+    (x, y), (x_test, y_test) = features(1500, 1), features(500, 2)
+    found = {}
+    for frozen in (False, True):
+        problem = Problem((x,), (Target(y, 2),), (x_test,), frozen=frozen)
+        (probed,) = fit_probes([problem], ("mlp",))[0]["mlp"]
+        found[frozen] = float(accuracy(probed, y_test).mean())
+    assert found[True] > 0.9
+    assert found[False] < found[True] - 0.02
+
+
 def test_numbers_are_read() -> None:
     """y = |x|: of a quadratic kind, so no linear probe finds it."""
     draw = torch.Generator().manual_seed(0)

@@ -22,6 +22,7 @@ from tvl_align.contract import Features
 from tvl_align.evaluation.labels import Labels
 from tvl_align.evaluation.probes import (
     MAX_STEPS,
+    OF_FROZEN,
     STRENGTHS,
     Probed,
     ProbeKind,
@@ -39,7 +40,7 @@ from tvl_align.system.console import UserError
 
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
 CEILING = "stage1"  # the group of the frozen features
-CEILINGS_VERSION = 4  # of the probes that read ceilings; a new one where they change
+CEILINGS_VERSION = 5  # of the probes that read ceilings; a new one where they change
 MIN_MARGIN = 5.0  # percentage points and
 MIN_ERRORS = 2.0  # standard errors that a ceiling must be above chance
 MIN_BITS = 0.05  # usable bits of a ceiling that are divided by
@@ -255,7 +256,7 @@ class FactorProbes:
 
     def _digest(self) -> str:
         """A hash of all that the ceilings depend on."""
-        digest = hashlib.sha256(f"{CEILINGS_VERSION} {self.seed} {self.steps} {STRENGTHS}".encode())
+        digest = hashlib.sha256(f"{CEILINGS_VERSION} {self.seed} {self.steps} {STRENGTHS} {OF_FROZEN}".encode())
         for rows in (self.ceiling, self.test):
             for m, tokens in rows.frozen.modalities.items():
                 digest.update(f"{m} {tuple(tokens.tokens.shape)}".encode())
@@ -306,7 +307,7 @@ class FactorProbes:
                 mean, std = x.moments
                 targets.append(Target(((x.numbers[2 if of_ceiling else 0][rows] - mean) / std).to(at.device)))
         own = side.groups[rows] if side.groups is not None else None
-        return _Job(modality, group, chosen, Problem([x[at] for x in train], targets, test, own), of)
+        return _Job(modality, group, chosen, Problem([x[at] for x in train], targets, test, own, of_ceiling), of)
 
     def _run(self, jobs: Sequence[_Job], kinds: Sequence[ProbeKind], title: str) -> None:
         jobs = [job for job in jobs if job.factors]

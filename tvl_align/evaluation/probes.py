@@ -54,9 +54,10 @@ class Strength:
 
 STRENGTHS: dict[ProbeKind, tuple[Strength, ...]] = {
     "linear": (Strength(0.01, 0.0, 0.0), Strength(1.0, 0.0, 0.5)),
-    "mlp": (Strength(0.05, 0.2, 1.0), Strength(0.5, 0.5, 0.5), Strength(0.05, 0.2, 0.0)),
+    "mlp": (Strength(0.5, 0.5, 0.5), Strength(0.05, 0.2, 0.0)),
     "attentive": (Strength(0.05, 0.1, 0.0),),
 }
+OF_FROZEN: dict[ProbeKind, tuple[Strength, ...]] = {"mlp": (Strength(0.05, 0.2, 1.0),)}  # more of frozen features
 
 
 @dataclass(frozen=True)
@@ -80,12 +81,18 @@ class Problem:
     (M, L) for attentive ones, of the probe rows (`train`) and of the test rows, on one device.
 
     groups: (M,) int64 groups of the probe rows, such as frames of one press; rows of a group are held out together.
+    frozen: these are frozen features, whose hundreds of components are mostly noise; they are read as they are, too.
     """
 
     train: Sequence[Tensor]
     targets: Sequence[Target]
     test: Sequence[Tensor]
     groups: Tensor | None = None
+    frozen: bool = False
+
+    def strengths(self, kind: ProbeKind) -> tuple[Strength, ...]:
+        """The strengths that a kind of probe tries."""
+        return STRENGTHS[kind] + (OF_FROZEN.get(kind, ()) if self.frozen else ())
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,7 @@ class _Batch:
 
     def fit(self, kind: ProbeKind, seed: int, max_steps: int) -> list[list[Probed]]:
         """Train every problem at its strengths; returns the predictions of the best, [problem][target]."""
-        members = [(i, s) for i in range(len(self.problems)) for s in STRENGTHS[kind]]
+        members = [(i, s) for i, p in enumerate(self.problems) for s in p.strengths(kind)]
         models = MODELS[kind](
             self.inputs[0].shape[2:],
             self.shape,
