@@ -189,7 +189,8 @@ def test_the_demo_in_small(tmp_path: Path) -> None:
     for numbers in results["retrieval"].values():
         assert {"acc1", "acc5", "low", "high", "chance1", "stage1_acc1", "oracle_acc1"} <= numbers.keys()
         assert numbers["untrained_acc1"] < 20
-    assert set(results["summary"]) <= {"shared_retention", "unique_retention", "unique_leak", "shared_leak"}
+    names = {"shared_retention", "unique_retention", "joint_unique_retention", "unique_leak", "shared_leak"}
+    assert set(results["summary"]) <= names
     assert [p["k"] for p in results["prefix"]] == [1, 2, 3, 4]
     assert all({"k", "acc1", "shared_retention", "reconstruction"} <= p.keys() for p in results["prefix"])
     if "shared_retention" in results["summary"]:

@@ -136,6 +136,7 @@ def test_planted_leaks_are_found_from_the_tokens_to_the_summary(
         assert min(found[name][reading] for reading in ("score", "untrained", "half")) > least
         assert found[name]["linear"] < 15
     assert max(found[f"shared_{hidden}"]["score"], found[f"unique_{hidden}"]["score"]) < 15
+    assert found["joint_unique_retention"]["score"] > 40  # from all tokens at once, wherever it is
 
 
 def labels_of(levels: Tensor, **fields: Any) -> Labels:

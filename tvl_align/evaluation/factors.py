@@ -1,7 +1,8 @@
 """Probes of every factor on every group of tokens: retention and leak, each by the strongest probe.
 
 A factor belongs to the modalities that own it: shared by several, or unique to one. Retention: shared factors are read from
-overlapping tokens, unique ones from complementary tokens. Leak: the opposite groups.
+overlapping tokens, unique ones from complementary tokens. Leak: the opposite groups. Joint retention: unique factors are
+read from all tokens at once, which also tells what complementary tokens hold relative to what is shared.
 
 Shapes: M probe rows, Q test rows.
 """
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ MIN_ROWS = 20  # labelled probe rows of a factor
 SUMMARY = {  # name: (is the factor shared, group)
     "shared_retention": (True, "overlapping"),
     "unique_retention": (False, "complementary"),
+    "joint_unique_retention": (False, "all_registers"),
     "shared_leak": (True, "complementary"),
     "unique_leak": (False, "overlapping"),
 }
@@ -155,13 +157,13 @@ class _Labelled:
 class Group:
     """Tokens to probe: {modality: (M, n, D)} of the probe rows and {modality: (Q, n, D)} of the test rows.
 
-    share: fraction of the probe rows to use. shared_only: only factors that several modalities own.
+    share: fraction of the probe rows to use. only: "shared" or "unique", factors that several modalities own or one does.
     """
 
     probe: Mapping[str, Tensor]
     test: Mapping[str, Tensor]
     share: float = 1.0
-    shared_only: bool = False
+    only: Literal["shared", "unique"] | None = None
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class FactorProbes:
         for name, group in groups.items():
             for m in self.factors:
                 x, y = ((tokens[m].flatten(1).to(device),) for tokens in (group.probe, group.test))
-                jobs.append(self._job(m, name, x, y, group.share, group.shared_only))
+                jobs.append(self._job(m, name, x, y, group.share, group.only))
         self._run(jobs, kinds, "tokens")
 
     def _job(
@@ -288,13 +290,13 @@ class FactorProbes:
         train: Sequence[Tensor],
         test: Sequence[Tensor],
         share: float = 1.0,
-        shared_only: bool = False,
+        only: str | None = None,
         of: str = "",
     ) -> _Job:
         chosen = {
             name: labelled
             for name, labelled in self._labelled[modality].items()
-            if not shared_only or len(self.labels.ownership[name]) > 1
+            if only is None or (only == "shared") == (len(self.labels.ownership[name]) > 1)
         }
         of_ceiling = group == CEILING
         side = self.ceiling if of_ceiling else self.probe

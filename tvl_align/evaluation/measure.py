@@ -223,13 +223,21 @@ def _read_factors(
         groups[name] = Group(on_rows, on_test)
         groups[f"half_{name}"] = Group(on_rows, on_test, share=0.5)
         groups[f"untrained_{name}"] = Group(getattr(floor, name), getattr(untrained, name))
+    groups["all_registers"] = Group(_joined(on_probe), _joined(trained), only="unique")
+    groups["untrained_all_registers"] = Group(_joined(floor), _joined(untrained), only="unique")
     for k, tokens in prefixes.items():
         if k < _overlapping(trained):
             on_rows = _first_overlapping(k, run.model, run.probe, run.rows, run.device, on_probe)
-            groups[f"first_{k}_registers"] = Group(on_rows, tokens.overlapping, shared_only=True)
+            groups[f"first_{k}_registers"] = Group(on_rows, tokens.overlapping, only="shared")
     factors.read(groups)
     factors.read(single_registers(on_probe, trained), ("linear",))
     return factors
+
+
+def _joined(tokens: SplitTokens) -> dict[str, Tensor]:
+    """{modality: (M, F)}: both groups of tokens."""
+    groups = tokens.overlapping, tokens.complementary
+    return {m: torch.cat([group[m].flatten(1) for group in groups], dim=1) for m in tokens.overlapping}
 
 
 def _load_weights(model: nn.Module, path: Path, version: str, method: Method) -> Mapping[str, Any]:

@@ -39,7 +39,7 @@ from tvl_align.report.tables import (
 from tvl_align.system.console import UserError
 
 MAIN = "tactile_vision"
-SUMMARY = ("shared_retention", "unique_retention", "unique_leak", "shared_leak")
+SUMMARY = ("shared_retention", "unique_retention", "joint_unique_retention", "unique_leak", "shared_leak")
 SHUFFLED = ", shuffled pairs"
 ERRORS, SIDE = 8, 112  # retrieval errors that are shown of a method, and pixels of a side of their pictures
 Results = Mapping[str, Any]
