@@ -103,6 +103,9 @@ def test_what_only_two_of_three_share_is_strong_in_these_and_nothing_in_the_thir
     assert sorted(weights["c"]) == pytest.approx([0, expected], abs=0.05)
     (at,) = [i for i, w in enumerate(weights["c"]) if w == 0]
     assert abs(float(correlation(data["a"] @ maps["a"], pair)[at])) > 0.7
+    assert not maps["c"][:, at].any() and maps["c"].any()
+    own = residual_components(data["c"] - data["c"].mean(0), maps["c"], 1)  # what c alone has stays in what is left
+    assert abs(float(correlation(data["c"] @ own, data["c"][:, 1:]))) > 0.95
 
 
 def test_ridge_regression_equals_numpys() -> None:

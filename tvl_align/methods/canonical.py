@@ -22,8 +22,8 @@ def canonical(scores: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor
     """Features {modality: (n, K)} of zero mean -> maps {modality: (K, R)} to variates of unit variance, strengths {(R,)}.
 
     The strength of a variate in a modality is its largest correlation with that of another modality, on held-out rows
-    (3-fold), or 0 if that is below MIN_CORRELATION: what only two of three modalities share is noise in the third. Variates
-    are in descending order of their largest strength; R <= rank are kept, at least one.
+    (3-fold), or 0 if that is below MIN_CORRELATION: what only two of three modalities share is noise in the third, where its
+    map is zero. Variates are in descending order of their largest strength; R <= rank are kept, at least one.
     """
     rows, device = len(next(iter(scores.values()))), next(iter(scores.values())).device
     maps = _maxvar(scores, rank)
@@ -34,12 +34,12 @@ def canonical(scores: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor
     least = max(MIN_CORRELATION, 3 * (rows / FOLDS) ** -0.5)  # three standard errors of a correlation of 0
     order = found.amax(0).argsort(descending=True)
     count = int((found.amax(0) > least).sum())
-    kept = found[:, order[: max(1, count)]]
-    strengths = (
-        torch.where(kept > least, kept, 0.0) if count else kept.clamp(min=0)
-    )  # a code of noise, where nothing is shared
-    strengths, order = strengths.clamp(max=MAX_ROUNDING).to(device), order[: max(1, count)]
-    return {m: w[:, order] for m, w in maps.items()}, dict(zip(scores, strengths, strict=True))
+    order = order[: max(1, count)]
+    kept = found[:, order].clamp(max=MAX_ROUNDING).to(device)
+    # where nothing is shared, the code is noise of whatever strength
+    strengths = torch.where(kept > least, kept, 0.0) if count else kept.clamp(min=1e-3)
+    of = dict(zip(scores, strengths, strict=True))
+    return {m: w[:, order] * (of[m] > 0) for m, w in maps.items()}, of
 
 
 def _held_out(scores: Mapping[str, Tensor], held: Tensor, rank: int) -> Tensor:
