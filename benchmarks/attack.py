@@ -151,11 +151,14 @@ def _misplaced(results: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _strongest(of_group: dict[str, Any]) -> dict[str, float]:
-    """Mean over factors of the score of the evaluation's probes, and of the strongest attacker with each number of rows."""
+    """Mean over factors of the score of the evaluation's probes, and of the strongest attacker with each number of rows; a
+    leak below 0 counts as 0, as in the evaluation."""
     entries = [entry for factors in of_group.values() for entry in factors.values()]
     sizes = next(iter(entries[0]["attackers"].values()))
-    means = {size: np.mean([max(s[size] for s in e["attackers"].values()) for e in entries]) for size in sizes}
-    return {"probes": float(np.mean([e["probes"] for e in entries]))} | {size: float(x) for size, x in means.items()}
+    means = {size: np.mean([max(0.0, *(s[size] for s in e["attackers"].values())) for e in entries]) for size in sizes}
+    return {"probes": float(np.mean([max(0.0, e["probes"]) for e in entries]))} | {
+        size: float(x) for size, x in means.items()
+    }
 
 
 @reports_errors

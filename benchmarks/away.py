@@ -1,8 +1,9 @@
-"""`make benchmarks DATA=folder`: every method on data that were not made for this project -> one report per data set.
+"""`make benchmarks DATA=folder`: methods on data that were not made for this project -> one report per data set.
 
 Each data set is read from a clone that the user has made; its file in this folder names the public source, its licence and
-what is shared and unique: tactip.py, ur5.py, repercent.py, disentangled_ssl.py. DATA holds one folder per clone. All methods
-and data sets use the settings that were chosen on validation rows of the synthetic data. Parts that are complete are reused.
+what is shared and unique: tactip.py, ur5.py, repercent.py, disentangled_ssl.py. DATA holds one folder per clone. A method
+has the same settings on all data sets, but for the number of steps (docs/benchmarks.md says where they were chosen). Parts
+that are complete are reused.
 """
 
 import json
@@ -55,7 +56,7 @@ FEWEST_STEPS = 1500  # about as many as on the synthetic data
 
 @dataclass(frozen=True)
 class AwayConfig:
-    """Train and evaluate methods on data of others, with the same settings everywhere."""
+    """Train and evaluate methods on data of others, with the same settings everywhere but for the number of steps."""
 
     data: Path
     """Folder that holds the clones."""

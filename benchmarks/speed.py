@@ -377,7 +377,7 @@ def _probes(config: BenchConfig) -> Iterator[Figure]:
     inputs: dict[ProbeKind, Sequence[Tensor]] = {"linear": [rows], "mlp": [rows], "attentive": [tokens.tokens, tokens.mask]}
     for kind, content in inputs.items():
         targets = [Target(labels[: len(content[0])], 5)] * 5
-        fitting = partial(fit_probes, [Problem(content, targets, content)], (kind,), max_steps=40)
+        fitting = partial(fit_probes, [Problem(content, targets, content, frozen=True)], (kind,), max_steps=40)
         with MatrixProducts() as products:
             fitting()
         name = f"{kind} probes, 5 factors, {len(content[0])} rows / their matrix products"

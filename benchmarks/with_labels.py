@@ -207,7 +207,9 @@ def _classified(
         targets.append(Target(torch.where(silent, count, named)[at], count + bool(silent.any())))
         frequency = named[at & (named >= 0)].bincount(minlength=count).float() + 0.5
         frequencies.append(frequency / frequency.sum())
-    (fitted,) = fit_probes([Problem((sides[0][at],), targets, (sides[1],))], KINDS, run.settings.run.seed)
+    groups = known.groups[at] if known.groups is not None else None
+    problem = Problem((sides[0][at],), targets, (sides[1],), groups, frozen=True)
+    (fitted,) = fit_probes([problem], KINDS, run.settings.run.seed)
     best = [min((fitted[k][i] for k in KINDS), key=attrgetter("held_out_loss")) for i in range(len(factors))]
     return {f: (level_posteriors(p.output, q), q) for f, p, q in zip(factors, best, frequencies, strict=True)}
 

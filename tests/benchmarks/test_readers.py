@@ -37,7 +37,7 @@ def write_tactip(
 ) -> dict[tuple[str, str], np.ndarray]:
     """A clone of random images, rows not in the order of image numbers -> {(modality, name of a row): pixels}."""
     g = np.random.default_rng(0)
-    columns = (*tactip.SHARED[contact], *tactip.UNIQUE)
+    columns = list(dict.fromkeys(name.split()[0] for name in (*tactip.SHARED[contact], *tactip.UNIQUE)))
     pixels = {}
     for part, count in (("train", train), ("val", test)):
         targets = g.standard_normal((count, len(columns)))
@@ -82,7 +82,12 @@ def test_tactip_pairs_images_by_name_and_cuts_patches(tmp_path: Path) -> None:
 def test_tactip_on_an_edge_has_other_factors(tmp_path: Path) -> None:
     pixels = write_tactip(tmp_path, contact="edge_2d")
     arrays = tactip.arrays(tmp_path, 0, contact="edge_2d", views=0, validation=2)
-    assert {k for k, owners in arrays.owners.items() if owners == ("touch", "depth")} == {"pose_2", "pose_3", "pose_6"}
+    shared = {k for k, owners in arrays.owners.items() if owners == ("touch", "depth")}
+    assert shared == {"pose_2", "pose_3", "pose_6 cosine", "pose_6 sine"}
+    part, name = arrays.names[4].split("/")
+    table = tmp_path / "tactip-posenet-pytorch/tactip-data/Bourne/tactip/real/edge_2d/shear" / f"csv_{part}" / "targets.csv"
+    (row,) = [r for r in csv.DictReader(table.read_text().splitlines()) if r["sensor_image"] == name]
+    assert float(arrays.labels["pose_6 sine"][4]) == pytest.approx(np.sin(np.deg2rad(float(row["pose_6"]))), abs=1e-5)
     image = pixels["touch", arrays.names[0]] / 255
     assert np.isclose(arrays.modalities["touch"].tokens[0, 0, 0], image[:2, :2].mean(), atol=1e-6)
 

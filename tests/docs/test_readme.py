@@ -28,22 +28,16 @@ def test_the_second_paragraph_says_what_was_never_measured() -> None:
 
 
 def test_the_table_has_the_figures_of_the_results() -> None:
-    """Of nine runs, then of one world."""
-    short = rows_of(README, "synthetic, test rows")
-    nine, world = rows_of(RESULTS, "| `base` 6.2 | half"), rows_of(RESULTS, "world 1, test rows")
-    assert len(short) == 7
-    for name, (first, *others) in short.items():
-        assert first == nine[name][0]
-        assert others == world[name]
-    assert short["unique retention"][0].startswith("84.3")
-    assert short["shared leak"][0].startswith("10.8")
+    short, full = rows_of(README, "synthetic, test rows"), rows_of(RESULTS, "three worlds, test rows")
+    assert short == {name: full[name] for name in short}
+    assert len(short) == 9
 
 
 def test_the_table_of_other_data_has_the_figures_of_the_results() -> None:
-    short, tactip = rows_of(README, "data of others"), rows_of(RESULTS, "| `base` 6.2, three seeds")
-    assert short["TacTip, real touch images: Acc@1"][0] == tactip["Acc@1"][0]
-    names = ("unique retention", "shared leak", "unique leak")
-    assert short["TacTip: unique retention; shared leak; unique leak"][0] == "; ".join(tactip[name][0] for name in names)
+    """Those of TacTip, of both contacts; the others are somewhere in the results."""
+    short, tactip = rows_of(README, "data of others"), rows_of(RESULTS, "TacTip, test rows")
+    assert short.items() >= {name: cells for name, cells in tactip.items() if name in short}.items()
+    assert len(short.keys() & tactip.keys()) >= 6
     assert short["UR5, a robot: error of rebuilding from 1 to 4 registers"][0] in RESULTS
 
 

@@ -67,7 +67,16 @@ def test_a_leak_below_chance_hides_no_other() -> None:
     low, high = (factor(("tactile",), 100, overlapping=(x, 5), complementary=(60, 60)) for x in (4, 36))
     found = probes_of({"tactile": {"shape": low, "print": high}}).summary(torch.ones(4, TEST))["unique_leak"]
     assert found["score"] == found["linear"] == pytest.approx(10)  # of -19 and 20
-    assert found["low"] == found["high"] == pytest.approx(10, abs=1e-3)
+    assert [found["low"], found["high"]] == pytest.approx([10, 10], abs=1e-3)
+
+
+def test_a_leak_lies_within_its_interval() -> None:
+    """Also at 0, where resampled leaks can only be above."""
+    draw = torch.Generator().manual_seed(0)
+    made = [factor(("tactile",), 100, overlapping=(19, 5), complementary=(60, 60)) for _ in range(8)]
+    weights = torch.poisson(torch.ones(200, TEST), generator=draw)
+    found = probes_of({"tactile": {f"f{i}": f for i, f in enumerate(made)}}).summary(weights)["unique_leak"]
+    assert found["low"] == found["score"] == 0 < found["high"]
 
 
 def test_every_number_goes_into_json() -> None:

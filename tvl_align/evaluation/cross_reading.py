@@ -47,6 +47,8 @@ def cross_readings(
                 target, tested = (torch.cat(parts, dim=1) for parts in zip(*codes, strict=True))
                 x, x_test = (getattr(t, source)[m][t.present[m]].flatten(1) for t in (probe, test))
                 own = groups[probe.present[m]] if groups is not None else None
+                paired = target.isfinite().any(1)
+                x, target, own = x[paired], target[paired], own[paired] if own is not None else None
                 on_device = [t.to(device) for t in (x, target, x_test)]
                 problems.append(Problem(on_device[:1], [Target(on_device[1])], on_device[2:], own))
                 tests.append(tested)

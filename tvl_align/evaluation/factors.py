@@ -296,7 +296,8 @@ class FactorProbes:
         chosen = {
             name: labelled
             for name, labelled in self._labelled[modality].items()
-            if only is None or (only == "shared") == (len(self.labels.ownership[name]) > 1)
+            if only is None
+            or (len(self.labels.ownership[name]) > 1 if only == "shared" else len(self.labels.ownership[name]) == 1)
         }
         of_ceiling = group == CEILING
         side = self.ceiling if of_ceiling else self.probe
@@ -340,15 +341,15 @@ class FactorProbes:
             if not factors or group not in factors[0].readings:
                 continue
             least = 0.0 if name.endswith("leak") else -math.inf
-            samples = torch.stack([f.resampled(group, weights).clamp(min=least) for f in factors]).mean(0)
-            low, high = interval(samples)
-            entry = {"low": low, "high": high, "bits": _mean(f.bits_score(group) for f in factors)}
+            entry = {"bits": _mean(f.bits_score(group) for f in factors)}
             readings = {"score": (group, None), "linear": (group, "linear")}
             readings |= {other: (f"{other}_{group}", None) for other in ("half", "untrained")}
             for key, (read, kind) in readings.items():
                 if read in factors[0].readings:
                     entry[key] = _mean(max(least, f.score(read, kind)) for f in factors)
-            result[name] = entry
+            low, high = interval(torch.stack([f.resampled(group, weights).clamp(min=least) for f in factors]).mean(0))
+            # clamped samples lie above a score near 0
+            result[name] = {**entry, "low": min(low, entry["score"]), "high": max(high, entry["score"])}
         return result
 
     def shared_score(self, group: str, bits: bool = False) -> float | None:

@@ -40,6 +40,7 @@ MAX_STEPS = 400
 PATIENCE = 6  # epochs without improvement of any target, after which a model stops
 LEARNING_RATE: dict[ProbeKind, float] = {"linear": 2e-2, "mlp": 6e-3, "attentive": 4e-3}
 HELD_OUT = 5  # one row in 5 is held out, to stop the training and to choose the strength
+HELD_OUT_AT_LEAST = 0.1  # of the rows, in whole groups
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class Target:
     @property
     def outputs(self) -> int:
         return self.classes or self.values.shape[1]
+
+    @property
+    def known(self) -> Tensor:
+        """(M,) bool on the CPU: rows in which something is known."""
+        return ((self.values >= 0) if self.classes else self.values.isfinite().any(1)).cpu()
 
 
 @dataclass(frozen=True)
@@ -320,16 +326,23 @@ class _Batch:
 
 
 def _hold_out(problem: Problem, seed: int) -> tuple[Tensor, Tensor]:
-    """The rows to hold out, a fifth, and those to fit on, in random order. A group is on one side, if there are enough."""
+    """The rows to hold out, a fifth, and those to fit on, in random order.
+
+    Groups are drawn whole, none of more than a fifth of the rows. Where they do not make up HELD_OUT_AT_LEAST of the rows,
+    or a target is known in no held-out row, rows are drawn one by one.
+    """
     rows, draw = len(problem.train[0]), generator(seed, 0)
     order, count = torch.randperm(rows, generator=draw), rows // HELD_OUT
     if problem.groups is not None:
-        names, group = problem.groups.cpu().unique(return_inverse=True)
-        if len(names) >= HELD_OUT:
-            place = torch.randperm(len(names), generator=draw)[group]
-            order = place.argsort(stable=True)
-            count = max(int((place < place[order[count]]).sum()), int((place == 0).sum()))
-    return tuple(part.to(problem.train[0].device) for part in (order[:count], order[count:]))  # type: ignore[return-value]
+        group = problem.groups.cpu().unique(return_inverse=True)[1]
+        sizes = group.bincount()
+        drawn = torch.randperm(len(sizes), generator=draw)
+        drawn = drawn[sizes[drawn] <= count]
+        held = torch.isin(group, drawn[sizes[drawn].cumsum(0) <= count])
+        if held.sum() >= HELD_OUT_AT_LEAST * rows and all(t.known[held].any() for t in problem.targets if t.known.any()):
+            order, count = torch.cat([order[held[order]], order[~held[order]]]), int(held.sum())
+    device = problem.train[0].device
+    return order[:count].to(device), order[count:].to(device)
 
 
 def _stacked(parts: Sequence[Tensor], fill: float) -> Tensor:
@@ -350,5 +363,6 @@ def bits(probed: Probed, labels: Tensor) -> Tensor:
 def r2(probed: Probed, values: Tensor, mean: Tensor) -> float:
     """Share of the variance of (Q, C) values, around the mean (C,) of the probe rows, that is predicted; at most 1. NaN
     values are left out."""
-    error = (probed.output.cpu() - values).square().nansum()
-    return 1 - float(error / (values - mean).square().nansum().clamp(min=1e-12))
+    known = values.isfinite()
+    error = (probed.output.cpu() - values)[known].square().sum()
+    return 1 - float(error / (values - mean)[known].square().sum().clamp(min=1e-12))
