@@ -132,10 +132,10 @@ def test_planted_leaks_are_found_from_the_tokens_to_the_summary(
     results = json.loads(measure(EvaluateConfig(settings.folder, probe_steps=200, device="cpu")).read_text())
     found = results["summary"]
     seen, hidden = ("retention", "leak") if swapped else ("leak", "retention")
-    for name, least in ((f"shared_{seen}", 80), (f"unique_{seen}", 50)):
+    for name, least in ((f"shared_{seen}", 75), (f"unique_{seen}", 45)):
         assert min(found[name][reading] for reading in ("score", "untrained", "half")) > least
-        assert found[name]["linear"] < 15
-    assert max(found[f"shared_{hidden}"]["score"], found[f"unique_{hidden}"]["score"]) < 15
+        assert found[name]["linear"] < 30  # of 400 rows
+    assert max(found[f"shared_{hidden}"]["score"], found[f"unique_{hidden}"]["score"]) < 30
     assert found["joint_unique_retention"]["score"] > 40  # from all tokens at once, wherever it is
 
 
