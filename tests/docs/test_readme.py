@@ -30,7 +30,7 @@ def test_the_second_paragraph_says_what_was_never_measured() -> None:
 def test_the_table_has_the_figures_of_the_results() -> None:
     short, full = rows_of(README, "synthetic, test rows"), rows_of(RESULTS, "three worlds, test rows")
     assert short == {name: full[name] for name in short}
-    assert len(short) == 9
+    assert len(short) == 8
 
 
 def test_the_table_of_other_data_has_the_figures_of_the_results() -> None:
@@ -38,7 +38,12 @@ def test_the_table_of_other_data_has_the_figures_of_the_results() -> None:
     short, tactip = rows_of(README, "data of others"), rows_of(RESULTS, "TacTip, test rows")
     assert short.items() >= {name: cells for name, cells in tactip.items() if name in short}.items()
     assert len(short.keys() & tactip.keys()) >= 6
-    assert short["UR5, a robot: error of rebuilding from 1 to 4 registers"][0] in RESULTS
+    assert all(
+        figure in RESULTS
+        for figure in short["UR5, a robot: Acc@1 of effort and force; error of rebuilding from 1 to 4 registers"][0].split(
+            "; "
+        )
+    )
 
 
 def test_every_link_and_picture_exists() -> None:
