@@ -51,7 +51,7 @@ READERS: dict[str, Callable[[Path, int], Arrays]] = {
     "disentangled_ssl": disentangled_ssl.arrays,
 }
 STEPS = {"tactip": 6000, "tactip_edge": 6000, "tactip_efficientnet": 3000}  # of Stage 2, else:
-FEWEST_STEPS = 1500  # about as many as on the synthetic data
+OTHER_STEPS = 1500  # about as many as on the synthetic data
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _settings(config: AwayConfig, name: str, store: Path, seed: int, text: str) 
     method, knobs = with_options(text)
     optim = optimisation_of(method, 1, rows)
     optim = replace(
-        optim, epochs=max(1, round((config.steps or STEPS.get(name, FEWEST_STEPS)) / max(1, rows // optim.batch_size)))
+        optim, epochs=max(1, round((config.steps or STEPS.get(name, OTHER_STEPS)) / max(1, rows // optim.batch_size)))
     )
     run = RunConfig(config.out / name / "runs", f"{run_name(text)}-{seed}", method=method, draw_seed=seed)
     return Settings(Stage1Config(None), knobs, DataConfig(store=store), optim, run)
