@@ -2,8 +2,8 @@
 
 Each data set is read from a clone that the user has made; its file in this folder names the public source, its licence and
 what is shared and unique: tactip.py, ur5.py, repercent.py, disentangled_ssl.py. DATA holds one folder per clone. A method
-has the same settings on all data sets, but for the number of steps (docs/benchmarks.md says where they were chosen). Parts
-that are complete are reused.
+has the same settings on all data sets, but for the number of steps (docs/benchmarks.md says where they were chosen). One
+more run per data set is a control: the first method and seed on shuffled pairs. Parts that are complete are reused.
 """
 
 import json
@@ -30,6 +30,7 @@ from tvl_align.features.store import FeatureStore
 from tvl_align.features.subset import set_probe_rows_aside
 from tvl_align.methods.registry import load_method
 from tvl_align.report.compare import write_comparison
+from tvl_align.synthetic.contest import on_shuffled_pairs
 from tvl_align.synthetic.demo import optimisation_of, run_name, timed, with_options
 from tvl_align.system.bounds import at_least
 from tvl_align.system.checkpoint import load_checkpoint
@@ -88,15 +89,13 @@ def away(config: AwayConfig) -> list[Path]:
         store = config.out / name / "store"
         if not (store / "manifest.json").is_file():
             timed(f"{name}: features", partial(_write_store, config, name, store))
-        runs[name] = [_settings(config, name, store, *choice) for choice in product(config.seeds, config.methods)]
+        of_store = [_settings(config, name, store, *choice) for choice in product(config.seeds, config.methods)]
+        runs[name] = [*of_store, on_shuffled_pairs(of_store[0])]
     todo = {str(s.folder): (_run, name, s) for name, settings in runs.items() for s in settings}
     todo = {folder: job for folder, job in todo.items() if not (Path(folder) / "results.json").is_file()}
     run_in_processes(todo, config.jobs, max(1, cores() // config.jobs))
     pages = []
     for name, settings in runs.items():
-        if len(settings) < 2:
-            print(f"one run, nothing to compare: {settings[0].folder / 'results.json'}", flush=True)
-            continue
         pages.append(write_comparison([s.folder for s in settings], config.out / name, " ".join(sys.argv)))
         print(f"report: {pages[-1].resolve()}", flush=True)
     return pages

@@ -68,7 +68,7 @@ def made_results(**changes: Any) -> dict[str, Any]:
         "controls": {"shuffled_acc1": 1.5},
         "label_free": {
             "vision": {
-                "shared from complementary": {"linear": 0.1, "mlp": 0.3},
+                "shared from complementary": {"linear": 0.1, "mlp": 0.3, "low": 0.2, "high": 0.6},
                 "unique from overlapping": {"linear": -0.2, "mlp": -0.4},
             },
             "tactile": {"shared from complementary": {"linear": 0.5, "mlp": 0.4}},
@@ -80,8 +80,8 @@ def made_results(**changes: Any) -> dict[str, Any]:
         "left_out": {"tactile": {"fur": "3 labelled probe rows with 1 levels, 2 test rows"}},
         "summary": {"unique_retention": summary(50.0), "unique_leak": summary(75.0)},
         "prefix": [
-            {"k": k, "acc1": acc1, "shared_retention": None, "reconstruction": 40.0} | prefix
-            for k, acc1 in ((1, 5.0), (2, 10.0))
+            {"k": k, "acc1": acc1, "shared_retention": None, "shared_bits": 61.0, "reconstruction": 40.0} | added | prefix
+            for k, acc1, added in ((1, 5.0, {}), (2, 10.0, {"added": 5.0, "added_low": -1.0, "added_high": 7.0}))
         ],
         "run": {
             "settings": {"data": {"shuffle_pairs": False}},

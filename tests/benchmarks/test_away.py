@@ -32,6 +32,8 @@ def test_every_method_has_the_same_number_of_steps_and_a_report(tmp_path: Path, 
     epochs = {m: len((run / "metrics.jsonl").read_text().splitlines()) for m, run in runs.items()}
     rows = json.loads((runs["mlp"] / "config.json").read_text())["rows"]["train"]
     assert epochs["closed"] == epochs["mlp"] == round(14 / (rows // max(8, rows // 8)))
+    control = json.loads((tmp_path / "out" / "ur5" / "runs" / "closed-0-shuffled-pairs" / "results.json").read_text())
+    assert control["run"]["settings"]["data"]["shuffle_pairs"] and ", shuffled pairs" in page.read_text()
     results = json.loads((runs["mlp"] / "results.json").read_text())
     assert results["factors"]["touch"]["side"]["chance"] >= 50
 

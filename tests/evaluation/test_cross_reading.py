@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tvl_align.evaluation.cross_reading import cross_readings
-from tvl_align.evaluation.scores import mean_leak
+from tvl_align.evaluation.scores import mean_leak, strongest
 from tvl_align.evaluation.split_tokens import SplitTokens
 
 
@@ -46,6 +46,25 @@ def test_a_planted_leak_is_found() -> None:
     assert mean_leak(found, "shared from complementary") == pytest.approx(
         (leak["mlp"] + max(0.0, *found["b"]["shared from complementary"].values())) / 2
     )
+
+
+def test_the_interval_is_that_of_resampled_rows() -> None:
+    """Every weight 1: the score itself; weights of the first half of the rows: the score of a test on these alone."""
+    probe, test = tokens(800, 0, "linear"), tokens(300, 1, "linear")
+    for side in (probe, test):
+        side.present["a"][::3] = False
+    weights = torch.stack([torch.ones(300), torch.ones(300)])
+    found = cross_readings(probe, test, 0, steps=60, weights=weights)
+    half = tokens(300, 1, "linear")
+    half.present["a"][::3] = half.present["a"][150:] = half.present["b"][150:] = False
+    of_half = cross_readings(probe, half, 0, steps=60)
+    in_half = cross_readings(probe, test, 0, steps=60, weights=(torch.arange(300) < 150).float().expand(2, -1))
+    for m, readings in found.items():
+        for name, read in readings.items():
+            assert read["low"] == pytest.approx(strongest(read), abs=1e-5) == pytest.approx(read["high"], abs=1e-5)
+            kind = max(("linear", "mlp"), key=lambda k: read[k])
+            assert in_half[m][name]["low"] == pytest.approx(of_half[m][name][kind], abs=1e-4)
+    assert strongest({"linear": 0.1, "mlp": 0.2, "low": 0.0, "high": 0.4}) == 0.2
 
 
 def test_a_faint_leak_is_found_too() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, 
     assert set(results["retrieval"]) == {"tactile_vision", "text_vision", "tactile_text"}
     assert all(n["low"] <= n["acc1"] <= n["high"] for n in results["retrieval"].values())
     assert all(p["low"] <= p["acc1"] <= p["high"] for p in results["prefix"])
+    assert "added" not in results["prefix"][0]
+    for before, p in pairwise(results["prefix"]):
+        assert p["added"] == p["acc1"] - before["acc1"]
+        assert p["added_low"] <= p["added"] <= p["added_high"]
+    for entry in results["label_free"].values():
+        assert all(read["low"] <= max(read["linear"], read["mlp"]) <= read["high"] for read in entry.values())
     factors = {f for table in (*results["factors"].values(), *results["left_out"].values()) for f in table}
     assert {"hue", "texture", "shape"} <= factors
 

@@ -41,8 +41,16 @@ def test_rows_of_the_tables() -> None:
     }
     assert tables.r2_rows(results) == [[name, "0.90", "0.25", "0.70"]]
     assert tables.bits_rows(results)[0] == ["vision: hue", "2.32", "0.12", "0.12", "0.12"]
-    assert tables.leak_rows(results)[0] == ["vision", "shared from complementary", "0.10", "0.30", "0.30"]
+    assert tables.leak_rows(results)[0] == ["vision", "shared from complementary", "0.10", "0.30", "0.30 [0.20, 0.60]"]
     assert [tables.leak(results, name) for name in tables.LEAKS] == [pytest.approx(0.4), 0.0]
+    assert tables.prefix_rows(results) == [
+        ["1", "5.0 [9.0, 12.0]", "-", "-", "61", "40"],
+        ["2", "10.0 [9.0, 12.0]", "5.0 [-1.0, 7.0]", "-", "61", "40"],
+    ]
+    assert tables.above_ceiling(results) == []
+    results["factors"]["tactile"]["shape"]["accuracy"]["overlapping"]["mlp"] = 82.0  # of 80: a score of 103
+    results["factors"]["vision"]["wood"]["accuracy"]["overlapping"]["mlp"] = 99.0  # the ceiling is at chance
+    assert tables.above_ceiling(results) == ["tactile: shape (103)"]
     assert tables.unreadable(results) == ["vision: wood"]
     assert tables.left_out(results) == ["tactile: fur (3 labelled probe rows with 1 levels, 2 test rows)"]
 
@@ -73,6 +81,7 @@ def test_the_page_has_every_table(tmp_path: Path) -> None:
         (tables.FACTOR_COLUMNS, tables.factor_rows(results)),
         (tables.BITS_COLUMNS, tables.bits_rows(results)),
         (tables.LEAK_COLUMNS, tables.leak_rows(results)),
+        (tables.PREFIX_COLUMNS, tables.prefix_rows(results)),
     ):
         at = found.index(list(columns))
         assert found[at + 1 : at + 1 + len(rows)] == rows
@@ -99,7 +108,15 @@ def test_copies_are_counted_on_the_page(tmp_path: Path) -> None:
 
 def test_a_page_of_a_run_without_labels_or_pairs(tmp_path: Path) -> None:
     """A store with one modality has no pair, nothing to read without labels, and no Acc@1 of a prefix."""
-    empty = {"acc1": None, "low": None, "high": None, "pairs": {}, "reconstructions": {}, "reconstruction": None}
+    empty = {
+        "acc1": None,
+        "low": None,
+        "high": None,
+        "added": None,
+        "pairs": {},
+        "reconstructions": {},
+        "reconstruction": None,
+    }
     prefix = [p | empty for p in made_results()["prefix"]]
     results = made_results(retrieval={}, factors={}, label_free={}, prefix=prefix, controls={"shuffled_acc1": None})
     del results["summary"], results["left_out"]

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from tvl_align.evaluation.factors import KINDS
-from tvl_align.evaluation.probes import MAX_STEPS, Components, Problem, Target, fit_probes, r2
+from tvl_align.evaluation.probes import MAX_STEPS, Components, Problem, Target, fit_probes, r2, squares
 from tvl_align.evaluation.split_tokens import SplitTokens
+from tvl_align.evaluation.uncertainty import interval
 
 CODE_WIDTH = 32  # principal components of the tokens that are predicted
 MIN_ROWS = 20  # paired probe rows
@@ -26,11 +27,14 @@ def cross_readings(
     device: torch.device | None = None,
     steps: int = MAX_STEPS,
     groups: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{modality: {"shared from complementary" or "unique from overlapping": {kind of probe: R2}}}.
 
-    groups: (M,) int64 of the probe rows. Pairs of modalities with fewer than MIN_ROWS paired probe rows are left out.
+    groups: (M,) int64 of the probe rows. weights: (R, Q) bootstrap weights of the test rows, which add "low" and "high", the
+    95% interval of the strongest probe. Pairs of modalities with fewer than MIN_ROWS paired probe rows are left out.
     """
+    names = [*KINDS, *(("low", "high") if weights is not None else ())]
     problems, tests, places = [], [], []
     result: dict[str, dict[str, dict[str, float]]] = {}
     for m in probe.overlapping:
@@ -41,7 +45,7 @@ def cross_readings(
             wanted = [(o, g) for o, g in wanted if _paired(probe, m, o) >= MIN_ROWS and _paired(test, m, o)]
             if not wanted:
                 continue
-            result.setdefault(m, {})[name] = dict.fromkeys(KINDS, 0.0)
+            result.setdefault(m, {})[name] = dict.fromkeys(names, 0.0)
             codes = [code for o, g in wanted if (code := _code(probe, test, m, o, g)) is not None]
             if codes:
                 target, tested = (torch.cat(parts, dim=1) for parts in zip(*codes, strict=True))
@@ -56,7 +60,13 @@ def cross_readings(
     found = fit_probes(problems, KINDS, seed, steps, "probe without labels")
     for (m, name), problem, tested, by_kind in zip(places, problems, tests, found, strict=True):
         mean = problem.targets[0].values.nanmean(0).cpu()
-        result[m][name] = {kind: r2(probed, tested, mean) for kind, (probed,) in by_kind.items()}
+        scores: dict[str, float] = {kind: r2(probed, tested, mean) for kind, (probed,) in by_kind.items()}
+        result[m][name].update(scores)
+        if weights is not None:
+            (best,) = by_kind[max(KINDS, key=lambda kind: scores[kind])]
+            error, spread = (weights[:, test.present[m]] @ part for part in squares(best, tested, mean))
+            low, high = interval(1 - error / spread.clamp(min=1e-12))
+            result[m][name] |= {"low": low, "high": high}
     return result
 
 

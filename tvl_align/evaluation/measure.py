@@ -125,10 +125,10 @@ def measure(options: EvaluateConfig) -> Path:
     results["controls"] = {"shuffled_acc1": _shuffled_acc1(trained, names, meanings, seed)}
     on_probe = run.on_probe(run.model)
     on_groups = run.probe.groups[run.rows]
-    results["label_free"] = cross_readings(on_probe, trained, seed, device, options.probe_steps, on_groups)
+    results["label_free"] = cross_readings(on_probe, trained, seed, device, options.probe_steps, on_groups, weights)
     prefixes = {k: _first(k, run.model, test, all_rows(test), device, trained) for k in _lengths(run.model)}
     factors = None if labels is None else _read_factors(run, options, labels, frozen, on_probe, untrained, prefixes)
-    results["prefix"] = [_prefix(k, tokens, names, meanings, weights, factors) for k, tokens in prefixes.items()]
+    results["prefix"] = _prefixes(prefixes, names, meanings, weights, factors)
     if factors is not None:
         results |= {"summary": factors.summary(weights), "left_out": factors.left_out}
     results["factors"] = factors.as_json() if factors is not None else {}
@@ -401,35 +401,49 @@ def _first_overlapping(
     return {m: tokens * kept for m, tokens in every.overlapping.items()}
 
 
-def _prefix(
-    k: int,
-    tokens: SplitTokens,
+def _prefixes(
+    prefixes: Mapping[int, SplitTokens],
     names: Sequence[str],
     meanings: Meanings,
     weights: Tensor,
     factors: FactorProbes | None,
-) -> dict[str, Any]:
-    """Results for the first k registers, with their tokens of the test rows.
+) -> list[dict[str, Any]]:
+    """Results for the first k registers, of {k: their tokens of the test rows}.
 
-    Mean Acc@1 over the pairs with its interval, shared retention and usable bits of the shared factors in percent (None
-    without labels), and the reconstruction error in percent of the variance of the frozen tokens (None without a decoder).
+    Mean Acc@1 over the pairs, what it is above that of the prefix before (not of the first), both with intervals, shared
+    retention and usable bits of the shared factors in percent (None without labels), and the reconstruction error in percent
+    of the variance of the frozen tokens (None without a decoder).
     """
-    found = _retrievals(tokens, names, meanings)
-    samples = [weighted_mean(r.hits, weights[:, valid]) for r, valid in found.values()]
-    low, high = interval(100 * torch.stack(samples).mean(0)) if samples else (None, None)
-    errors = list(tokens.reconstruction_error.values())
-    group = f"first_{k}_registers" if k < _overlapping(tokens) else "overlapping"
-    return {
-        "k": k,
-        "acc1": float(np.mean([r.acc1 for r, _ in found.values()])) if found else None,
-        "low": low,
-        "high": high,
-        "shared_retention": factors.shared_score(group) if factors is not None else None,
-        "shared_bits": factors.shared_score(group, bits=True) if factors is not None else None,
-        "reconstruction": float(np.mean(errors)) if errors else None,
-        "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
-        "reconstructions": tokens.reconstruction_error,
-    }
+    results: list[dict[str, Any]] = []
+    before = None
+    for k, tokens in prefixes.items():
+        found = _retrievals(tokens, names, meanings)
+        resampled = [100 * weighted_mean(r.hits, weights[:, valid]) for r, valid in found.values()]
+        samples = torch.stack(resampled).mean(0) if resampled else None
+        acc1 = float(np.mean([r.acc1 for r, _ in found.values()])) if found else None
+        errors = list(tokens.reconstruction_error.values())
+        group = f"first_{k}_registers" if k < _overlapping(tokens) else "overlapping"
+        entry = {"k": k, "acc1": acc1} | _bounds("", samples)
+        if before is not None and acc1 is not None and samples is not None:
+            entry |= {"added": acc1 - before[0]} | _bounds("added_", samples - before[1])
+        results.append(
+            entry
+            | {
+                "shared_retention": factors.shared_score(group) if factors is not None else None,
+                "shared_bits": factors.shared_score(group, bits=True) if factors is not None else None,
+                "reconstruction": float(np.mean(errors)) if errors else None,
+                "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
+                "reconstructions": tokens.reconstruction_error,
+            }
+        )
+        before = (acc1, samples) if acc1 is not None and samples is not None else None
+    return results
+
+
+def _bounds(prefix: str, samples: Tensor | None) -> dict[str, float | None]:
+    """The 95% interval of resampled values as entries of results.json; None without values."""
+    low, high = interval(samples) if samples is not None else (None, None)
+    return {f"{prefix}low": low, f"{prefix}high": high}
 
 
 def _retrievals(tokens: SplitTokens, names: Sequence[str], meanings: Meanings) -> dict[str, tuple[Retrieval, Tensor]]:

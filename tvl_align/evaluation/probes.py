@@ -360,9 +360,17 @@ def bits(probed: Probed, labels: Tensor) -> Tensor:
     return F.cross_entropy(probed.output.float().cpu(), labels, reduction="none") / math.log(2)
 
 
+def squares(probed: Probed, values: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared errors of predictions of (Q, C) values, and squared distances of the values from the mean (C,) of the probe
+    rows, both summed over the values that are not NaN: (Q,), (Q,)."""
+    known = values.isfinite()
+    parts = probed.output.cpu() - values, values - mean
+    error, spread = (torch.where(known, part, 0.0).square().sum(1) for part in parts)
+    return error, spread
+
+
 def r2(probed: Probed, values: Tensor, mean: Tensor) -> float:
     """Share of the variance of (Q, C) values, around the mean (C,) of the probe rows, that is predicted; at most 1. NaN
     values are left out."""
-    known = values.isfinite()
-    error = (probed.output.cpu() - values)[known].square().sum()
-    return 1 - float(error / (values - mean)[known].square().sum().clamp(min=1e-12))
+    error, spread = squares(probed, values, mean)
+    return 1 - float(error.sum() / spread.sum().clamp(min=1e-12))

@@ -16,9 +16,14 @@ def normalised_score(score: float, chance: float, ceiling: float = 100.0) -> flo
     return 100 * (score - chance) / (ceiling - chance)
 
 
+def strongest(read: Mapping[str, float]) -> float:
+    """The R2 of the strongest probe: {kind of probe: R2, "low" and "high": its interval} -> the largest R2."""
+    return max(value for name, value in read.items() if name not in ("low", "high"))
+
+
 def mean_leak(readings: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> float | None:
     """The R2 of the strongest probe, averaged over modalities; None if no modality could be read. Below 0 counts as 0."""
-    scores = [max(0.0, *entry[name].values()) for entry in readings.values() if name in entry]
+    scores = [max(0.0, strongest(entry[name])) for entry in readings.values() if name in entry]
     return sum(scores) / len(scores) if scores else None
 
 

@@ -128,3 +128,8 @@ def print_table(path: Path) -> None:
     named = tables.unreadable(results)
     if named:
         console.print(escape(f"Ceiling at chance, not in the scores: {'; '.join(named)}."), highlight=False)
+    low = tables.above_ceiling(results)
+    if low:
+        console.print(
+            escape(f"Above 102, so the ceiling is too low, or test rows are few: {'; '.join(low)}."), highlight=False
+        )

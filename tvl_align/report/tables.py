@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tvl_align.evaluation.scores import mean_leak, normalised_score
+from tvl_align.evaluation.scores import mean_leak, normalised_score, strongest
 
 Cells = list[list[str]]
 CEILING = "stage1"  # the group of the frozen features
 GROUPS = ("overlapping", "complementary", "untrained_overlapping", "untrained_complementary")
 LEAKS = ("shared from complementary", "unique from overlapping")  # what is read without labels
+ABOVE_CEILING = 102.0  # scores that a ceiling which is right does not allow
 RETRIEVAL_COLUMNS = ("pair", "Acc@1", "Acc@5", "Stage 1", "untrained", "oracle", "chance")
 SUMMARY_COLUMNS = ("score", "strongest probe", "linear", "half rows", "untrained", "usable bits")
 FACTOR_COLUMNS = ("factor", "owners", "chance", "ceiling", "overlapping", "complementary")
 BITS_COLUMNS = ("factor", "entropy", "ceiling", "overlapping", "complementary")
 R2_COLUMNS = ("factor", "ceiling", "overlapping", "complementary")
+PREFIX_COLUMNS = ("registers", "Acc@1", "added", "shared retention", "usable bits of shared factors", "reconstruction error")
 LEAK_COLUMNS = ("modality", "read", "linear", "mlp", "strongest")
 
 
@@ -120,7 +122,13 @@ def leak(results: Mapping[str, Any], name: str) -> float | None:
 def leak_rows(results: Mapping[str, Any]) -> Cells:
     """Cells under LEAK_COLUMNS: R2 of what is read without labels, for every modality."""
     return [
-        [modality, name, number(read["linear"], 2), number(read["mlp"], 2), number(max(read.values()), 2)]
+        [
+            modality,
+            name,
+            number(read["linear"], 2),
+            number(read["mlp"], 2),
+            with_interval(strongest(read), read.get("low"), read.get("high"), 2),
+        ]
         for modality, entry in results["label_free"].items()
         for name, read in entry.items()
     ]
@@ -162,6 +170,30 @@ def r2_rows(results: Mapping[str, Any]) -> Cells:
 def unreadable(results: Mapping[str, Any]) -> list[str]:
     """The factors with a ceiling at chance."""
     return [name for name, entry in entries(results["factors"]) if not entry["readable"]]
+
+
+def above_ceiling(results: Mapping[str, Any]) -> list[str]:
+    """The factors that tokens tell better than the frozen features do, with their scores."""
+    found = []
+    for name, entry in entries(results["factors"]):
+        most = max((score(entry, group) or 0.0 for group in GROUPS[:2]), default=0.0)
+        if most > ABOVE_CEILING:
+            found.append(f"{name} ({score_text(most)})")
+    return found
+
+
+def prefix_rows(results: Mapping[str, Any]) -> Cells:
+    """Cells under PREFIX_COLUMNS, in percent: what the first k registers find, what the last of them adds to it, and what
+    they hold and rebuild."""
+    return [
+        [
+            str(p["k"]),
+            with_interval(p["acc1"], p["low"], p["high"]),
+            with_interval(p.get("added"), p.get("added_low"), p.get("added_high")),
+            *(number(p.get(column), 0) for column in ("shared_retention", "shared_bits", "reconstruction")),
+        ]
+        for p in results["prefix"]
+    ]
 
 
 def left_out(results: Mapping[str, Any]) -> list[str]:

@@ -88,9 +88,13 @@ def _runs_of(config: ContestConfig) -> list[Settings[Any]]:
     for seed, text in product(config.seeds, config.methods):
         of_run = small_settings(config, world, checkpoint, text, f"{run_name(text)}-{seed}")
         settings.append(replace(of_run, run=replace(of_run.run, draw_seed=seed)))
-    first = settings[0]
-    control = replace(first.run, log_name=f"{first.folder.name}-shuffled-pairs")
-    return [*settings, replace(first, data=replace(first.data, shuffle_pairs=True), run=control)]
+    return [*settings, on_shuffled_pairs(settings[0])]
+
+
+def on_shuffled_pairs(settings: Settings[Any]) -> Settings[Any]:
+    """The control of a run: the same on shuffled pairs of training rows."""
+    run = replace(settings.run, log_name=f"{settings.folder.name}-shuffled-pairs")
+    return replace(settings, data=replace(settings.data, shuffle_pairs=True), run=run)
 
 
 def _run(settings: Settings[Any], probe_rows: int, probe_steps: int) -> None:
