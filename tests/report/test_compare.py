@@ -192,7 +192,8 @@ def test_the_page_and_its_markdown_say_the_same(tmp_path: Path) -> None:
     assert "| 51.0" not in html and "<b>51.0 ± 11.6</b>" in html
     assert "| <b>good v1 | unique leak | 75.0 ± 0.0 | 11.0 ± 0.0 | 22.0 ± 0.0 | 33.0 ± 0.0 | 44.0 ± 0.0 |" in text
     assert f"| vision: wood | vision, tactile |{' ceiling at chance |' * 4}" in text
-    assert "| 1 | 5.0 ± 0.0 |  |  | 40.0 ± 0.0 |" in text
+    assert "| 1 | 5.0 ± 0.0 |  |  | 61.0 ± 0.0 | 40.0 ± 0.0 |" in text
+    assert "| 2 | 10.0 ± 0.0 | 5.0 ± 0.0 |  | 61.0 ± 0.0 | 40.0 ± 0.0 |" in text
     assert "feature store a, b;" in text
     assert "&lt;b&gt;good v1" in html and "<b>good" not in html
     assert "the &lt;command&gt;" in html

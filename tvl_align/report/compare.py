@@ -397,12 +397,19 @@ def _markdown(facts: Mapping[str, Any], groups: Groups, factors: Mapping[str, Ma
             head = ["factor", "owners", *map(plain, GROUPS)]
             parts.append(f"{method}: normalised scores (0 = chance, 100 = ceiling)\n\n{table(head, rows)}")
         found = [{p["k"]: p for p in r["prefix"]} for r in runs]
-        columns = ("acc1", "shared_retention", "shared_bits", "reconstruction")
+        columns = ("acc1", "added", "shared_retention", "shared_bits", "reconstruction")
         rows = [
             [str(k), *(_spread([f[k].get(column) for f in found]) for column in columns)]
             for k in sorted(set(found[0]).intersection(*found))
         ]
-        head = ["registers kept", "mean Acc@1", "shared retention", "usable bits of shared factors", "reconstruction error"]
+        head = [
+            "registers kept",
+            "mean Acc@1",
+            "added",
+            "shared retention",
+            "usable bits of shared factors",
+            "reconstruction error",
+        ]
         parts.append(f"{method}: prefixes of registers\n\n{table(head, rows)}")
     parts.append("\n".join(f"- {m}, seed {s}, {c[:12]}: `{command}`" for m, s, command, c in facts["commands"]))
     return "\n\n".join([*parts, f"Command of this report: `{facts['command']}`"]) + "\n"
