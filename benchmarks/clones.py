@@ -36,12 +36,12 @@ class FilesBeside(MetaPathFinder):
 
 
 @contextmanager
-def module_of_clone(path: Path, url: str, seed: int) -> Iterator[ModuleType]:
+def module_of_clone(path: Path, url: str, seed: int, root: Path | None = None) -> Iterator[ModuleType]:
     """Import one Python file of a clone, with the files beside it, for use inside the context.
 
     This runs the code of the clone. Global random numbers of NumPy and PyTorch, which such code draws from, are seeded with
-    `seed` and restored at the end, as are the imported modules. What the code prints is dropped. Raises UserError for a
-    missing file or package.
+    `seed` and restored at the end, as are the imported modules, those of files below `root` (default: the folder of the
+    file). What the code prints is dropped. Raises UserError for a missing file or package.
     """
     file_of_clone(path, url)
     spec = importlib.util.spec_from_file_location(f"_clone_{path.stem}", path)
@@ -51,6 +51,7 @@ def module_of_clone(path: Path, url: str, seed: int) -> Iterator[ModuleType]:
     shadowed = {
         name: sys.modules.pop(name) for name in [file.stem for file in path.parent.glob("*.py")] if name in sys.modules
     }
+    below = (root or path.parent).resolve()
     state = np.random.get_state()  # noqa: NPY002 - the clone draws from the global generator
     sys.meta_path.insert(0, finder)
     try:
@@ -67,6 +68,6 @@ def module_of_clone(path: Path, url: str, seed: int) -> Iterator[ModuleType]:
         sys.meta_path.remove(finder)
         for name, loaded in list(sys.modules.items()):
             file = getattr(loaded, "__file__", None)
-            if name not in before and file is not None and Path(file).is_relative_to(path.parent):
+            if name not in before and file is not None and Path(file).resolve().is_relative_to(below):
                 del sys.modules[name]
         sys.modules.update(shadowed)
