@@ -28,6 +28,20 @@ from tvl_align.system.console import UserError, progress, reports_errors
 from tvl_align.training.optimisation import backward_and_step
 
 EXAMPLES = ("python -m benchmarks.repercent_training --data clones --modalities 2",)
+CONFIGS = {
+    "data": "synthetic_data",
+    "model": "repercent",
+    "training": "train_synthetic",
+}  # folder of settings: start of the file
+WEIGHTS = (
+    "alpha",
+    "beta",
+    "lmd",
+    "lmd_start_value",
+    "lmd_end_value",
+    "lmd_n_iterations",
+    "lmd_start_iteration",
+)  # options of their loss
 
 
 @dataclass(frozen=True)
@@ -70,10 +84,6 @@ def train(config: TrainingConfig) -> Readings:
     labels = {name: np.asarray(column)[rows] for name, column in drawn.labels.items()}
     fitted = np.asarray(drawn.split)[rows] == "train"
     return distance(unique, shared, labels, fitted, ~fitted)
-
-
-CONFIGS = {"data": "synthetic_data", "model": "repercent", "training": "train_synthetic"}
-WEIGHTS = ("alpha", "beta", "lmd", "lmd_start_value", "lmd_end_value", "lmd_n_iterations", "lmd_start_iteration")
 
 
 def _settings(path: Path) -> dict[str, Any]:

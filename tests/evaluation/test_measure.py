@@ -88,6 +88,8 @@ def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, 
     for before, p in pairwise(results["prefix"]):
         assert p["added"] == p["acc1"] - before["acc1"]
         assert p["added_low"] <= p["added"] <= p["added_high"]
+    last = results["prefix"][-1]  # the complementary register, which no partner is found by
+    assert last["added"] == last["added_low"] == last["added_high"] == 0
     for entry in results["label_free"].values():
         assert all(read["low"] <= max(read["linear"], read["mlp"]) <= read["high"] for read in entry.values())
     factors = {f for table in (*results["factors"].values(), *results["left_out"].values()) for f in table}
