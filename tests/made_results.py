@@ -40,6 +40,8 @@ def summary(score: float) -> dict[str, float]:
         "linear": 11.0,
         "bits": 44.0,
         "half": 22.0,
+        "half_low": 20.0,
+        "half_high": 23.0,
         "untrained": 33.0,
     }
 
@@ -53,7 +55,8 @@ def pair(acc1: float | None) -> dict[str, float | None]:
 
 def made_results(**changes: Any) -> dict[str, Any]:
     """Results of one pair and of three factors, of which vision: wood has a ceiling at chance and touch: fur no probe."""
-    prefix = {"low": 9.0, "high": 12.0, "pairs": {"tactile_vision": 10.0}, "reconstructions": {"vision": 40.0}}
+    bits = {"shared_bits": 61.0, "shared_bits_low": 60.0, "shared_bits_high": 63.0}
+    prefix = bits | {"low": 9.0, "high": 12.0, "pairs": {"tactile_vision": 10.0}, "reconstructions": {"vision": 40.0}}
     results: dict[str, Any] = {
         "method": "toy",
         "version": "1",
@@ -68,7 +71,7 @@ def made_results(**changes: Any) -> dict[str, Any]:
         "controls": {"shuffled_acc1": 1.5},
         "label_free": {
             "vision": {
-                "shared from complementary": {"linear": 0.1, "mlp": 0.3, "low": 0.2, "high": 0.6},
+                "shared from complementary": {"linear": 0.1, "mlp": 0.3, "half": 0.25, "low": 0.2, "high": 0.6},
                 "unique from overlapping": {"linear": -0.2, "mlp": -0.4},
             },
             "tactile": {"shared from complementary": {"linear": 0.5, "mlp": 0.4}},
@@ -80,7 +83,7 @@ def made_results(**changes: Any) -> dict[str, Any]:
         "left_out": {"tactile": {"fur": "3 labelled probe rows with 1 levels, 2 test rows"}},
         "summary": {"unique_retention": summary(50.0), "unique_leak": summary(75.0)},
         "prefix": [
-            {"k": k, "acc1": acc1, "shared_retention": None, "shared_bits": 61.0, "reconstruction": 40.0} | added | prefix
+            {"k": k, "acc1": acc1, "shared_retention": None, "reconstruction": 40.0} | added | prefix
             for k, acc1, added in ((1, 5.0, {}), (2, 10.0, {"added": 5.0, "added_low": -1.0, "added_high": 7.0}))
         ],
         "run": {

@@ -64,7 +64,15 @@ def test_the_interval_is_that_of_resampled_rows() -> None:
             assert read["low"] == pytest.approx(strongest(read), abs=1e-5) == pytest.approx(read["high"], abs=1e-5)
             kind = max(("linear", "mlp"), key=lambda k: read[k])
             assert in_half[m][name]["low"] == pytest.approx(of_half[m][name][kind], abs=1e-4)
-    assert strongest({"linear": 0.1, "mlp": 0.2, "low": 0.0, "high": 0.4}) == 0.2
+    assert strongest({"linear": 0.1, "mlp": 0.2, "half": 0.3, "low": 0.0, "high": 0.4}) == 0.2
+
+
+def test_half_is_read_from_the_first_half_of_the_rows() -> None:
+    """The second half of what is read is random, which hurts only probes that are fitted on it."""
+    probe, test = tokens(800, 0, "linear"), tokens(300, 1, "linear")
+    probe.complementary["a"][400:] = torch.randn(400, 2, 3, generator=torch.Generator().manual_seed(2))
+    read = cross_readings(probe, test, seed=0, steps=150)["a"]["shared from complementary"]
+    assert read["half"] > 0.8 > 0.75 > strongest(read)
 
 
 def test_a_faint_leak_is_found_too() -> None:
@@ -106,7 +114,7 @@ def test_nothing_is_read_of_a_code_that_is_constant() -> None:
         side.complementary["a"][:differing] = -1
     for swapped in ((probe, test), (test, probe)):
         found = cross_readings(*swapped, seed=0, steps=20)
-        assert found["a"]["unique from overlapping"] == {"linear": 0.0, "mlp": 0.0}
+        assert found["a"]["unique from overlapping"] == {"linear": 0.0, "mlp": 0.0, "half": 0.0}
 
 
 def test_modalities_without_paired_rows_are_left_out() -> None:

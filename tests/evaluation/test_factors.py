@@ -19,7 +19,7 @@ TEST = 100
 
 def reading(accuracy: float, bits: float = 0.0) -> Reading:
     """A reading of 100 test rows with the given accuracy in percent."""
-    return Reading(torch.where(torch.arange(TEST) < accuracy, 1.0, 0.0), bits)
+    return Reading(torch.where(torch.arange(TEST) < accuracy, 1.0, 0.0), torch.full((TEST,), bits))
 
 
 def factor(owners: tuple[str, ...], ceiling: float, **groups: tuple[float, float]) -> Factor:
@@ -60,7 +60,10 @@ def test_retention_and_leak_worked_out_by_hand() -> None:
     assert {name: entry["bits"] for name, entry in found.items()} == pytest.approx(bits, abs=1e-4)
     assert found["shared_retention"]["half"] == pytest.approx(40)
     assert "half" not in found["unique_retention"]
-    assert found["shared_retention"]["low"] == pytest.approx(85, abs=1e-3) == found["shared_retention"]["high"]
+    for number in ("score", "linear", "half", "bits"):
+        prefix = "" if number == "score" else f"{number}_"
+        ends = [found["shared_retention"][f"{prefix}{end}"] for end in ("low", "high")]
+        assert ends == pytest.approx([found["shared_retention"][number]] * 2, abs=1e-3)
 
 
 def test_a_leak_below_chance_hides_no_other() -> None:
@@ -92,7 +95,7 @@ def test_no_readable_factor_gives_no_score() -> None:
     wood.readings["stage1"] = {"mlp on tokens": reading(24)}
     made = probes_of({"vision": {"wood": wood}})
     assert made.summary(torch.ones(4, TEST)) == {}
-    assert made.shared_score("overlapping") is None
+    assert made.shared_scores("overlapping", torch.ones(4, TEST)) == {}
 
 
 @pytest.mark.parametrize(
@@ -111,14 +114,32 @@ def test_the_interval_resamples_read_and_ceiling_together() -> None:
     made = factor((), 80, overlapping=(80, 20))
     weights = torch.zeros(3, TEST)
     weights[0, 40:], weights[1, :90], weights[2] = 1, 1, 1
-    assert made.resampled("overlapping", weights).tolist() == pytest.approx([100] * 3, abs=1e-3)
+    assert made.resampled("overlapping", weights).samples.tolist() == pytest.approx([100] * 3, abs=1e-3)
     half = factor((), 100, overlapping=(60, 20))
-    assert half.resampled("overlapping", weights).tolist() == pytest.approx([16.667, 58.333, 50], abs=1e-2)
+    found = half.resampled("overlapping", weights)
+    assert found.value == pytest.approx(50)
+    assert found.samples.tolist() == pytest.approx([16.667, 58.333, 50], abs=1e-2)
+    assert half.resampled("overlapping", weights, "mlp", 0.0).samples.tolist() == pytest.approx([0, 2.778, 0], abs=1e-2)
+
+
+def test_bits_of_both_are_resampled_together() -> None:
+    made = factor((), 80, overlapping=(80, 20))
+    tells = torch.where(torch.arange(TEST) < 50, 2.0, 0.4)
+    made.readings["overlapping"]["mlp"] = Reading(torch.ones(TEST), tells)
+    made.readings["stage1"]["mlp on tokens"] = Reading(torch.ones(TEST), 1.5 * tells)
+    weights = (torch.arange(TEST) < torch.tensor([[TEST], [50], [75]])).float()
+    assert made.resampled_bits("overlapping", weights).samples.tolist() == pytest.approx([66.667] * 3, abs=1e-2)
+    made.readings["stage1"]["mlp on tokens"] = Reading(torch.ones(TEST), torch.full((TEST,), 4.0))
+    found = made.resampled_bits("overlapping", weights)
+    assert found.value == pytest.approx(30)
+    assert found.samples.tolist() == pytest.approx([30, 50, 100 * (2 * 50 + 0.4 * 25) / 75 / 4], abs=1e-2)
 
 
 def test_rows_without_the_factor_do_not_count() -> None:
     correct = torch.tensor([1.0, 0.0, torch.nan, 1.0])
-    assert Reading(correct, 0.0).accuracy == pytest.approx(200 / 3)
+    read = Reading(correct, 2 * correct)
+    assert read.accuracy == pytest.approx(200 / 3)
+    assert read.bits == pytest.approx(4 / 3)
 
 
 def planted(rows: int, seed: int, levels: int = 4) -> tuple[Rows, dict[str, np.ndarray], dict[str, Tensor]]:

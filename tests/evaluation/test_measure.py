@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tvl_align.contract import Features
+from tvl_align.contract import Features, Output, Reconstruction
 from tvl_align.encoders.tvl import Stage1Config
 from tvl_align.evaluation import measure as module
 from tvl_align.evaluation.factors import Rows
@@ -88,6 +88,9 @@ def test_the_floor_has_closed_forms_and_the_probes_rows_of_their_own(run: Path, 
     for before, p in pairwise(results["prefix"]):
         assert p["added"] == p["acc1"] - before["acc1"]
         assert p["added_low"] <= p["added"] <= p["added_high"]
+        assert p["reconstruction_low"] <= p["reconstruction"] <= p["reconstruction_high"]
+        assert p["reconstruction_added"] == p["reconstruction"] - before["reconstruction"]
+        assert p["reconstruction_added_low"] <= p["reconstruction_added"] <= p["reconstruction_added_high"]
     last = results["prefix"][-1]  # the complementary register, which no partner is found by
     assert last["added"] == last["added_low"] == last["added_high"] == 0
     for entry in results["label_free"].values():
@@ -198,6 +201,39 @@ def test_tokens_of_a_prefix_are_those_that_are_computed(run: Path, mode: str) ->
         for m, tokens in computed.overlapping.items():
             assert torch.allclose(found[m], tokens, atol=1e-4)
             assert tokens[:, :k].abs().sum() > 0 and not tokens[:, k:].any()
+
+
+def test_errors_of_rebuilding_are_those_of_a_plain_loop(run: Path) -> None:
+    """Sentences of different lengths: the error is a mean over tokens, not over rows; absent rows count nowhere."""
+    cpu = torch.device("cpu")
+    settings, method, config = load_run(run, None)
+    inputs = settings.open_inputs(cpu, Identity(config["store"], config["features"]))
+    source, rows = inputs.splits["test"], torch.arange(9)
+    rebuilt = {m: [([1.0, 3.0, 50.0], 2), ([2.0, 0.0, 50.0], 1), ([7.0, 5.0, 0.5], 3)] * 3 for m in inputs.specs}
+
+    class Rebuilding(torch.nn.Module):
+        """The model of the run, with the errors of `rebuilt` for the tokens of rows."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = module.build_model(method, settings.knobs, inputs.specs)
+            self.registers = self.model.registers
+
+        def forward(self, features: Features, **options: Any) -> Output:
+            of = {m: [parts[i] for i in range(len(features))] for m, parts in rebuilt.items()}
+            errors = {m: torch.tensor([error for error, _ in parts]) for m, parts in of.items()}
+            masks = {m: torch.arange(3) < torch.tensor([[count] for _, count in parts]) for m, parts in of.items()}
+            return replace(
+                self.model(features, **options), reconstruction={m: Reconstruction(errors[m], masks[m]) for m in errors}
+            )
+
+    found = compute_tokens(Rebuilding(), source, rows, cpu)
+    weights = torch.ones(2, 9)
+    weights[1, :] = torch.tensor([1.0, 3.0, 0.0] * 3)
+    for m in inputs.specs:
+        error = found.reconstruction(weights)[m]
+        assert error.value == pytest.approx(100 * (1 + 3 + 2 + 7 + 5 + 0.5) / 6)
+        assert error.samples.tolist() == pytest.approx([error.value, 100 * (1 + 3 + 3 * 2) / (2 + 3)])
 
 
 def test_captions_of_equal_levels_mean_the_same() -> None:

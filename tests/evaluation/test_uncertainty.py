@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
+from tvl_align.evaluation.uncertainty import Estimate, group_weights, interval, mean_estimate, weighted_mean
 
 
 def test_weights_draw_whole_groups() -> None:
@@ -33,6 +33,16 @@ def test_means_equal_those_of_a_plain_loop() -> None:
 
 def test_the_interval_is_central() -> None:
     assert interval(torch.arange(1001).float()) == (pytest.approx(25), pytest.approx(975))
+
+
+def test_estimates_are_paired_and_lie_within_their_intervals() -> None:
+    samples = torch.arange(1001).float()
+    one, other = Estimate(500.0, samples), Estimate(499.0, samples - 1)
+    assert one.entries("acc1", prefix="") == {"acc1": 500.0, "low": pytest.approx(25), "high": pytest.approx(975)}
+    assert one.minus(other).entries("added") == {"added": 1.0, "added_low": 1.0, "added_high": 1.0}
+    both = mean_estimate([one, Estimate(0.0, -samples)])
+    assert both.value == 250 and both.samples.abs().max() == 0
+    assert both.entries("x") == {"x": 250.0, "x_low": 0.0, "x_high": 250.0}
 
 
 def covered(rows_per_group: int, by_group: bool, repeats: int = 300) -> float:

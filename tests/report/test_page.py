@@ -26,8 +26,8 @@ def test_rows_of_the_tables() -> None:
     results = made_results()
     assert tables.retrieval_rows(results) == [["tactile-vision", "10.0 [8.0, 13.0]", "30.0", "3.5", "2.5", "66.0", "1.25"]]
     assert tables.summary_rows(results) == [
-        ["unique retention", "50 [46, 55]", "11", "22", "33", "44"],
-        ["unique leak", "75 [71, 80]", "11", "22", "33", "44"],
+        ["unique retention", "50 [46, 55]", "11", "22 [20, 23]", "33", "44"],
+        ["unique leak", "75 [71, 80]", "11", "22 [20, 23]", "33", "44"],
     ]
     assert tables.factor_rows(results) == [
         ["vision: hue", "vision", "20.0", "80.0 (linear on tokens)", "35.0 / 50.0", "35.0 / 50.0"],
@@ -41,11 +41,18 @@ def test_rows_of_the_tables() -> None:
     }
     assert tables.r2_rows(results) == [[name, "0.90", "0.25", "0.70"]]
     assert tables.bits_rows(results)[0] == ["vision: hue", "2.32", "0.12", "0.12", "0.12"]
-    assert tables.leak_rows(results)[0] == ["vision", "shared from complementary", "0.10", "0.30", "0.30 [0.20, 0.60]"]
+    assert tables.leak_rows(results)[0] == [
+        "vision",
+        "shared from complementary",
+        "0.30 [0.20, 0.60]",
+        "0.10",
+        "0.30",
+        "0.25",
+    ]
     assert [tables.leak(results, name) for name in tables.LEAKS] == [pytest.approx(0.4), 0.0]
     assert tables.prefix_rows(results) == [
-        ["1", "5.0 [9.0, 12.0]", "-", "-", "61", "40"],
-        ["2", "10.0 [9.0, 12.0]", "5.0 [-1.0, 7.0]", "-", "61", "40"],
+        ["1", "5.0 [9.0, 12.0]", "-", "-", "61 [60, 63]", "40"],
+        ["2", "10.0 [9.0, 12.0]", "5.0 [-1.0, 7.0]", "-", "61 [60, 63]", "40"],
     ]
     assert tables.above_ceiling(results) == []
     results["factors"]["tactile"]["shape"]["accuracy"]["overlapping"]["mlp"] = 82.0  # of 80: a score of 103

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 HIDDEN = 256  # units of a hidden layer of an MLP
 ATTENDED = 64  # width of an attentive probe
 QUERIES = 4  # of an attentive probe, for each target
-EVERY = slice(None)
+Weights = Mapping[str, Tensor]  # by name, each with a leading dimension for the models
 
 
 class Batched(nn.Module, ABC):
@@ -57,9 +57,9 @@ class Batched(nn.Module, ABC):
     def _of_every_model(self, weight: Tensor) -> Tensor:
         return weight.repeat(self.models, *[1] * weight.ndim)
 
-    def of(self, models: slice) -> dict[str, Tensor]:
-        """The weights of some of the models."""
-        return {name: weight[models] for name, weight in self.weights.items()}
+    def copy_of(self, model: int) -> Weights:
+        """A copy of the weights of one model, as a batch of one: what the model is now, for `forward` later."""
+        return {name: weight[model : model + 1].detach().clone() for name, weight in self.weights.items()}
 
     def dropout(self, x: Tensor) -> Tensor:
         """Dropout of (G, B, H) in training, at the rate of each model."""
@@ -93,8 +93,8 @@ class Linear(Batched):
         count = math.prod(self.outputs)
         return {"matrix": self.matrix(*inputs, count), "bias": self.vector(1, count)}
 
-    def forward(self, x: Tensor, models: slice = EVERY) -> Tensor:
-        return _layer(x, self.of(models)).unflatten(2, self.outputs)
+    def forward(self, x: Tensor, weights: Weights | None = None) -> Tensor:
+        return _layer(x, weights or self.weights).unflatten(2, self.outputs)
 
 
 class MLP(Batched):
@@ -105,8 +105,8 @@ class MLP(Batched):
         made = {f"matrix{i}": self.matrix(*sizes[i : i + 2]) for i in range(3)}
         return made | {f"bias{i}": self.vector(1, sizes[i + 1]) for i in range(3)}
 
-    def forward(self, x: Tensor, models: slice = EVERY) -> Tensor:
-        w = self.of(models)
+    def forward(self, x: Tensor, weights: Weights | None = None) -> Tensor:
+        w = weights or self.weights
         for i in ("0", "1"):
             x = _layer(x, w, i)
             x = self.dropout(F.gelu(F.layer_norm(x, x.shape[-1:])))
@@ -131,8 +131,8 @@ class Attentive(Batched):
             "bias_out": self.vector(targets, 1, outputs),
         }
 
-    def forward(self, tokens: Tensor, mask: Tensor, models: slice = EVERY) -> Tensor:
-        w, (g, rows, length, _) = self.of(models), tokens.shape
+    def forward(self, tokens: Tensor, mask: Tensor, weights: Weights | None = None) -> Tensor:
+        w, (g, rows, length, _) = weights or self.weights, tokens.shape
         x = F.layer_norm(tokens.float(), tokens.shape[-1:]) + w["positions"][:, None, :length]
         x = x.flatten(1, 2)
         keys = w["matrix_keys"] @ w["queries"] / w["queries"].shape[1] ** 0.5  # small, so keys of all tokens are not needed
@@ -144,6 +144,6 @@ class Attentive(Batched):
         return (hidden @ w["matrix_out"] + w["bias_out"]).transpose(1, 2)
 
 
-def _layer(x: Tensor, weights: Mapping[str, Tensor], name: str = "") -> Tensor:
+def _layer(x: Tensor, weights: Weights | nn.ParameterDict, name: str = "") -> Tensor:
     """(G, B, K) -> (G, B, H)."""
     return torch.baddbmm(weights[f"bias{name}"], x, weights[f"matrix{name}"])

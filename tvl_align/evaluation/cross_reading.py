@@ -7,6 +7,8 @@ read, 1 = everything. A small R2 can still hide a class (see docs/DESIGN.md), so
 labels.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,13 @@ def cross_readings(
     groups: Tensor | None = None,
     weights: Tensor | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """{modality: {"shared from complementary" or "unique from overlapping": {kind of probe: R2}}}.
+    """{modality: {"shared from complementary" or "unique from overlapping": {kind of probe: R2, "half": R2}}}.
 
-    groups: (M,) int64 of the probe rows. weights: (R, Q) bootstrap weights of the test rows, which add "low" and "high", the
-    95% interval of the strongest probe. Pairs of modalities with fewer than MIN_ROWS paired probe rows are left out.
+    half: of the strongest of probes that are fitted on half of the rows. groups: (M,) int64 of the probe rows. weights:
+    (R, Q) bootstrap weights of the test rows, which add "low" and "high", the 95% interval of the strongest probe. Pairs of
+    modalities with fewer than MIN_ROWS paired probe rows are left out.
     """
-    names = [*KINDS, *(("low", "high") if weights is not None else ())]
+    names = [*KINDS, "half", *(("low", "high") if weights is not None else ())]
     problems, tests, places = [], [], []
     result: dict[str, dict[str, dict[str, float]]] = {}
     for m in probe.overlapping:
@@ -53,16 +56,18 @@ def cross_readings(
                 own = groups[probe.present[m]] if groups is not None else None
                 paired = target.isfinite().any(1)
                 x, target, own = x[paired], target[paired], own[paired] if own is not None else None
-                on_device = [t.to(device) for t in (x, target, x_test)]
-                problems.append(Problem(on_device[:1], [Target(on_device[1])], on_device[2:], own))
-                tests.append(tested)
-                places.append((m, name))
+                x, target, x_test = (t.to(device) for t in (x, target, x_test))
+                for rows in (len(x), math.ceil(len(x) / 2)):
+                    of_rows = own[:rows] if own is not None else None
+                    problems.append(Problem((x[:rows],), [Target(target[:rows])], (x_test,), of_rows))
+                    tests.append(tested)
+                    places.append((m, name, rows < len(x)))
     found = fit_probes(problems, KINDS, seed, steps, "probe without labels")
-    for (m, name), problem, tested, by_kind in zip(places, problems, tests, found, strict=True):
+    for (m, name, half), problem, tested, by_kind in zip(places, problems, tests, found, strict=True):
         mean = problem.targets[0].values.nanmean(0).cpu()
         scores: dict[str, float] = {kind: r2(probed, tested, mean) for kind, (probed,) in by_kind.items()}
-        result[m][name].update(scores)
-        if weights is not None:
+        result[m][name] |= {"half": max(scores.values())} if half else scores
+        if weights is not None and not half:
             (best,) = by_kind[max(KINDS, key=lambda kind: scores[kind])]
             error, spread = (weights[:, test.present[m]] @ part for part in squares(best, tested, mean))
             low, high = interval(1 - error / spread.clamp(min=1e-12))

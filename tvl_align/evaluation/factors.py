@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,13 +34,13 @@ from tvl_align.evaluation.probes import (
     r2,
 )
 from tvl_align.evaluation.scores import normalised_score
-from tvl_align.evaluation.uncertainty import interval, weighted_mean
+from tvl_align.evaluation.uncertainty import Estimate, mean_estimate, weighted_mean
 from tvl_align.system.checkpoint import load_safely, save_checkpoint
 from tvl_align.system.console import UserError
 
 KINDS: tuple[ProbeKind, ...] = ("linear", "mlp")  # probes that read a group of tokens
 CEILING = "stage1"  # the group of the frozen features
-CEILINGS_VERSION = 5  # of the probes that read ceilings; a new one where they change
+CEILINGS_VERSION = 6  # of the probes that read ceilings; a new one where they change
 MIN_MARGIN = 5.0  # percentage points and
 MIN_ERRORS = 2.0  # standard errors that a ceiling must be above chance
 MIN_BITS = 0.05  # usable bits of a ceiling that are divided by
@@ -67,17 +66,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one kind of probe reads of a factor: correct (Q,) 1, 0 or NaN (row without the factor), bits (usable
-    information, less than 0 if the probe is worse than the frequencies of the levels), r2 of real-valued factors."""
+    """What one kind of probe reads of a factor on test rows: correct (Q,) 1 or 0, and usable (Q,) bits, less than 0 where
+    the frequencies of the levels tell more; NaN in rows without the factor. r2 of real-valued factors."""
 
     correct: Tensor
-    bits: float
+    usable: Tensor
     r2: float | None = None
 
     @property
     def accuracy(self) -> float:
         """Percent of the labelled test rows."""
         return 100 * float(self.correct.nanmean())
+
+    @property
+    def bits(self) -> float:
+        """Usable information: the mean over the labelled test rows."""
+        return float(self.usable.nanmean())
 
 
 @dataclass
@@ -107,14 +111,23 @@ class Factor:
         return normalised_score(self.best(group, kind).accuracy, self.chance, self.best(CEILING).accuracy)
 
     def bits_score(self, group: str) -> float:
-        """Usable bits of a group in percent of those of the frozen features."""
-        most = max(r.bits for r in self.readings[CEILING].values())
-        return 100 * max(0.0, *(r.bits for r in self.readings[group].values())) / max(most, MIN_BITS)
+        """Usable bits of a group in percent of those of the frozen features, each by the probe that has most."""
+        read, ceiling = (self._most_bits(g).bits for g in (group, CEILING))
+        return 100 * max(0.0, read) / max(ceiling, MIN_BITS)
 
-    def resampled(self, group: str, weights: Tensor) -> Tensor:
-        """The normalised score under (R, Q) bootstrap weights -> (R,); the ceiling is resampled with it."""
-        read, ceiling = (100 * weighted_mean(self.best(g).correct, weights) for g in (group, CEILING))
-        return 100 * (read - self.chance) / (ceiling - self.chance).clamp(min=MIN_MARGIN / 2)
+    def _most_bits(self, group: str) -> Reading:
+        return max(self.readings[group].values(), key=lambda r: r.bits)
+
+    def resampled(self, group: str, weights: Tensor, kind: str | None = None, least: float = -math.inf) -> Estimate:
+        """`score`, at least `least`, under (R, Q) bootstrap weights; the ceiling is resampled with it."""
+        read, ceiling = (100 * weighted_mean(x.correct, weights) for x in (self.best(group, kind), self.best(CEILING)))
+        samples = 100 * (read - self.chance) / (ceiling - self.chance).clamp(min=MIN_MARGIN / 2)
+        return Estimate(max(least, self.score(group, kind)), samples.clamp(min=least))
+
+    def resampled_bits(self, group: str, weights: Tensor) -> Estimate:
+        """`bits_score` under (R, Q) bootstrap weights."""
+        read, ceiling = (weighted_mean(self._most_bits(g).usable, weights) for g in (group, CEILING))
+        return Estimate(self.bits_score(group), 100 * read.clamp(min=0) / ceiling.clamp(min=MIN_BITS))
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers for results.json; no NaN."""
@@ -250,7 +263,7 @@ class FactorProbes:
         self._run(jobs, KINDS, "ceilings")
         if kept is not None:
             plain = {
-                m: {n: {k: (r.correct, r.bits, r.r2) for k, r in f.readings[CEILING].items()} for n, f in factors.items()}
+                m: {n: {k: (r.correct, r.usable, r.r2) for k, r in f.readings[CEILING].items()} for n, f in factors.items()}
                 for m, factors in self.factors.items()
             }
             with suppress(OSError):  # a folder that cannot be written to only costs time
@@ -329,7 +342,7 @@ class FactorProbes:
             yield from factors.values()
 
     def summary(self, weights: Tensor) -> dict[str, dict[str, float]]:
-        """Retention and leak: {name: {score, low, high, linear, bits, ...}}, averaged over modalities and factors.
+        """Retention and leak: {name: {score, low, high, linear, linear_low, ...}}, averaged over modalities and factors.
 
         weights: (R, Q) bootstrap weights of the test rows. low, high: 95% interval. linear: by linear probes alone. bits:
         usable bits in percent. half, untrained: of other readings of the same group, if they were made. Factors without
@@ -337,25 +350,33 @@ class FactorProbes:
         """
         result = {}
         for name, (shared, group) in SUMMARY.items():
-            factors = [f for f in self.each() if f.ownership and (len(f.ownership) > 1) == shared and f.readable]
-            if not factors or group not in factors[0].readings:
+            factors = self._owned(shared, group)
+            if not factors:
                 continue
             least = 0.0 if name.endswith("leak") else -math.inf
-            entry = {"bits": _mean(f.bits_score(group) for f in factors)}
-            readings = {"score": (group, None), "linear": (group, "linear")}
-            readings |= {other: (f"{other}_{group}", None) for other in ("half", "untrained")}
-            for key, (read, kind) in readings.items():
+            readings = {"linear": (group, "linear")} | {x: (f"{x}_{group}", None) for x in ("half", "untrained")}
+            entry = mean_estimate([f.resampled(group, weights, None, least) for f in factors]).entries("score", prefix="")
+            for other, (read, kind) in readings.items():
                 if read in factors[0].readings:
-                    entry[key] = _mean(max(least, f.score(read, kind)) for f in factors)
-            low, high = interval(torch.stack([f.resampled(group, weights).clamp(min=least) for f in factors]).mean(0))
-            # clamped samples lie above a score near 0
-            result[name] = {**entry, "low": min(low, entry["score"]), "high": max(high, entry["score"])}
+                    entry |= mean_estimate([f.resampled(read, weights, kind, least) for f in factors]).entries(other)
+            result[name] = entry | mean_estimate([f.resampled_bits(group, weights) for f in factors]).entries("bits")
         return result
 
-    def shared_score(self, group: str, bits: bool = False) -> float | None:
-        """Mean normalised score of the shared factors in a group, or their usable bits in percent; None without any."""
-        factors = [f for f in self.each() if len(f.ownership) > 1 and f.readable and group in f.readings]
-        return _mean(f.bits_score(group) if bits else f.score(group) for f in factors) if factors else None
+    def shared_scores(self, group: str, weights: Tensor) -> dict[str, Estimate]:
+        """Of the shared factors in a group, the mean normalised score, "shared_retention", and usable bits in percent,
+        "shared_bits"; empty without shared factors. weights: as for `summary`."""
+        factors = self._owned(True, group)
+        if not factors:
+            return {}
+        return {
+            "shared_retention": mean_estimate([f.resampled(group, weights) for f in factors]),
+            "shared_bits": mean_estimate([f.resampled_bits(group, weights) for f in factors]),
+        }
+
+    def _owned(self, shared: bool, group: str) -> list[Factor]:
+        """The readable factors of several modalities (`shared`) or of one, that were read from a group."""
+        owned = [f for f in self.each() if f.ownership and (len(f.ownership) > 1) == shared]
+        return [f for f in owned if f.readable and group in f.readings]
 
     def as_json(self) -> dict[str, dict[str, Any]]:
         """{modality: {factor: plain numbers}}."""
@@ -365,12 +386,8 @@ class FactorProbes:
 def _reading(x: _Labelled, entropy: float, classes: Probed, numbers: Probed | None) -> Reading:
     present = x.test >= 0
     correct = torch.where(present, accuracy(classes, x.test), torch.nan)
-    usable = entropy - float(bits(classes, x.test.clamp(min=0))[present].mean())
+    usable = torch.where(present, entropy - bits(classes, x.test.clamp(min=0)), torch.nan)
     if x.numbers is None or numbers is None:
         return Reading(correct, usable)
     mean, std = x.moments
     return Reading(correct, usable, r2(numbers, (x.numbers[1] - mean) / std, torch.zeros(1)))
-
-
-def _mean(values: Iterator[float]) -> float:
-    return float(np.mean(list(values)))

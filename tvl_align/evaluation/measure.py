@@ -26,7 +26,7 @@ from tvl_align.evaluation.labels import Labels, read_labels
 from tvl_align.evaluation.oracle import oracle
 from tvl_align.evaluation.probes import MAX_STEPS
 from tvl_align.evaluation.split_tokens import SplitTokens, all_rows, compute_tokens, joined_features, stage1_features
-from tvl_align.evaluation.uncertainty import group_weights, interval, weighted_mean
+from tvl_align.evaluation.uncertainty import Estimate, group_weights, interval, mean_estimate, weighted_mean
 from tvl_align.features.identity import Identity
 from tvl_align.features.inputs import DataConfig, Inputs
 from tvl_align.features.store import FeatureSource
@@ -408,42 +408,37 @@ def _prefixes(
     weights: Tensor,
     factors: FactorProbes | None,
 ) -> list[dict[str, Any]]:
-    """Results for the first k registers, of {k: their tokens of the test rows}.
+    """Results for the first k registers, of {k: their tokens of the test rows}, each with its interval and what it is above
+    that of the prefix before.
 
-    Mean Acc@1 over the pairs, what it is above that of the prefix before (not of the first), both with intervals, shared
-    retention and usable bits of the shared factors in percent (None without labels), and the reconstruction error in percent
-    of the variance of the frozen tokens (None without a decoder).
+    Mean Acc@1 over the pairs, shared retention and usable bits of the shared factors in percent (None without labels), and
+    the error of rebuilding the frozen tokens in percent of their variance (None without a decoder).
     """
     results: list[dict[str, Any]] = []
-    before = None
+    before: dict[str, Estimate] = {}
     for k, tokens in prefixes.items():
         found = _retrievals(tokens, names, meanings)
-        resampled = [100 * weighted_mean(r.hits, weights[:, valid]) for r, valid in found.values()]
-        samples = torch.stack(resampled).mean(0) if resampled else None
-        acc1 = float(np.mean([r.acc1 for r, _ in found.values()])) if found else None
-        errors = list(tokens.reconstruction_error.values())
+        rebuilt = tokens.reconstruction(weights)
         group = f"first_{k}_registers" if k < _overlapping(tokens) else "overlapping"
-        entry = {"k": k, "acc1": acc1} | _bounds("", samples)
-        if before is not None and acc1 is not None and samples is not None:
-            entry |= {"added": acc1 - before[0]} | _bounds("added_", samples - before[1])
-        results.append(
-            entry
-            | {
-                "shared_retention": factors.shared_score(group) if factors is not None else None,
-                "shared_bits": factors.shared_score(group, bits=True) if factors is not None else None,
-                "reconstruction": float(np.mean(errors)) if errors else None,
-                "pairs": {pair: r.acc1 for pair, (r, _) in found.items()},
-                "reconstructions": tokens.reconstruction_error,
-            }
-        )
-        before = (acc1, samples) if acc1 is not None and samples is not None else None
+        measured = factors.shared_scores(group, weights) if factors is not None else {}
+        if found:
+            hits = [(r.acc1, 100 * weighted_mean(r.hits, weights[:, valid])) for r, valid in found.values()]
+            measured["acc1"] = mean_estimate([Estimate(*each) for each in hits])
+        if rebuilt:
+            measured["reconstruction"] = mean_estimate(list(rebuilt.values()))
+        entry: dict[str, Any] = {"k": k}
+        for name in ("acc1", "shared_retention", "shared_bits", "reconstruction"):
+            prefix = "" if name == "acc1" else f"{name}_"
+            if name in measured:
+                entry |= measured[name].entries(name, prefix)
+            else:
+                entry |= dict.fromkeys((name, f"{prefix}low", f"{prefix}high"))
+            if name in measured and name in before:
+                entry |= measured[name].minus(before[name]).entries(f"{prefix}added")
+        each = {m: error.value for m, error in rebuilt.items()}
+        results.append(entry | {"pairs": {pair: r.acc1 for pair, (r, _) in found.items()}, "reconstructions": each})
+        before = measured
     return results
-
-
-def _bounds(prefix: str, samples: Tensor | None) -> dict[str, float | None]:
-    """The 95% interval of resampled values as entries of results.json; None without values."""
-    low, high = interval(samples) if samples is not None else (None, None)
-    return {f"{prefix}low": low, f"{prefix}high": high}
 
 
 def _retrievals(tokens: SplitTokens, names: Sequence[str], meanings: Meanings) -> dict[str, tuple[Retrieval, Tensor]]:

@@ -10,7 +10,7 @@ C outputs of a target.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tvl_align.evaluation.batched import MLP, Attentive, Batched, Linear
+from tvl_align.evaluation.batched import MLP, Attentive, Batched, Linear, Weights
 from tvl_align.metrics.retrieval import CHUNK
 from tvl_align.registers.principal import leading_eigenvectors
 from tvl_align.system.console import UserError, progress
@@ -242,14 +242,14 @@ class _Batch:
             device=self.device,
         )
         problem = torch.tensor([i for i, _ in members], device=self.device)
-        inputs, tests = self._scaled(members)
+        inputs = self._inputs(members)
         most = max(map(len, self.fitted))
         steps = -(-most // BATCH)
         epochs = max(1, min(max_steps, max(LEAST_STEPS, EPOCHS * steps)) // steps)
         schedule = Schedule(LEARNING_RATE[kind], epochs * steps, warmup=steps)
         optimizer = make_adamw(models.named_parameters(), 0.0)  # weights decay by `models.decay`
         lowest = torch.full((len(members), self.shape[0]), torch.inf, device=self.device)
-        predicted = [torch.zeros(len(self.test[i][0]), *self.shape, device=self.device) for i, _ in members]
+        best: list[list[Weights | None]] = [[None] * self.shape[0] for _ in members]
         alive, stale = torch.arange(len(members), device=self.device), torch.zeros_like(problem)
         for epoch in range(epochs):
             order = self._shuffled(most, generator(seed, 2, epoch))
@@ -260,7 +260,7 @@ class _Batch:
                 lr = schedule(epoch * steps + step)
                 backward_and_step(loss, optimizer, lr)
                 models.decay(lr)
-            improved = self._validate(models, (inputs, tests), problem, alive, lowest, predicted)
+            improved = self._validate(models, inputs, problem, alive, lowest, best)
             stale[alive] = torch.where(improved, 0, stale[alive] + 1)
             going = (stale[alive] < PATIENCE).nonzero().squeeze(1)
             if len(going) < len(alive):
@@ -268,23 +268,28 @@ class _Batch:
                 alive = alive[going]
             if not len(alive):
                 break
+        models.eval()
         return [
-            [
-                self._best(kind, t, j, [g for g, (of, _) in enumerate(members) if of == i], lowest, predicted)
-                for j, t in enumerate(p.targets)
-            ]
-            for i, p in enumerate(self.problems)
+            self._predicted(kind, models, i, {g: s for g, (of, s) in enumerate(members) if of == i}, lowest, best)
+            for i in range(len(self.problems))
         ]
 
-    def _scaled(self, members: Sequence[tuple[int, Strength]]) -> tuple[list[Tensor], list[Sequence[Tensor]]]:
-        """Inputs (G, M, ...) of the probe rows of every model, and those of its test rows, scaled as its strength says."""
+    def _inputs(self, members: Sequence[tuple[int, Strength]]) -> list[Tensor]:
+        """(G, M, ...) of the probe rows of every model: of its problem, scaled as its strength says."""
         of = torch.tensor([i for i, _ in members], device=self.device)
         if not self.components:
-            return [x[of] if len(of) > len(x) else x for x in self.inputs], [self.test[i] for i, _ in members]
-        scale = pad_sequence([self.components[i].weights(s.scale) for i, s in members], batch_first=True)
-        return [self.inputs[0][of] * scale[:, None]], [
-            (self.test[i][0] * w,) for (i, _), w in zip(members, scale, strict=True)
-        ]
+            return [x[of] if len(of) > len(x) else x for x in self.inputs]
+        return [self.inputs[0][of] * torch.stack([self._scale(*member) for member in members])[:, None]]
+
+    def _scale(self, problem: int, strength: Strength) -> Tensor:
+        """(K,): what components are multiplied by, zeros at the end where a problem has fewer than others."""
+        weights = self.components[problem].weights(strength.scale)
+        return F.pad(weights, (0, self.inputs[0].shape[2] - len(weights)))
+
+    def _tests(self, problem: int, strength: Strength) -> Sequence[Tensor]:
+        """The inputs (Q, ...) of the test rows, scaled as those of the probe rows."""
+        test = self.test[problem]
+        return [test[0] * self._scale(problem, strength)] if self.components else test
 
     def _shuffled(self, count: int, draw: torch.Generator) -> Tensor:
         """(P, count) rows to fit on, in a new order; a problem with fewer rows repeats them."""
@@ -295,34 +300,57 @@ class _Batch:
     def _validate(
         self,
         models: Batched,
-        parts: tuple[list[Tensor], list[Sequence[Tensor]]],
+        inputs: Sequence[Tensor],
         problem: Tensor,
         alive: Tensor,
         lowest: Tensor,
-        predicted: list[Tensor],
+        best: list[list[Weights | None]],
     ) -> Tensor:
-        """Predict the test rows with every model that has a lower held-out loss of a target than before, and keep these
-        predictions; returns which models have, (g,) bool."""
+        """Keep the weights of every model that has a lower held-out loss of a target than before, as the `best` of this
+        target; returns which models have, (g,) bool."""
         models.eval()
-        inputs, tests = parts
         of = problem[alive]
         outputs = models(*(x[alive[:, None], self.held[of]] for x in inputs))
         losses = self._losses(outputs, self.held_labels[of], self.held_numbers[of], of)
         improved = losses < lowest[alive]
         for i in improved.any(1).nonzero().squeeze(1).tolist():
-            g = int(alive[i])
-            chunks = zip(*(x[None].split(4 * CHUNK, dim=1) for x in tests[g]), strict=True)
-            new = torch.cat([models(*chunk, models=slice(i, i + 1)) for chunk in chunks], dim=1)[0]
-            predicted[g] = torch.where(improved[i][:, None], new, predicted[g])
+            weights, of_model = models.copy_of(i), best[int(alive[i])]
+            for target in improved[i].nonzero().squeeze(1).tolist():
+                of_model[target] = weights
         lowest[alive] = torch.where(improved, losses, lowest[alive])
         models.train()
         return improved.any(1)
 
-    def _best(
-        self, kind: ProbeKind, target: Target, place: int, models: list[int], lowest: Tensor, predicted: list[Tensor]
-    ) -> Probed:
-        best = min(models, key=lambda g: float(lowest[g, place]))
-        return Probed(kind, predicted[best][:, place, : target.outputs], float(lowest[best, place]))
+    @torch.no_grad()
+    def _predicted(
+        self,
+        kind: ProbeKind,
+        models: Batched,
+        problem: int,
+        strengths: Mapping[int, Strength],
+        lowest: Tensor,
+        best: Sequence[Sequence[Weights | None]],
+    ) -> list[Probed]:
+        """Every target of a problem, predicted by the model with the lowest held-out loss of it, of {model: its strength}.
+
+        Targets that one model at one epoch reads best are predicted at once; zeros if no loss of a target was finite."""
+        found: list[Probed] = []
+        outputs: dict[tuple[int, int], Tensor] = {}
+        for j, target in enumerate(self.problems[problem].targets):
+            g = min(strengths, key=lambda model: float(lowest[model, j]))
+            weights = best[g][j]
+            if (g, id(weights)) not in outputs:
+                outputs[g, id(weights)] = _in_chunks(models, self._tests(problem, strengths[g]), weights)
+            found.append(Probed(kind, outputs[g, id(weights)][:, j, : target.outputs], float(lowest[g, j])))
+        return found
+
+
+def _in_chunks(models: Batched, inputs: Sequence[Tensor], weights: Weights | None) -> Tensor:
+    """(Q, T, C) outputs of the model of these weights for inputs (Q, ...); zeros without weights."""
+    if weights is None:
+        return inputs[0].new_zeros(len(inputs[0]), *models.outputs)
+    chunks = zip(*(x[None].split(4 * CHUNK, dim=1) for x in inputs), strict=True)
+    return torch.cat([models(*chunk, weights=weights) for chunk in chunks], dim=1)[0]
 
 
 def _hold_out(problem: Problem, seed: int) -> tuple[Tensor, Tensor]:

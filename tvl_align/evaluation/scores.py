@@ -17,8 +17,9 @@ def normalised_score(score: float, chance: float, ceiling: float = 100.0) -> flo
 
 
 def strongest(read: Mapping[str, float]) -> float:
-    """The R2 of the strongest probe: {kind of probe: R2, "low" and "high": its interval} -> the largest R2."""
-    return max(value for name, value in read.items() if name not in ("low", "high"))
+    """The R2 of the strongest probe: {kind of probe: R2, "half": with half of the rows, "low" and "high": its interval} ->
+    the largest R2 of a kind."""
+    return max(value for name, value in read.items() if name not in ("half", "low", "high"))
 
 
 def mean_leak(readings: Mapping[str, Mapping[str, Mapping[str, float]]], name: str) -> float | None:

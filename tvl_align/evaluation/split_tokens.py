@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tvl_align.contract import Features, Output
+from tvl_align.evaluation.uncertainty import Estimate
 from tvl_align.features.store import FeatureSource
 from tvl_align.registers.nested import prefix
 from tvl_align.registers.pooling import pooled_overlapping
@@ -20,8 +21,8 @@ class SplitTokens:
     """The tokens of one model on M rows of a split, on the CPU.
 
     overlapping, complementary: {modality: (M, n, D)}. pooled: {modality: (M, D)}, L2-normalised. present: {modality: (M,)
-    bool}. keys: (M, K) int64 caption keys. scale: the logit scale. reconstruction_error: {modality: percent of the variance
-    of the frozen tokens}, empty without decoders.
+    bool}. keys: (M, K) int64 caption keys. scale: the logit scale. errors: {modality: (M, 2)}, the squared error of
+    rebuilding the frozen tokens of a row and the number of its tokens; empty without decoders.
     """
 
     overlapping: dict[str, Tensor]
@@ -30,7 +31,16 @@ class SplitTokens:
     present: dict[str, Tensor]
     keys: Tensor
     scale: float
-    reconstruction_error: dict[str, float]
+    errors: dict[str, Tensor]
+
+    def reconstruction(self, weights: Tensor) -> dict[str, Estimate]:
+        """{modality: error of rebuilding its frozen tokens in percent of their variance}. weights: (R, M) of resamples."""
+        found = {}
+        for m, errors in self.errors.items():
+            squared, count = (weights @ errors).unbind(1)
+            value, least = errors.sum(0), 1e-9
+            found[m] = Estimate(float(100 * value[0] / value[1].clamp(min=least)), 100 * squared / count.clamp(min=least))
+        return found
 
 
 def all_rows(source: FeatureSource) -> Tensor:
@@ -76,15 +86,14 @@ def compute_tokens(
     model.eval()
     outputs: list[Output] = []
     pooled: list[dict[str, Tensor]] = []
-    error: dict[str, list[float]] = {}
+    errors: dict[str, list[Tensor]] = {}
     registers = len(model.get_parameter("registers"))
     for features in plain_batches(source, rows, device):
         kept = None if length is None else prefix(len(features), registers, length)
         output = model(features, kept=kept, joint=False)
         for name, r in output.reconstruction.items():
-            sums = error.setdefault(name, [0.0, 0.0])
-            sums[0] += float(r.error[r.mask].sum())
-            sums[1] += float(r.mask.sum())
+            squared = torch.where(r.mask, r.error, 0.0).float()
+            errors.setdefault(name, []).append(torch.stack([squared.sum(1), r.mask.float().sum(1)], dim=1).cpu())
         pooled.append(pooled_overlapping(output))
         outputs.append(replace(output, features=None, reconstruction={}, extras={}))  # they are large
 
@@ -98,5 +107,5 @@ def compute_tokens(
         joined([output.present for output in outputs]),
         torch.cat([output.caption_keys for output in outputs]).cpu(),
         float(outputs[0].logit_scale),
-        {m: 100 * squared / max(count, 1e-9) for m, (squared, count) in error.items()},
+        {m: torch.cat(parts) for m, parts in errors.items()},
     )

@@ -121,7 +121,8 @@ def print_table(path: Path) -> None:
         f"Untrained: random weights with closed forms. Shuffled partners: mean Acc@1 {shuffled}.\n", highlight=False
     )
     if results.get("summary"):
-        show("Normalised: 0 = chance, 100 = ceiling", tables.SUMMARY_COLUMNS, tables.summary_rows(results))
+        scores = tables.summary_rows(results, bounded=False)
+        show("Normalised: 0 = chance, 100 = ceiling", tables.SUMMARY_COLUMNS, scores)
     leaks = [(name, tables.leak(results, name)) for name in tables.LEAKS]
     rows = [[name, tables.number(value, 2)] for name, value in leaks]
     show("Leak without labels: R2, 1 = everything", ("read", "strongest probe"), rows)

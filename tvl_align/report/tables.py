@@ -17,7 +17,7 @@ FACTOR_COLUMNS = ("factor", "owners", "chance", "ceiling", "overlapping", "compl
 BITS_COLUMNS = ("factor", "entropy", "ceiling", "overlapping", "complementary")
 R2_COLUMNS = ("factor", "ceiling", "overlapping", "complementary")
 PREFIX_COLUMNS = ("registers", "Acc@1", "added", "shared retention", "usable bits of shared factors", "reconstruction error")
-LEAK_COLUMNS = ("modality", "read", "linear", "mlp", "strongest")
+LEAK_COLUMNS = ("modality", "read", "strongest probe", "linear", "mlp", "half rows")
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -30,6 +30,11 @@ def with_interval(value: float | None, low: float | None, high: float | None, di
     if value is None or low is None or high is None:
         return number(value, digits)
     return f"{value:z.{digits}f} [{low:z.{digits}f}, {high:z.{digits}f}]"
+
+
+def _bounded(entry: Mapping[str, Any], name: str, digits: int = 0) -> str:
+    """The number of an entry with its interval as text; without the interval where results of before have none."""
+    return with_interval(entry.get(name), entry.get(f"{name}_low"), entry.get(f"{name}_high"), digits)
 
 
 def score_text(score: float | None) -> str:
@@ -102,13 +107,15 @@ def tvl_table(results: Mapping[str, Any]) -> tuple[list[str], Cells]:
     return ["threshold", *thresholds], rows
 
 
-def summary_rows(results: Mapping[str, Any]) -> Cells:
-    """Cells under SUMMARY_COLUMNS: normalised scores, and usable bits in percent of the ceiling."""
+def summary_rows(results: Mapping[str, Any], bounded: bool = True) -> Cells:
+    """Cells under SUMMARY_COLUMNS: normalised scores, and usable bits in percent of the ceiling; all with intervals, or, for
+    80 columns, only the score."""
+    others = ("linear", "half", "untrained", "bits")
     return [
         [
             plain(name),
             with_interval(s["score"], s["low"], s["high"], 0),
-            *(number(s.get(column), 0) for column in ("linear", "half", "untrained", "bits")),
+            *(_bounded(s, column) if bounded else number(s.get(column), 0) for column in others),
         ]
         for name, s in results.get("summary", {}).items()
     ]
@@ -125,9 +132,8 @@ def leak_rows(results: Mapping[str, Any]) -> Cells:
         [
             modality,
             name,
-            number(read["linear"], 2),
-            number(read["mlp"], 2),
             with_interval(strongest(read), read.get("low"), read.get("high"), 2),
+            *(number(read.get(column), 2) for column in ("linear", "mlp", "half")),
         ]
         for modality, entry in results["label_free"].items()
         for name, read in entry.items()
@@ -189,8 +195,8 @@ def prefix_rows(results: Mapping[str, Any]) -> Cells:
         [
             str(p["k"]),
             with_interval(p["acc1"], p["low"], p["high"]),
-            with_interval(p.get("added"), p.get("added_low"), p.get("added_high")),
-            *(number(p.get(column), 0) for column in ("shared_retention", "shared_bits", "reconstruction")),
+            _bounded(p, "added", 1),
+            *(_bounded(p, column) for column in ("shared_retention", "shared_bits", "reconstruction")),
         ]
         for p in results["prefix"]
     ]
