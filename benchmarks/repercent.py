@@ -13,10 +13,12 @@ projection, cut at the median. Owners of u_ij: x<i> (the third modality holds on
 x<j>.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,8 @@ from tvl_align.features.arrays import Arrays, check_arrays
 from tvl_align.methods.base import DEFAULTS, Stage2Config, quantise, rounded, unit_owners
 from tvl_align.system.bounds import at_least
 from tvl_align.system.console import reports_errors
+from tvl_align.system.files import write_atomically
+from tvl_align.system.provenance import provenance
 
 URL = "https://github.com/Vascorn/RePercENT"
 LATENT = 16  # numbers of a latent
@@ -122,6 +126,16 @@ def distance(
     )
 
 
+def report(title: str, found: Readings, config: Any) -> None:
+    """Print the readings, and write them with the config (which names the file, `out`), command and commit as JSON."""
+    print(f"{title}distance {found.distance:.1f}: " + ", ".join(f"{name} {x:.1f}" for name, x in vars(found).items()))
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+    content = {"distance": found.distance, **vars(found), "config": settings, "made_by": provenance()}
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.out, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"written: {config.out.resolve()}")
+
+
 @dataclass(frozen=True)
 class IdealConfig:
     """What codes of a size tell that keep all latents apart, each in units of its own: a guide to what size costs."""
@@ -136,10 +150,12 @@ class IdealConfig:
     """Step of overlapping units; 0: not rounded."""
     seed: int = 0
     """Seed of latents and labels."""
+    out: Path = Path("away/repercent_ideal.json")
+    """File of the result."""
 
     def __post_init__(self) -> None:
         at_least(2, self, "units")
-        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "seed"}
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("seed", "out")}
         Stage2Config(**options)  # raises UserError for what the base refuses
 
 
@@ -188,8 +204,8 @@ def _cut(latents: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
 @reports_errors
 def main() -> None:
     """Entry point of `python -m benchmarks.repercent`."""
-    found = ideal(parse(IdealConfig, prog="python -m benchmarks.repercent", examples=("python -m benchmarks.repercent",)))
-    print(f"distance {found.distance:.1f}: " + ", ".join(f"{name} {x:.1f}" for name, x in vars(found).items()))
+    config = parse(IdealConfig, prog="python -m benchmarks.repercent", examples=("python -m benchmarks.repercent",))
+    report("", ideal(config), config)
 
 
 if __name__ == "__main__":

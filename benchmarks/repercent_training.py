@@ -3,7 +3,7 @@
 Model, loss, views and settings are those of the clone: src/models/repercent.py and perceiver.py, `augment_data` of
 src/utils/synthetic_dataset.py, and configs/{data,model,training}/*_<M>m.yaml. The clone's entry point trains two modalities
 only and needs a service for logging, so the loop is this one: as there, Adam with a constant rate, and the weights of the
-epoch with the lowest validation loss at fixed weights. It needs pyyaml and einops, which the clone uses.
+epoch with the lowest validation loss at fixed weights. It needs pyyaml (`pip install -e '.[benchmarks]'`).
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.clones import file_of_clone, module_of_clone
-from benchmarks.repercent import URL, Readings, arrays, distance, pair
+from benchmarks.repercent import URL, Readings, arrays, distance, pair, report
 from tvl_align.config import parse
 from tvl_align.features.arrays import Arrays
 from tvl_align.system.bounds import at_least, between
@@ -46,7 +46,7 @@ WEIGHTS = (
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Train RePercENT's own model on the rows of the benchmark `repercent`, and print its distance to the ideal."""
+    """Train RePercENT's own model on the rows of the benchmark `repercent`, and write its distance to the ideal."""
 
     data: Path
     """Folder that holds the clone."""
@@ -56,6 +56,8 @@ class TrainingConfig:
     """Epochs. Its configs have 150 of 105,000 rows; here 14,000 are for training."""
     seed: int = 0
     """Seed of weights, order of rows and views. The rows are those of seed 0."""
+    out: Path = Path("away/repercent_training.json")
+    """File of the result."""
 
     def __post_init__(self) -> None:
         between(2, 3, self, "modalities")
@@ -91,7 +93,7 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise UserError("the settings of RePercENT are YAML; install pyyaml.") from error
+        raise UserError("the settings of RePercENT are YAML; install pyyaml: pip install -e '.[benchmarks]'.") from error
     content: dict[str, Any] = yaml.safe_load(file_of_clone(path, URL).read_text(encoding="utf-8"))
     return content
 
@@ -190,8 +192,8 @@ def _representations(model: nn.Module, x: list[Tensor]) -> tuple[dict[tuple[int,
 @reports_errors
 def main() -> None:
     """Entry point of `python -m benchmarks.repercent_training`."""
-    found = train(parse(TrainingConfig, prog="python -m benchmarks.repercent_training", examples=EXAMPLES))
-    print(f"RePercENT, distance {found.distance:.1f}: " + ", ".join(f"{name} {x:.1f}" for name, x in vars(found).items()))
+    config = parse(TrainingConfig, prog="python -m benchmarks.repercent_training", examples=EXAMPLES)
+    report("RePercENT, ", train(config), config)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """RePercENT's own training, on a clone made for the test: what is built, what is kept, and what is read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import repercent_training as module
+from benchmarks.repercent import Readings
 from benchmarks.repercent_training import TrainingConfig
 from tvl_align.features.arrays import check_arrays
 from tvl_align.system.console import UserError
@@ -111,6 +113,21 @@ def test_the_clone_is_trained_and_read(tmp_path: Path, monkeypatch: pytest.Monke
     found = module.train(TrainingConfig(made_clone(tmp_path), modalities=2, epochs=2))
     assert found.unique > 98 and found.shared > 98
     assert abs(found.unique_from_shared - 50) < 5 and abs(found.shared_from_unique - 50) < 5
+
+
+def test_the_result_names_its_config_command_and_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / "found.json"
+    monkeypatch.setattr(module, "train", lambda config: Readings(90.0, 80.0, 55.0, 60.0))
+    monkeypatch.setattr("sys.argv", ["x", "--data", str(tmp_path), "--seed", "3", "--out", str(out)])
+    module.main()
+    content = json.loads(out.read_text())
+    assert (content["unique"], content["shared_from_unique"]) == (90.0, 60.0)
+    assert content["distance"] == Readings(90.0, 80.0, 55.0, 60.0).distance
+    assert (content["config"]["seed"], content["config"]["data"]) == (3, str(tmp_path))
+    assert {"command", "commit"} <= content["made_by"].keys()
+    assert f"distance {content['distance']:.1f}: unique 90.0" in capsys.readouterr().out
 
 
 def test_the_epoch_with_the_lowest_validation_loss_is_kept() -> None:
