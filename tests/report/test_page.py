@@ -51,8 +51,8 @@ def test_rows_of_the_tables() -> None:
     ]
     assert [tables.leak(results, name) for name in tables.LEAKS] == [pytest.approx(0.4), 0.0]
     assert tables.prefix_rows(results) == [
-        ["1", "5.0 [9.0, 12.0]", "-", "-", "61 [60, 63]", "40"],
-        ["2", "10.0 [9.0, 12.0]", "5.0 [-1.0, 7.0]", "-", "61 [60, 63]", "40"],
+        ["1", "5.0 [9.0, 12.0]", "-", "-", "61.0 [60.0, 63.0]", "40.0"],
+        ["2", "10.0 [9.0, 12.0]", "5.0 [-1.0, 7.0]", "-", "61.0 [60.0, 63.0]", "40.0"],
     ]
     assert tables.above_ceiling(results) == []
     results["factors"]["tactile"]["shape"]["accuracy"]["overlapping"]["mlp"] = 82.0  # of 80: a score of 103

@@ -196,7 +196,7 @@ def prefix_rows(results: Mapping[str, Any]) -> Cells:
             str(p["k"]),
             with_interval(p["acc1"], p["low"], p["high"]),
             _bounded(p, "added", 1),
-            *(_bounded(p, column) for column in ("shared_retention", "shared_bits", "reconstruction")),
+            *(_bounded(p, column, 1) for column in ("shared_retention", "shared_bits", "reconstruction")),
         ]
         for p in results["prefix"]
     ]
