@@ -123,13 +123,14 @@ def test_the_interval_resamples_read_and_ceiling_together() -> None:
 
 
 def test_bits_of_both_are_resampled_together() -> None:
+    """Each by the probe with most bits, which need not be the most accurate one."""
     made = factor((), 80, overlapping=(80, 20))
     tells = torch.where(torch.arange(TEST) < 50, 2.0, 0.4)
-    made.readings["overlapping"]["mlp"] = Reading(torch.ones(TEST), tells)
-    made.readings["stage1"]["mlp on tokens"] = Reading(torch.ones(TEST), 1.5 * tells)
+    made.readings["overlapping"]["mlp"] = Reading(torch.zeros(TEST), tells)
+    made.readings["stage1"]["mlp on tokens"] = Reading(torch.zeros(TEST), 1.5 * tells)
     weights = (torch.arange(TEST) < torch.tensor([[TEST], [50], [75]])).float()
     assert made.resampled_bits("overlapping", weights).samples.tolist() == pytest.approx([66.667] * 3, abs=1e-2)
-    made.readings["stage1"]["mlp on tokens"] = Reading(torch.ones(TEST), torch.full((TEST,), 4.0))
+    made.readings["stage1"]["mlp on tokens"] = Reading(torch.zeros(TEST), torch.full((TEST,), 4.0))
     found = made.resampled_bits("overlapping", weights)
     assert found.value == pytest.approx(30)
     assert found.samples.tolist() == pytest.approx([30, 50, 100 * (2 * 50 + 0.4 * 25) / 75 / 4], abs=1e-2)
