@@ -28,20 +28,10 @@ from tvl_align.system.console import UserError, progress, reports_errors
 from tvl_align.training.optimisation import backward_and_step
 
 EXAMPLES = ("python -m benchmarks.repercent_training --data clones --modalities 2",)
-CONFIGS = {
-    "data": "synthetic_data",
-    "model": "repercent",
-    "training": "train_synthetic",
-}  # folder of settings: start of the file
-WEIGHTS = (
-    "alpha",
-    "beta",
-    "lmd",
-    "lmd_start_value",
-    "lmd_end_value",
-    "lmd_n_iterations",
-    "lmd_start_iteration",
-)  # options of their loss
+# Folder of settings: start of the file.
+CONFIGS = {"data": "synthetic_data", "model": "repercent", "training": "train_synthetic"}
+# Options of their loss.
+WEIGHTS = ("alpha", "beta", "lmd", "lmd_start_value", "lmd_end_value", "lmd_n_iterations", "lmd_start_iteration")
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ class SplitTokens:
         """{modality: error of rebuilding its frozen tokens in percent of their variance}. weights: (R, M) of resamples."""
         found = {}
         for m, errors in self.errors.items():
-            squared, count = (weights @ errors).unbind(1)
-            value, least = errors.sum(0), 1e-9
-            found[m] = Estimate(float(100 * value[0] / value[1].clamp(min=least)), 100 * squared / count.clamp(min=least))
+            sums = torch.cat([errors.sum(0, keepdim=True), weights @ errors])  # of all rows, then of every resample
+            percent = 100 * sums[:, 0] / sums[:, 1].clamp(min=1e-9)
+            found[m] = Estimate(float(percent[0]), percent[1:])
         return found
 
 
