@@ -233,7 +233,6 @@ def test_narrow_modalities_have_fewer_components_than_units() -> None:
         ("num_keys", 0, "--num_keys 0"),
         ("trunk_width", 0, "--trunk_width 0"),
         ("trunk_layers", -1, "--trunk_layers -1"),
-        ("critics", 0, "--critics 0"),
         ("levels", 4, "--levels 4"),
         ("levels", 1, "--levels 1"),
     ],

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tvl_align.contract import Features, FeatureSpec, Tokens
-from tvl_align.registers.principal import PrincipalComponents, component_count, feature_shape, leading_eigenvectors
+from tvl_align.registers.principal import PrincipalComponents, feature_shape, leading_eigenvectors
 
 
 def tokens_of(x: torch.Tensor, mask: torch.Tensor | None = None, present: torch.Tensor | None = None) -> Tokens:
@@ -105,6 +105,37 @@ def test_long_sequences_are_averaged_over_segments_of_real_tokens() -> None:
     assert not flat[1, 2:].any()
 
 
+def gram(read: torch.Tensor) -> torch.Tensor:
+    """Inner products of rows (B, K), relative to their mean square."""
+    centred = read - read.mean(0)
+    return centred @ centred.T / centred.square().sum(1).mean()
+
+
+@pytest.mark.parametrize("length", [20, 33])
+def test_a_fine_reading_holds_the_coarse_one(length: int) -> None:
+    """Of as many components as there are numbers, the coarse ones are those of the averaged sequence, largest variance
+    first; a half as long last segment counts half. Short sequences are read one way."""
+    x = torch.randn(300, length, 3, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    mask = torch.ones(300, length, dtype=torch.bool)
+    tokens, short = tokens_of(x), tokens_of(x[:, :5])
+    specs = {"a": FeatureSpec(3, length, 3), "b": FeatureSpec(3, 5, 3)}
+    principal = PrincipalComponents(specs, 1000, fine=True)
+    assert principal.segments == {"a": 1, "b": 1} and PrincipalComponents(specs, 8).segments == {"a": 2, "b": 1}
+    principal.fit(lambda: iter([Features({"a": tokens, "b": short}, torch.zeros(300, 1), torch.arange(300))]))
+    read, of_short = principal("a", tokens)[0], principal("b", short)[0]
+    both = torch.stack([read, F.pad(of_short, (0, read.shape[1] - of_short.shape[1]))])
+    coarse = principal.coarsened(both)
+    averaged = PrincipalComponents(specs, 8).flatten("a", x, mask).unflatten(1, (-1, 3))
+    weight = torch.full((averaged.shape[1], 1), 2.0)
+    weight[-1] -= length % 2
+    count = principal.counts["a"]
+    assert torch.allclose(gram(coarse[0, :, :count]), gram((averaged * weight.sqrt()).flatten(1)), atol=1e-4)
+    variances = coarse[0, :, :count].var(0)
+    assert (variances.diff() <= 1e-4).all() and float(variances.mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(coarse[0, :, count:], both[0, :, count:])
+    assert torch.allclose(coarse[1], both[1])
+
+
 def test_wide_tokens_are_narrowed_by_their_principal_directions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal of rank 3 in tokens of width 40 survives the narrowing to 8, which a random projection would lose."""
     monkeypatch.setattr("tvl_align.registers.principal.MAX_SIZE", 40)
@@ -112,7 +143,7 @@ def test_wide_tokens_are_narrowed_by_their_principal_directions(monkeypatch: pyt
     signal = torch.randn(400, 5, 3, generator=g)
     x = signal @ (3 * torch.randn(3, 40, generator=g)) + 0.3 * torch.randn(400, 5, 40, generator=g)
     assert feature_shape(FeatureSpec(40, 5, 3)) == (5, 8)
-    assert component_count(FeatureSpec(40, 5, 3), 500) == 40
+    assert PrincipalComponents({"a": FeatureSpec(40, 5, 3)}, 500).counts == {"a": 40}
 
     def explained(principal: PrincipalComponents) -> float:
         """Part of the variance of the normalised tokens that is left after narrowing."""

@@ -49,7 +49,7 @@ OUT_OF_RANGE: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     *((k, {"register_token_dim": 0}) for k in KNOBS.values()),
     *((KNOBS[name], {"num_cross_attn_layers": 0}) for name in ("cursor", "flextok", "matryoshka", "disentangled")),
     *((KNOBS[name], {"units": 0}) for name in ("base", "closed", "mlp")),
-    *((KNOBS["base"], {name: 0}) for name in ("block_width", "trunk_width", "num_keys", "critics")),
+    *((KNOBS["base"], {name: 0}) for name in ("block_width", "trunk_width", "num_keys")),
     (KNOBS["mlp"], {"hidden": 0}),
 ]
 

@@ -1,4 +1,4 @@
-"""stage2_base v6.3. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v7.0. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
 2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
@@ -12,8 +12,8 @@
    and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505). A decoder rebuilds the
    components from both codes; only the complementary ones get its gradients. Every row is rebuilt twice, from the registers
    that nested dropout keeps and from all: it drops the complementary register in half of the rows.
-5. Critics try to tell from the complementary code of a modality which row the OTHER modalities' overlapping codes belong to;
-   the code is trained so that they cannot (tvl_align.losses.independence).
+5. Predictors learn the complementary code of a modality from its overlapping one, and the code is trained so that they
+   cannot (tvl_align.losses.independence).
 
 Training and evaluation compute the same codes; only noise and dropout are absent in evaluation.
 """
@@ -28,13 +28,12 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Implementation, Method, Output, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.losses.alignment import prefix_alignment
 from tvl_align.losses.complementary import log_error
-from tvl_align.losses.independence import independence
+from tvl_align.losses.independence import independence, moment_count
 from tvl_align.losses.register_loss import RegisterLoss, plain
 from tvl_align.methods.canonical import canonical, residual_components
 from tvl_align.methods.codes import CodeConfig, Codes, dropped
@@ -46,9 +45,8 @@ from tvl_align.system.bounds import at_least, between
 from tvl_align.system.console import UserError
 
 log = logging.getLogger(__name__)
-START = 0.1  # scale of what registers add to the linear projections at the start
 COMPONENTS_START = 0.3  # scale of the trunk's projections of components at the start, beside those of pooled features
-CRITIC_WIDTH = 128
+PREDICTOR_WIDTH = 128
 DECODER_WIDTH = 256
 LEAST_ERROR = 0.01  # of a modality that counts, of a variance of 1
 
@@ -63,8 +61,8 @@ class Stage2Config(CodeConfig):
     """Number of cross-attention blocks between the registers and the keys; 0: registers attend to nothing (an ablation)."""
     preservation_weight: float = 1.0
     """Weight of the logarithm of the error of rebuilding the frozen tokens; 0: no decoders."""
-    independence_weight: float = 0.2
-    """Weight of what critics tell of the other modalities from complementary tokens; 0: no critics."""
+    independence_weight: float = 0.07
+    """Weight of what is predicted of complementary tokens from overlapping ones; 0: no predictors."""
     share_weights: bool = False
     """Use the same blocks for every modality in complementary registers too."""
     block_width: int = 64
@@ -77,8 +75,6 @@ class Stage2Config(CodeConfig):
     """Keys that each group of registers attends to in a modality."""
     levels: int = 3
     """Levels of a unit of a complementary token, an odd number."""
-    critics: int = 2
-    """Critics of each complementary code."""
     linear: bool = True
     """Add linear projections to what registers have attended to: of the trunk for overlapping codes, of the components, with
     a start at the closed form, for complementary ones."""
@@ -93,7 +89,7 @@ class Stage2Config(CodeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, self, "block_width", "trunk_width", "num_keys", "critics")
+        at_least(1, self, "block_width", "trunk_width", "num_keys")
         at_least(0, self, "trunk_layers", "independence_weight", "resolution")
         between(0, 1, self, "input_dropout", below=True)
         if self.levels < 3 or self.levels % 2 == 0:
@@ -176,12 +172,12 @@ class Narrow(nn.Module):
 
     owner: Tensor
 
-    def __init__(self, copies: int, counts: Sequence[int], width: int, scale: float) -> None:
+    def __init__(self, copies: int, counts: Sequence[int], width: int) -> None:
         super().__init__()
         units = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
         own = (units == torch.arange(len(counts))[:, None]).repeat_interleave(width, 0)  # (n * width, U)
         self.register_buffer("owner", own.float(), persistent=False)
-        bound = scale * width**-0.5
+        bound = width**-0.5
         self.weight = nn.Parameter(torch.empty(copies, *own.shape).uniform_(-bound, bound) * own)
         self.bias = nn.Parameter(torch.zeros(copies, len(units)))
 
@@ -203,25 +199,12 @@ class Decoders(nn.Module):
         return self.linear(code) + self.mlp(code)
 
 
-class Critics(nn.Module):
-    """Complementary codes (M, B, U) -> guesses of a shared code by each of C MLPs of a modality (2, M, C, B, V).
+class Predictors(nn.Sequential):
+    """Overlapping codes (M, B, U) -> what is expected of P moments of the complementary codes (M, B, P): an MLP each."""
 
-    They are the same twice: with gradients for the MLPs only, and with gradients for the codes only.
-    """
-
-    def __init__(self, modalities: int, units: int, shared: int, count: int) -> None:
-        super().__init__()
-        self.count, copies = count, modalities * count
-        self.layers = nn.Sequential(
-            Linears(copies, units, CRITIC_WIDTH), nn.GELU(), Linears(copies, CRITIC_WIDTH, CRITIC_WIDTH), nn.GELU(),
-            Linears(copies, CRITIC_WIDTH, shared),
-        )  # fmt: skip
-
-    def forward(self, code: Tensor) -> Tensor:
-        each = code.repeat_interleave(self.count, 0)
-        frozen = {name: p.detach() for name, p in self.layers.named_parameters()}
-        both = torch.stack([self.layers(each.detach()), functional_call(self.layers, frozen, (each,))])
-        return both.unflatten(1, (-1, self.count))
+    def __init__(self, copies: int, units: int, moments: int) -> None:
+        wide = PREDICTOR_WIDTH
+        super().__init__(Linears(copies, units, wide), nn.GELU(), Mlps(copies, wide, wide, moments))
 
 
 class OnGrid(torch.autograd.Function):
@@ -338,9 +321,9 @@ class TVLStage2(NestedModel):
         self.knobs = knobs
         super().__init__(stage1_model, knobs, causal=nested_dropout_mode == "nested")
         options, layers, width = knobs.block(knobs.block_width), knobs.num_cross_attn_layers, knobs.block_width
-        self.codes = codes = Codes(self.specs, knobs)
+        self.codes = codes = Codes(self.specs, knobs, fine=True)
         sizes, counts, names = list(codes.principal.sizes.values()), list(codes.principal.counts.values()), list(self.specs)
-        own, start = len(names), START if knobs.linear else 1.0
+        own = len(names)
         shared, unique, leading = sum(codes.counts), sum(codes.comp_counts), self.num_overlapping
         self.query = nn.Linear(register_token_dim, width)
         self.trunk = Trunk(sizes, self.specs, knobs)
@@ -351,17 +334,17 @@ class TVLStage2(NestedModel):
         self.shared_stack = RegisterStack(options, layers, leading, self.causal)
         rest = num_register_tokens - leading
         self.own_stack = RegisterStack(options, layers, rest, self.causal, copies=1 if share_weights else own)
-        self.narrow = Narrow(1, codes.counts, width, start)
+        self.narrow = Narrow(1, codes.counts, width)
         self.linear = nn.Linear(knobs.trunk_width, shared) if knobs.linear else None
         owned = unit_owners(names, codes.counts, knobs.pair_units)
         self.register_buffer("owned", torch.tensor(owned, dtype=torch.float32), persistent=False)
-        self.comp_narrow = Narrow(own, codes.comp_counts, width, start)
+        self.comp_narrow = Narrow(own, codes.comp_counts, width)
         self.comp_linear = _projections(sizes, unique) if knobs.linear else None
         self.decoders = Decoders(own, shared + unique, max(counts)) if preservation else None
         weight = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]) / torch.tensor(counts)[:, None]
         self.register_buffer("rebuilt", weight, persistent=False)
-        has_critics = knobs.independence_weight > 0 and preservation
-        self.critics = Critics(own, unique, shared, knobs.critics) if has_critics else None
+        predicts = knobs.independence_weight > 0 and preservation
+        self.predictors = Predictors(own, shared, moment_count(unique)) if predicts else None
         wide = torch.randn(max(width, register_token_dim), min(width, register_token_dim))
         basis = torch.linalg.qr(wide)[0]
         self.register_buffer("widen", basis if width > register_token_dim else basis.T.contiguous())
@@ -376,11 +359,11 @@ class TVLStage2(NestedModel):
         return self.codes.condense(name, tokens)
 
     def encode(self, features: Features, kept: Tensor | None) -> Encoded:
-        """Components -> codes of every modality, as tokens, and what the critics say of them."""
+        """Components -> codes of every modality, as tokens, and what the predictors say of them."""
         leading, queries = self.num_overlapping, self.query(self.registers)
         read, rest, present = self.codes.read_all(features)
         noisy = self.codes.noisy(read)
-        h = self.trunk(noisy)
+        h = self.trunk(self.codes.principal.coarsened(noisy))
         shared_keys, keys, rows = self.shared_keys(h), self.readers(noisy), present[..., None]
         first, last = (None, None) if kept is None else (kept[:, :leading], kept[:, leading:])
         units = self.narrow(self.shared_stack(queries[:leading], shared_keys, rows, first))
@@ -393,10 +376,9 @@ class TVLStage2(NestedModel):
         )
         names = list(self.specs)
         extras: dict[str, dict[str, Tensor]] = {}
-        if self.critics is not None:
-            extras["codes"] = dict(zip(names, units.detach().unbind(0), strict=True))
-            guesses = self.critics(comp_units).unbind(1)
-            extras["guesses"] = {m: x.movedim(2, 0) for m, x in zip(names, guesses, strict=True)}
+        if self.predictors is not None:
+            extras["codes"] = dict(zip(names, comp_units.unbind(0), strict=True))
+            extras["predicted"] = dict(zip(names, self.predictors(units.detach()).unbind(0), strict=True))
         if self.training and self.causal:
             prefixes = units[:, :, None] * self.codes.prefixes
             extras["prefixes"] = dict(zip(names, prefixes.unbind(0), strict=True))
@@ -481,7 +463,7 @@ def unit_owners(modalities: Sequence[str], counts: Sequence[int], pairs: bool) -
 
 
 class BaseLoss(RegisterLoss):
-    """RegisterLoss + critic_loss + independence_weight * independence, where the model has critics."""
+    """RegisterLoss + prediction + independence_weight * independence, where the model has predictors."""
 
     def __init__(self, knobs: Stage2Config, modalities: Sequence[str] = MODALITIES) -> None:
         super().__init__(knobs, modalities)
@@ -506,17 +488,16 @@ class BaseLoss(RegisterLoss):
 
     def terms(self, output: Output) -> dict[str, Tensor]:
         numbers = super().terms(output)
-        if "guesses" not in output.extras:
+        if "predicted" not in output.extras:
             return numbers
         computed, kept = output.present, output.nested_dropout_mask
         if kept is not None and "prefixes" not in output.extras:  # dropped registers have not been computed
             count = next(iter(output.complementary_tokens.values())).shape[1]
             computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
         computed = {m: plain(rows, output, m) for m, rows in computed.items()}
-        codes, guesses = output.extras["codes"], output.extras["guesses"]
-        critic, penalty = independence(codes, guesses, computed, output.present, output.caption_keys, output.content_keys)
-        total = (numbers["total_loss"] + critic).add(penalty, alpha=self.independence_weight)
-        return numbers | {"critic_loss": critic, "independence": penalty, "total_loss": total}
+        prediction, penalty = independence(output.extras["codes"], output.extras["predicted"], computed)
+        total = (numbers["total_loss"] + prediction).add(penalty, alpha=self.independence_weight)
+        return numbers | {"prediction": prediction, "independence": penalty, "total_loss": total}
 
 
 class Stage2Loss(BaseLoss):
@@ -548,4 +529,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "6.3", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
+BASE = Method(Implementation("stage2_base", "7.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)

@@ -47,6 +47,7 @@ class Codes(nn.Module):
 
     U, V: units of all overlapping and of all complementary tokens. The basis of a unit is zero in all tokens but its own.
     counts, comp_counts: units of each token. If D is too small for all units, tokens have fewer, D // N on average.
+    fine: see PrincipalComponents.
     """
 
     over: Tensor
@@ -54,7 +55,7 @@ class Codes(nn.Module):
     prefixes: Tensor  # (No, U), True for the units of the first 1, 2, ... overlapping tokens
     token_of: Tensor  # (U + V,), the token of each unit
 
-    def __init__(self, specs: Mapping[str, FeatureSpec], knobs: CodeConfig) -> None:
+    def __init__(self, specs: Mapping[str, FeatureSpec], knobs: CodeConfig, fine: bool = False) -> None:
         super().__init__()
         count, dim, leading = knobs.num_register_tokens, knobs.register_token_dim, knobs.num_overlapping_tokens
         if dim < count:
@@ -62,7 +63,7 @@ class Codes(nn.Module):
         most = dim // count
         self.counts = _unit_counts(min(max(knobs.units, leading), most * leading), leading)
         self.comp_counts = [min(knobs.complementary_units, most)] * (count - leading)
-        self.noise, self.principal = knobs.noise, PrincipalComponents(specs, knobs.components)
+        self.noise, self.principal = knobs.noise, PrincipalComponents(specs, knobs.components, fine)
         total = sum(self.counts) + sum(self.comp_counts)
         basis = torch.linalg.qr(torch.randn(dim, total))[0].T.contiguous()
         for name, counts, part in (
