@@ -9,10 +9,12 @@ Shapes: M modalities, B local rows, G rows of all processes, V units of a comple
 """
 
 from collections.abc import Mapping
+from itertools import chain, combinations_with_replacement
 
 import torch
 from torch import Tensor
 
+from tvl_align.losses.contrastive import indices
 from tvl_align.system.distributed import gather_with_grad
 
 SPARE = 0.01  # added to the share of a variance that is not predicted: bounds the penalty
@@ -26,8 +28,9 @@ def moment_count(units: int) -> int:
 
 def moments(code: Tensor) -> Tensor:
     """Units (..., V) -> the units, and the products of all pairs of them, their squares among them: (..., P)."""
-    first, second = torch.triu_indices(code.shape[-1], code.shape[-1], device=code.device).unbind()
-    return torch.cat([code, code.index_select(-1, first) * code.index_select(-1, second)], dim=-1)
+    pairs = zip(*combinations_with_replacement(range(code.shape[-1]), 2), strict=True)
+    first, second = code.index_select(-1, indices(tuple(chain(*pairs)), code.device)).chunk(2, dim=-1)
+    return torch.cat([code, first * second], dim=-1)
 
 
 def independence(
@@ -42,21 +45,17 @@ def independence(
     the mutual information, in nats, of normal variables with this correlation. Averaged over processes, the results and the
     gradients are those of the joined batch.
     """
-    names, width = list(codes), next(iter(codes.values())).shape[1]
-    each = [torch.stack([x[m] for m in names], dim=1) for x in (codes, predicted)]  # (B, M, V), (B, M, P)
-    rows = torch.stack([valid[m] for m in names], dim=1)[..., None]
-    joined = gather_with_grad(torch.cat([torch.where(rows, torch.cat(each, dim=2), 0.0), rows.float()], dim=2))
-    code, guess, counted = joined.split([width, joined.shape[2] - width - 1, 1], dim=2)
-    count = counted.sum(0)  # (M, 1)
-
-    def mean(x: Tensor) -> Tensor:
-        return (x * counted).sum(0) / count.clamp(min=1)
-
-    truth = moments(code)
-    loss = mean((guess - truth.detach()).square())
-    guess = guess.detach() - mean(guess.detach())
-    truth = truth - mean(truth)
-    explained = mean(guess * truth).square() / (mean(guess.square()) * mean(truth.square())).clamp(min=LEAST_VARIANCE)
-    penalty = -0.5 * torch.log1p(-explained / (1 + SPARE))
-    share = (count > 0) / (count > 0).sum().clamp(min=1)
-    return (loss * share).sum() / loss.shape[1], (penalty * share).sum()
+    each = [torch.stack([x[m] for m in codes]) for x in (codes, predicted, valid)]  # (M, B, V), (M, B, P), (M, B)
+    rows = each[2][..., None]
+    known = torch.where(rows, torch.cat([*each[:2], rows], dim=2), 0.0)
+    joined = gather_with_grad(known.transpose(0, 1)).transpose(0, 1)
+    code, guess, counted = joined.split([each[0].shape[2], each[1].shape[2], 1], dim=2)  # (M, G, V), (M, G, P), (M, G, 1)
+    count = counted.detach().sum(1, keepdim=True)
+    weight, found = counted.detach() / count.clamp(min=1), (count > 0).sum().clamp(min=1)
+    truth, known_guess = moments(code), guess.detach()
+    loss = ((guess - truth.detach()).square() * weight).sum() / (found * guess.shape[2])
+    parts = torch.cat([truth, truth.square(), truth * known_guess, known_guess, known_guess.square()], dim=2)
+    mean, square, product, of_guess, square_of_guess = (weight.transpose(1, 2) @ parts).chunk(5, dim=2)  # (M, 1, P) each
+    variances = (square - mean.square()) * (square_of_guess - of_guess.square())
+    explained = (product - mean * of_guess).square() / variances.clamp(min=LEAST_VARIANCE)
+    return loss, torch.log1p(explained / -(1 + SPARE)).sum() / (-2 * found)
