@@ -15,7 +15,8 @@ surface, its tilt (`pose_4`, `pose_5`, degrees), or on an edge, how far the edge
 cosine and sine of its angle (`pose_6`). Unique to the real image: the shear (`move_1`, `move_2`, mm), which the
 renderer does not know.
 
-The flat surface was looked at while the method was made; the edge was not, before version 6.3 of `base` was done.
+The flat surface was looked at while the method was made; the edge was not, before version 6.3 of `base`
+was done, and nothing was decided on it since.
 """
 
 import csv

@@ -57,5 +57,5 @@ def independence(
     parts = torch.cat([truth, truth.square(), truth * known_guess, known_guess, known_guess.square()], dim=2)
     mean, square, product, of_guess, square_of_guess = (weight.transpose(1, 2) @ parts).chunk(5, dim=2)  # (M, 1, P) each
     variances = (square - mean.square()) * (square_of_guess - of_guess.square())
-    explained = (product - mean * of_guess).square() / variances.clamp(min=LEAST_VARIANCE)
+    explained = ((product - mean * of_guess).square() / variances.clamp(min=LEAST_VARIANCE)).clamp(max=1)
     return loss, torch.log1p(explained / -(1 + SPARE)).sum() / (-2 * found)

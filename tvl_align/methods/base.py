@@ -1,7 +1,8 @@
 """stage2_base v7.0. TVLStage2, the base model: register tokens that separate shared from unique information.
 
-1. The frozen tokens of a modality are read as principal components (tvl_align.registers.principal).
-2. A trunk, a residual MLP with the same weights for all modalities, reads the components through a linear projection per
+1. The frozen tokens of a modality are read as principal components, of long sequences in a fine and a coarse grain
+   (tvl_align.registers.principal). Complementary registers read the fine one.
+2. A trunk, a residual MLP with the same weights for all modalities, reads the coarse one through a linear projection per
    modality, and overlapping registers attend to what it makes of them; their stack is shared too. The projections read with
    dropout and start equal for what Stage 1 has aligned: in weights of its own a modality memorises what is unique to it.
 3. Each token is a narrow code (tvl_align.methods.codes). Of three modalities, units of later overlapping tokens belong to
