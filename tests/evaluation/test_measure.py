@@ -285,10 +285,10 @@ def test_the_oracle_knows_the_factors_that_both_own() -> None:
 def test_a_run_of_another_major_version_is_refused(run: Path, tmp_path: Path) -> None:
     """Its weights could load and mean something else. A minor version is the same model."""
     config = json.loads((run / "config.json").read_text())
-    for version in ("6.9", "4.1"):
+    for version in ("7.9", "4.1"):
         config["implementation"]["version"] = version
         (tmp_path / "config.json").write_text(json.dumps(config))
-        if version == "6.9":
+        if version == "7.9":
             load_run(tmp_path, None)
     with pytest.raises(UserError, match=r"is a run of version 4.1 of stage2_base, and this is 7.0; train again, or use"):
         load_run(tmp_path, None)
