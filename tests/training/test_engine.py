@@ -365,8 +365,9 @@ def test_a_pair_without_validation_rows_is_left_out_and_no_metric_is_nan(setting
 
 
 def test_only_the_training_step_is_in_bf16(settings: Settings[Stage2Config], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: validation reads closed forms that were fitted in float32. Losses are close to those in float32; of 13
-    validation rows less close, after training on rounded gradients."""
+    """As on a GPU: validation reads closed forms that were fitted in float32. Losses are close to those in float32.
+
+    A small learning rate: 13 validation rows amplify what the optimizer makes of rounded gradients."""
     seen: set[tuple[bool, bool]] = set()
 
     def model(knobs: Stage2Config, specs: Any) -> nn.Module:
@@ -374,15 +375,15 @@ def test_only_the_training_step_is_in_bf16(settings: Settings[Stage2Config], mon
         built.register_forward_pre_hook(lambda module, _: seen.add((module.training, torch.is_autocast_enabled("cpu"))))
         return built
 
-    exact = metrics(fit(changed(settings, "optim", epochs=1), BASE))[0]
+    exact = metrics(fit(changed(settings, "optim", epochs=1, lr=1e-4), BASE))[0]
     monkeypatch.setattr(engine, "training_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
     rounded = metrics(
-        fit(changed(changed(settings, "optim", epochs=1), "run", log_name="bf16"), replace(BASE, model=model))
+        fit(changed(changed(settings, "optim", epochs=1, lr=1e-4), "run", log_name="bf16"), replace(BASE, model=model))
     )[0]
     assert seen == {(True, True), (False, False)}
     assert rounded["train_total_loss"] != exact["train_total_loss"]
-    for name, close in (("train_total_loss", 0.01), ("train_overlapping_loss", 0.01), ("val_total_loss", 0.03)):
-        assert rounded[name] == pytest.approx(exact[name], rel=close), name
+    for name in ("train_total_loss", "train_overlapping_loss", "val_total_loss"):
+        assert rounded[name] == pytest.approx(exact[name], rel=0.01), name
 
 
 def test_the_best_checkpoint_ignores_the_pair_without_touch() -> None:
