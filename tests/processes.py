@@ -3,12 +3,15 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
+
+from tvl_align.cli.main import main
 
 LIMIT = 900.0  # seconds, many times what the slowest command takes on two busy cores
 
@@ -59,6 +62,28 @@ def spawn(work: Callable[..., None], args: Sequence[Any], processes: int, limit:
             for process in context.processes:
                 process.kill()
             raise AssertionError(f"{work.__name__} on {processes} processes did not end within {limit:.0f} s")
+
+
+def tvl_align(words: Sequence[str | Path], said: Path, limit: float = LIMIT) -> tuple[int, str]:
+    """`tvl-align` with these words in a fork of this process, which has imported everything already: seconds less than a new
+    process takes, for tests that are not about how commands start. said: a file for what it says. Returns as `run` does."""
+    process = mp.get_context("fork").Process(target=_command, args=(list(map(str, words)), said))
+    process.start()
+    process.join(limit)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"tvl-align {words} did not end within {limit:.0f} s; it said: {said.read_text()}")
+    return process.exitcode, said.read_text()
+
+
+def _command(words: list[str], said: Path) -> None:
+    os.setsid()
+    with said.open("w", buffering=1) as out:
+        for stream in (1, 2):
+            os.dup2(out.fileno(), stream)
+        sys.stdout = sys.stderr = out
+        sys.argv = ["tvl-align", *words]
+        main()
 
 
 def quiet(environment: Mapping[str, str] | None = None) -> dict[str, str]:

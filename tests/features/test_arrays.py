@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,6 @@ from tvl_align.methods.registry import METHODS
 from tvl_align.metrics.retrieval import retrieval
 from tvl_align.system.console import UserError
 from tvl_align.training.engine import fit
-
-BIN = Path(sys.executable).parent
 
 
 def digits() -> dict[str, np.ndarray]:
@@ -322,7 +319,7 @@ def test_every_method_trains_is_measured_and_compared_on_it(npz: Path, tmp_path:
     """With the commands, without a Stage-1 checkpoint, with rows that lack a modality."""
 
     def run(line: str) -> str:
-        code, output = processes.run([BIN / "tvl-align", *shlex.split(line)])
+        code, output = processes.tvl_align(shlex.split(line), tmp_path / "said")
         assert code == 0, output
         return output
 

@@ -4,7 +4,7 @@ import importlib
 import json
 import re
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,12 @@ from tvl_align.inference.files import picture_rows
 from tvl_align.inference.registers import Registers
 from tvl_align.system.console import UserError
 
+Command = Callable[..., tuple[int, str]]
 
-def command(*arguments: str | Path) -> tuple[int, str]:
-    return child.run([str(Path(sys.executable).parent / "tvl-align"), *map(str, arguments)], env=child.quiet())
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return lambda *words: child.tvl_align(words, tmp_path / "said")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,9 @@ def folders(world: Path, rows: list[Row], tmp_path_factory: pytest.TempPathFacto
     return root
 
 
-def test_folders_are_paired_by_name_and_embedded(folders: Path, run: Path, registers: Registers, tmp_path: Path) -> None:
+def test_folders_are_paired_by_name_and_embedded(
+    command: Command, folders: Path, run: Path, registers: Registers, tmp_path: Path
+) -> None:
     code, said = command(
         "embed", run, "--vision", folders / "photos", "--tactile", folders / "touches", "--out", tmp_path / "x.npz"
     )
@@ -53,7 +58,7 @@ def test_folders_are_paired_by_name_and_embedded(folders: Path, run: Path, regis
     assert str(out["made_by"]) == registers.key
 
 
-def test_a_split_has_names_and_labels(run: Path, registers: Registers, tmp_path: Path) -> None:
+def test_a_split_has_names_and_labels(command: Command, run: Path, registers: Registers, tmp_path: Path) -> None:
     code, said = command("embed", run, "--split", "test", "--out", tmp_path / "t.npz", "--json")
     assert code == 0, said
     told = json.loads(said.strip().splitlines()[-1])
@@ -65,7 +70,7 @@ def test_a_split_has_names_and_labels(run: Path, registers: Registers, tmp_path:
 
 
 def test_search_ranks_the_gallery_by_similarity_and_keeps_its_index(
-    folders: Path, run: Path, registers: Registers, tmp_path: Path
+    command: Command, folders: Path, run: Path, registers: Registers, tmp_path: Path
 ) -> None:
     query = sorted((folders / "touches/wood").iterdir())[0]
     given = [
@@ -98,7 +103,7 @@ def test_search_ranks_the_gallery_by_similarity_and_keeps_its_index(
     assert code == 0 and json.loads(again.strip().splitlines()[-1]) == json.loads(said.strip().splitlines()[-1])
 
 
-def test_a_gallery_of_sentences(folders: Path, run: Path, tmp_path: Path) -> None:
+def test_a_gallery_of_sentences(command: Command, folders: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "captions.txt").write_text("soft, woven\n\nhard\n")
     query = sorted((folders / "touches/wood").iterdir())[0]
     code, said = command(
