@@ -30,7 +30,17 @@ def test_documented_defaults_give_a_finite_loss_and_gradients() -> None:
     numbers = Stage2Loss()(net.train()(random_features(6)))
     numbers["total_loss"].backward()
     assert math.isfinite(numbers["total_loss"].item())
-    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters())
+    grads = {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+    assert [name for name, grad in grads.items() if grad is None or not torch.isfinite(grad).all()] == []
+
+
+def test_prefixes_count_as_often_as_the_documented_rate_keeps_them() -> None:
+    """The loss of one's own loop is that of a run with the same rate."""
+    net = model(nested_dropout_rate=0.9).train()
+    output = net(random_features(6))
+    own, of_run = (loss(output)["overlapping_loss"] for loss in (Stage2Loss(nested_dropout_rate=0.9), BaseLoss(net.knobs)))
+    assert torch.equal(own, of_run)
+    assert not torch.isclose(own, Stage2Loss()(output)["overlapping_loss"], rtol=1e-4)
 
 
 def test_without_attention_overlapping_codes_are_a_linear_projection_of_the_trunk() -> None:

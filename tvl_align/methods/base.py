@@ -506,6 +506,7 @@ class Stage2Loss(BaseLoss):
     `total_loss`. It has no parameters.
 
     `num_overlapping_tokens` is part of the documented signature and has no effect, because the Output holds its own number.
+    nested_dropout_rate: that of the model; prefixes count as often as it keeps them.
     Raises UserError if no pair of modalities is left to align.
     """
 
@@ -518,6 +519,7 @@ class Stage2Loss(BaseLoss):
         disable_vision_text_loss: bool = DEFAULTS.disable_vision_text_loss,
         disable_tactile_text_loss: bool = DEFAULTS.disable_tactile_text_loss,
         independence_weight: float = DEFAULTS.independence_weight,
+        nested_dropout_rate: float = DEFAULTS.nested_dropout_rate,
     ) -> None:
         knobs = Stage2Config(
             num_overlapping_tokens=num_overlapping_tokens,
@@ -526,6 +528,7 @@ class Stage2Loss(BaseLoss):
             disable_vision_text_loss=disable_vision_text_loss,
             disable_tactile_text_loss=disable_tactile_text_loss,
             independence_weight=independence_weight,
+            nested_dropout_rate=nested_dropout_rate,
         )
         super().__init__(knobs, active_modalities)
 

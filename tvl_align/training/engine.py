@@ -324,7 +324,7 @@ def _record_nonfinite(
         entry = {"epoch": progress.epoch, "step": progress.step, "loss": repr(loss)}
         entry |= {"rows": rows, "names": [source.names[row] for row in rows if row >= 0]}
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
         log.warning("%s: loss %s or a gradient is not finite; step skipped, its rows are in %s", position, loss, path)
     if progress.skipped > allowed:
         checkpoint = settings.folder / "checkpoint.pth"

@@ -189,7 +189,7 @@ class Run:
         config = {"implementation": asdict(implementation), "settings": to_plain(settings), "store": self.key}
         config |= {"features": dict(features.ingredients), "rows": dict(rows)}
         config |= {"specs": {name: asdict(spec) for name, spec in specs.items()}}
-        write_atomically(self.folder / "config.json", json.dumps(config | provenance(), indent=1) + "\n")
+        write_atomically(self.folder / "config.json", json.dumps(config | provenance(), indent=1, allow_nan=False) + "\n")
         for name in ("times.jsonl", "nonfinite.jsonl"):
             remove_later_entries(self.folder / name, progress)
         from torch.utils.tensorboard import SummaryWriter
@@ -223,7 +223,7 @@ class Run:
             for name in progress.better:
                 best = self._weights(model) | {"progress": {"epoch": progress.epoch, "step": 0}}
                 save_checkpoint(self.folder / f"checkpoint-{name}.pth", best)
-        write_atomically(self.metrics, "".join(json.dumps(strict(metrics)) + "\n" for metrics in progress.history))
+        write_atomically(self.metrics, "".join(json.dumps(strict(metrics), allow_nan=False) + "\n" for metrics in progress.history))
 
     def record(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """Report a finished epoch: append to times.jsonl, write TensorBoard scalars, print two lines.
@@ -231,7 +231,8 @@ class Run:
         seconds: wall-clock seconds of train and validate.
         """
         with (self.folder / "times.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"epoch": metrics["epoch"], **{k: round(v, 3) for k, v in seconds.items()}}) + "\n")
+            times = {"epoch": metrics["epoch"]} | {k: round(v, 3) for k, v in seconds.items()}
+            file.write(json.dumps(times, allow_nan=False) + "\n")
         for name, value in metrics.items():
             if name != "epoch":
                 self.board.add_scalar(name.replace("_", "/", 1), value, metrics["epoch"])
