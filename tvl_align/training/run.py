@@ -223,7 +223,8 @@ class Run:
             for name in progress.better:
                 best = self._weights(model) | {"progress": {"epoch": progress.epoch, "step": 0}}
                 save_checkpoint(self.folder / f"checkpoint-{name}.pth", best)
-        write_atomically(self.metrics, "".join(json.dumps(strict(metrics), allow_nan=False) + "\n" for metrics in progress.history))
+        lines = (json.dumps(strict(metrics), allow_nan=False) + "\n" for metrics in progress.history)
+        write_atomically(self.metrics, "".join(lines))
 
     def record(self, metrics: Mapping[str, Any], seconds: Mapping[str, float]) -> None:
         """Report a finished epoch: append to times.jsonl, write TensorBoard scalars, print two lines.
