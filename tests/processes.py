@@ -78,12 +78,12 @@ def tvl_align(words: Sequence[str | Path], said: Path, limit: float = LIMIT) -> 
 
 def _command(words: list[str], said: Path) -> None:
     os.setsid()
-    with said.open("w", buffering=1) as out:
-        for stream in (1, 2):
-            os.dup2(out.fileno(), stream)
-        sys.stdout = sys.stderr = out
-        sys.argv = ["tvl-align", *words]
-        main()
+    out = said.open("w", buffering=1)  # stays open: a traceback is written after the end of this function
+    for stream in (1, 2):
+        os.dup2(out.fileno(), stream)
+    sys.stdout = sys.stderr = out
+    sys.argv = ["tvl-align", *words]
+    main()
 
 
 def quiet(environment: Mapping[str, str] | None = None) -> dict[str, str]:
