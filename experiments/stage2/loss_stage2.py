@@ -1,4 +1,4 @@
-"""stage2_base v7.0. Stage2Loss, the loss of the base; its code is tvl_align/methods/base.py."""
+"""stage2_base v8.0. Stage2Loss, the loss of the base; its code is tvl_align/methods/base.py."""
 
 from tvl_align.methods.base import Stage2Loss
 

@@ -13,29 +13,24 @@ NAMES = ("vision", "tactile", "text")
 Named = dict[str, torch.Tensor]
 
 
-def inputs(seed: int, rows: int = 7, units: int = 3) -> tuple[Named, Named, Named]:
+def inputs(seed: int, rows: int = 7, count: int = 3) -> tuple[Named, Named]:
+    """Targets, predictions of them, the same again, (rows, 3, count); and rows that count."""
     g = torch.Generator().manual_seed(seed)
-    codes = {m: torch.randn(rows, units, generator=g) for m in NAMES}
-    predicted = {m: torch.randn(rows, moment_count(units), generator=g) for m in NAMES}
-    return codes, predicted, {m: torch.rand(rows, generator=g) > 0.3 for m in NAMES}
+    predictions = {m: torch.randn(rows, 2, count, generator=g)[:, [0, 1, 1]] for m in NAMES}
+    return predictions, {m: torch.rand(rows, generator=g) > 0.3 for m in NAMES}
 
 
-def slow(codes: Named, predicted: Named, valid: Named) -> tuple[float, float]:
-    """One modality and one moment at a time."""
+def slow(predictions: Named, valid: Named) -> tuple[float, float]:
+    """One modality and one target at a time."""
     losses, penalties = [], []
-    for m in codes:
+    for m, x in predictions.items():
         rows = [i for i in range(len(valid[m])) if valid[m][i]]
         if not rows:
             continue
-        units = codes[m].shape[1]
-        columns = [[float(codes[m][i, u]) for i in rows] for u in range(units)]
-        columns += [
-            [a * b for a, b in zip(columns[u], columns[v], strict=True)] for u in range(units) for v in range(u, units)
-        ]
-        guesses = [[float(predicted[m][i, k]) for i in rows] for k in range(len(columns))]
-        losses.append(np.mean([np.mean(np.subtract(g, c) ** 2) for g, c in zip(guesses, columns, strict=True)]))
+        targets, learnt, judged = ([[float(x[i, part, k]) for i in rows] for k in range(x.shape[2])] for part in range(3))
+        losses.append(np.mean([np.mean(np.subtract(g, c) ** 2) for g, c in zip(learnt, targets, strict=True)]))
         penalty = 0.0
-        for g, c in zip(guesses, columns, strict=True):
+        for g, c in zip(judged, targets, strict=True):
             covariance = np.mean((np.array(g) - np.mean(g)) * (np.array(c) - np.mean(c)))
             explained = covariance**2 / max(np.var(g) * np.var(c), LEAST_VARIANCE)
             penalty -= 0.5 * math.log(1 - explained / (1 + SPARE))
@@ -53,57 +48,53 @@ def test_both_terms_equal_plain_loops(seed: int) -> None:
 
 
 def test_rows_that_do_not_count_may_hold_anything() -> None:
-    codes, predicted, valid = inputs(0)
+    predictions, valid = inputs(0)
     valid["text"] = torch.zeros(7, dtype=torch.bool)
-    expected = slow(codes, predicted, valid)
-    for given in (codes, predicted):
-        for m in NAMES:
-            given[m][~valid[m]] = torch.nan
-            given[m].requires_grad_()
-    terms = independence(codes, predicted, valid)
+    expected = slow(predictions, valid)
+    for m, x in predictions.items():
+        x[~valid[m]] = torch.nan
+        x.requires_grad_()
+    terms = independence(predictions, valid)
     assert [x.item() for x in terms] == pytest.approx(expected, rel=1e-4)
     sum(terms).backward()
-    assert all(x.grad.isfinite().all() for given in (codes, predicted) for x in given.values())
+    assert all(x.grad.isfinite().all() for x in predictions.values())
     none = {m: torch.zeros(7, dtype=torch.bool) for m in NAMES}
-    assert [x.item() for x in independence(codes, predicted, none)] == [0, 0]
+    assert [x.item() for x in independence(predictions, none)] == [0, 0]
 
 
 def test_the_extremes_of_the_penalty() -> None:
     """What does not correlate costs nothing; what is predicted exactly costs a finite price, and has a gradient still. A
     constant code, a constant prediction and a single row are not predicted."""
-    code = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], requires_grad=True)
-    everyone, other = {"text": torch.ones(4, dtype=torch.bool)}, torch.tensor([1.0, 1.0, -1.0, -1.0])
+    code = torch.tensor([1.0, -1.0, 1.0, -1.0], requires_grad=True)
+    other = torch.tensor([1.0, 1.0, -1.0, -1.0])
 
-    def penalty(first: torch.Tensor, of: torch.Tensor = code) -> torch.Tensor:
-        rows = {"text": everyone["text"][: len(of)]}
-        return independence({"text": of}, {"text": torch.stack([first, torch.zeros_like(first)], 1)}, rows)[1]
+    def penalty(prediction: torch.Tensor, of: torch.Tensor = code) -> torch.Tensor:
+        given = torch.stack([of, prediction, prediction], 1)[..., None]
+        return independence({"text": given}, {"text": torch.ones(len(of), dtype=torch.bool)})[1]
 
     assert penalty(other).item() == pytest.approx(0, abs=1e-6)
-    certain = penalty(-5 * code[:, 0].detach())
+    certain = penalty(-5 * code.detach())
     assert certain.item() == pytest.approx(0.5 * math.log((1 + SPARE) / SPARE), rel=1e-4)
     changed = penalty(torch.tensor([1.0, -1.0, 1.0, -0.9]))
     assert torch.autograd.grad(changed, code)[0].abs().max() > 0.1
-    constant, single = penalty(other, torch.ones(4, 1)), penalty(other[:1], code[:1])
+    constant, single = penalty(other, torch.ones(4)), penalty(other[:1], code[:1])
     assert [x.item() for x in (penalty(torch.ones(4)), constant, single)] == [0, 0, 0]
 
 
 def test_the_penalty_does_not_depend_on_the_scale_of_code_or_prediction() -> None:
-    codes, predicted, valid = inputs(1, rows=30)
-    scaled = {m: 3 * x for m, x in codes.items()}, {m: 0.1 * x + 2 for m, x in predicted.items()}, valid
-    assert independence(*scaled)[1].item() == pytest.approx(independence(codes, predicted, valid)[1].item(), rel=1e-4)
+    predictions, valid = inputs(1, rows=30)
+    scale, offset = torch.tensor([[3.0], [1.0], [0.1]]), torch.tensor([[0.0], [0.0], [2.0]])
+    scaled = {m: x * scale + offset for m, x in predictions.items()}
+    assert independence(scaled, valid)[1].item() == pytest.approx(independence(predictions, valid)[1].item(), rel=1e-4)
 
 
 def test_each_term_has_gradients_for_its_own_side_only() -> None:
-    codes, predicted, valid = inputs(2)
-    for x in (*codes.values(), *predicted.values()):
-        x.requires_grad_()
-    loss, penalty = independence(codes, predicted, valid)
-    of_loss, of_penalty = (
-        torch.autograd.grad(term, [codes["text"], predicted["text"]], allow_unused=True, retain_graph=True)
-        for term in (loss, penalty)
-    )
-    assert [g is not None and bool(g.any()) for g in of_loss] == [False, True]
-    assert [g is not None and bool(g.any()) for g in of_penalty] == [True, False]
+    """The loss for the first predictions, the penalty for the targets and the second predictions."""
+    predictions, valid = inputs(2)
+    x = predictions["text"].requires_grad_()
+    of_loss, of_penalty = (torch.autograd.grad(t, x, retain_graph=True)[0] for t in independence(predictions, valid))
+    assert [bool(of_loss[:, i].any()) for i in range(3)] == [False, True, False]
+    assert [bool(of_penalty[:, i].any()) for i in range(3)] == [True, False, True]
 
 
 def test_moments_are_units_and_all_products() -> None:
@@ -127,7 +118,8 @@ def trained(hides: str) -> float:
             "product": torch.stack([sign, sign * told], 1),
         }[hides]
         everyone = {"text": torch.ones(rows, dtype=torch.bool)}
-        return independence({"text": code}, {"text": predictor(shared)[0]}, everyone)
+        prediction = predictor(shared)[0]
+        return independence({"text": torch.stack([moments(code), prediction, prediction], 1)}, everyone)
 
     for _ in range(150):
         optimizer.zero_grad()

@@ -12,7 +12,17 @@ from tvl_align.losses import contrastive
 from tvl_align.losses import independence as independence_module
 from tvl_align.losses.alignment import pair_name
 from tvl_align.losses.independence import independence
-from tvl_align.methods.base import BaseLoss, Stage2Config, Stage2Loss, TVLStage2, on_grid, quantise, rounded, unit_owners
+from tvl_align.methods.base import (
+    BaseLoss,
+    Predictors,
+    Stage2Config,
+    Stage2Loss,
+    TVLStage2,
+    on_grid,
+    quantise,
+    rounded,
+    unit_owners,
+)
 from tvl_align.methods.codes import Codes
 from tvl_align.registers.pooling import pooled_overlapping
 from tvl_align.system.console import UserError
@@ -146,6 +156,43 @@ def test_predictors_and_encoders_are_trained_by_their_own_terms() -> None:
     assert not penalty["shared_stack"]
 
 
+def told(hides: str) -> tuple[float, float]:
+    """Penalty of trained predictors on new rows, of moments of a complementary code, and of the overlapping code."""
+    torch.manual_seed(0)
+    predictors, rows = Predictors(1, 2, 3), 512
+    optimizer = torch.optim.Adam(predictors.parameters(), lr=1e-2)
+
+    def penalties(count: int) -> tuple[torch.Tensor, tuple[float, float]]:
+        shared, signs = torch.randn(count, 2).sign(), torch.randn(count, 3).sign()
+        size = 1 + torch.rand(count, 1)
+        code, unique = {
+            "nothing": (shared, signs),
+            "product of three": (shared, torch.cat([signs[:, :2], signs[:, :2].prod(1, keepdim=True) * shared[:, :1]], 1)),
+            "size": (shared * size, signs * size),
+        }[hides]
+        predictions = predictors(code[None], unique[None])[0]
+        everyone, parts = {"text": torch.ones(count, dtype=torch.bool)}, (slice(0, -2), slice(-2, None))
+        loss = independence({"text": predictions}, everyone)[0]
+        of_parts = [independence({"text": predictions[..., part]}, everyone)[1].item() for part in parts]
+        return loss, (of_parts[0], of_parts[1])
+
+    for _ in range(200):
+        optimizer.zero_grad()
+        penalties(rows)[0].backward()
+        optimizer.step()
+    return penalties(8 * rows)[1]
+
+
+def test_each_direction_finds_what_the_other_does_not() -> None:
+    """What is shared in a product of three units shows in no pair of them; what they share in size alone, the overlapping
+    code's sign hides from the mean that a complementary code tells of it."""
+    assert max(told("nothing")) < 0.05
+    of_complementary, of_overlapping = told("product of three")
+    assert of_complementary < 0.05 and of_overlapping > 0.5
+    of_complementary, of_overlapping = told("size")
+    assert of_complementary > 0.5 and of_overlapping < 0.05
+
+
 def test_rows_without_a_complementary_token_are_not_predicted() -> None:
     """The predictors' terms are those of the rows that keep one."""
     net, features = model().eval(), random_features(6)
@@ -153,9 +200,8 @@ def test_rows_without_a_complementary_token_are_not_predicted() -> None:
     kept[:4, 3] = False
     output = net(features, kept=kept)
     numbers = Stage2Loss()(output)
-    extras = output.extras
     valid = {m: kept[:, 3] & rows for m, rows in output.present.items()}
-    expected = independence(extras["codes"], extras["predicted"], valid)
+    expected = independence(output.extras["predictions"], valid)
     assert torch.allclose(torch.stack(expected), torch.stack([numbers["prediction"], numbers["independence"]]))
     full = Stage2Loss()(net(features))
     assert not torch.allclose(full["prediction"], numbers["prediction"], atol=1e-6)
@@ -180,7 +226,7 @@ def test_complementary_registers_learn_from_pictures_that_are_not_augmented() ->
     assert not torch.equal(numbers["overlapping_loss"], pictures["overlapping_loss"])
     output = net(features, kept=kept)
     valid = output.present | {m: ~augmented for m in ("vision", "tactile")}
-    expected = independence(output.extras["codes"], output.extras["predicted"], valid)
+    expected = independence(output.extras["predictions"], valid)
     assert torch.allclose(torch.stack(expected), torch.stack([numbers["prediction"], numbers["independence"]]))
 
 

@@ -1,4 +1,4 @@
-"""stage2_base v7.0. TVLStage2, the base model: register tokens that separate shared from unique information.
+"""stage2_base v8.0. TVLStage2, the base model: register tokens that separate shared from unique information.
 
 1. The frozen tokens of a modality are read as principal components, of long sequences in a fine and a coarse grain
    (tvl_align.registers.principal). Complementary registers read the fine one.
@@ -13,8 +13,8 @@
    and have few discrete levels (finite scalar quantisation, Mentzer et al. 2023, arXiv:2309.15505). A decoder rebuilds the
    components from both codes; only the complementary ones get its gradients. Every row is rebuilt twice, from the registers
    that nested dropout keeps and from all: it drops the complementary register in half of the rows.
-5. Predictors learn the complementary code of a modality from its overlapping one, and the code is trained so that they
-   cannot (tvl_align.losses.independence).
+5. Predictors learn the complementary code of a modality from its overlapping one and the other way round, and the
+   complementary code is trained so that they cannot (tvl_align.losses.independence).
 
 Training and evaluation compute the same codes; only noise and dropout are absent in evaluation.
 """
@@ -29,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tvl_align.contract import MODALITIES, Features, FeatureSpec, Implementation, Method, Output, Reconstruction, Tokens
 from tvl_align.encoders.tvl import Stage1
 from tvl_align.losses.alignment import prefix_alignment
 from tvl_align.losses.complementary import log_error
-from tvl_align.losses.independence import independence, moment_count
+from tvl_align.losses.independence import independence, moment_count, moments
 from tvl_align.losses.register_loss import RegisterLoss, plain
 from tvl_align.methods.canonical import canonical, residual_components
 from tvl_align.methods.codes import CodeConfig, Codes, dropped
@@ -63,7 +64,7 @@ class Stage2Config(CodeConfig):
     preservation_weight: float = 1.0
     """Weight of the logarithm of the error of rebuilding the frozen tokens; 0: no decoders."""
     independence_weight: float = 0.1
-    """Weight of what is predicted of complementary tokens from overlapping ones; 0: no predictors."""
+    """Weight of what is predicted of complementary tokens from overlapping ones, or of these from them; 0: no predictors."""
     share_weights: bool = False
     """Use the same blocks for every modality in complementary registers too."""
     block_width: int = 64
@@ -200,12 +201,26 @@ class Decoders(nn.Module):
         return self.linear(code) + self.mlp(code)
 
 
-class Predictors(nn.Sequential):
-    """Overlapping codes (M, B, U) -> what is expected of P moments of the complementary codes (M, B, P): an MLP each."""
+class Predictors(nn.Module):
+    """Both codes of each modality -> (M, B, 3, P): moments of the complementary and units of the overlapping code; what an
+    MLP predicts of each from the other; and the same again. The first predictions have gradients for the MLPs only, the
+    second ones for the complementary code only."""
 
-    def __init__(self, copies: int, units: int, moments: int) -> None:
+    def __init__(self, copies: int, units: int, comp_units: int) -> None:
+        super().__init__()
         wide = PREDICTOR_WIDTH
-        super().__init__(Linears(copies, units, wide), nn.GELU(), Mlps(copies, wide, wide, moments))
+        self.of_complementary, self.of_overlapping = (
+            nn.Sequential(Linears(copies, inputs, wide), nn.GELU(), Mlps(copies, wide, wide, targets))
+            for inputs, targets in ((units, moment_count(comp_units)), (comp_units, units))
+        )
+
+    def forward(self, code: Tensor, comp_code: Tensor) -> Tensor:
+        """code (M, B, U), without gradient; comp_code (M, B, V)."""
+        frozen = {name: p.detach() for name, p in self.of_overlapping.named_parameters()}
+        predicted, learnt = self.of_complementary(code), self.of_overlapping(comp_code.detach())
+        judged = functional_call(self.of_overlapping, frozen, (comp_code,))
+        every = [moments(comp_code), code, predicted, learnt, predicted.detach(), judged]
+        return torch.cat(every, dim=2).unflatten(2, (3, -1))
 
 
 class OnGrid(torch.autograd.Function):
@@ -345,7 +360,7 @@ class TVLStage2(NestedModel):
         weight = (torch.arange(max(counts)) < torch.tensor(counts)[:, None]) / torch.tensor(counts)[:, None]
         self.register_buffer("rebuilt", weight, persistent=False)
         predicts = knobs.independence_weight > 0 and preservation
-        self.predictors = Predictors(own, shared, moment_count(unique)) if predicts else None
+        self.predictors = Predictors(own, shared, unique) if predicts else None
         wide = torch.randn(max(width, register_token_dim), min(width, register_token_dim))
         basis = torch.linalg.qr(wide)[0]
         self.register_buffer("widen", basis if width > register_token_dim else basis.T.contiguous())
@@ -378,8 +393,8 @@ class TVLStage2(NestedModel):
         names = list(self.specs)
         extras: dict[str, dict[str, Tensor]] = {}
         if self.predictors is not None:
-            extras["codes"] = dict(zip(names, comp_units.unbind(0), strict=True))
-            extras["predicted"] = dict(zip(names, self.predictors(units.detach()).unbind(0), strict=True))
+            predictions = self.predictors(units.detach(), comp_units)
+            extras["predictions"] = dict(zip(names, predictions.unbind(0), strict=True))
         if self.training and self.causal:
             prefixes = units[:, :, None] * self.codes.prefixes
             extras["prefixes"] = dict(zip(names, prefixes.unbind(0), strict=True))
@@ -489,14 +504,14 @@ class BaseLoss(RegisterLoss):
 
     def terms(self, output: Output) -> dict[str, Tensor]:
         numbers = super().terms(output)
-        if "predicted" not in output.extras:
+        if "predictions" not in output.extras:
             return numbers
         computed, kept = output.present, output.nested_dropout_mask
         if kept is not None and "prefixes" not in output.extras:  # dropped registers have not been computed
             count = next(iter(output.complementary_tokens.values())).shape[1]
             computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
         computed = {m: plain(rows, output, m) for m, rows in computed.items()}
-        prediction, penalty = independence(output.extras["codes"], output.extras["predicted"], computed)
+        prediction, penalty = independence(output.extras["predictions"], computed)
         total = (numbers["total_loss"] + prediction).add(penalty, alpha=self.independence_weight)
         return numbers | {"prediction": prediction, "independence": penalty, "total_loss": total}
 
@@ -533,4 +548,4 @@ class Stage2Loss(BaseLoss):
         super().__init__(knobs, active_modalities)
 
 
-BASE = Method(Implementation("stage2_base", "7.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)
+BASE = Method(Implementation("stage2_base", "8.0", "STAGE2"), Stage2Config, TVLStage2.of, BaseLoss, recordable=True)

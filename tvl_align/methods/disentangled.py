@@ -1,4 +1,4 @@
-"""stage2_disentangled v7.0. The base without linear projections: codes of registers alone. An ablation."""
+"""stage2_disentangled v8.0. The base without linear projections: codes of registers alone. An ablation."""
 
 from dataclasses import dataclass
 
@@ -15,5 +15,5 @@ class DisentangledConfig(Stage2Config):
 
 
 DISENTANGLED = Method(
-    Implementation("stage2_disentangled", "7.0", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss, recordable=True
+    Implementation("stage2_disentangled", "8.0", "DISENTANGLED"), DisentangledConfig, TVLStage2.of, BaseLoss, recordable=True
 )

@@ -1,4 +1,4 @@
-"""stage2_disentangled v7.0. Its code is tvl_align/methods/disentangled.py."""
+"""stage2_disentangled v8.0. Its code is tvl_align/methods/disentangled.py."""
 
 from tvl_align.methods.disentangled import DISENTANGLED, DisentangledConfig
 
