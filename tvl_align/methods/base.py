@@ -63,7 +63,7 @@ class Stage2Config(CodeConfig):
     """Number of cross-attention blocks between the registers and the keys; 0: registers attend to nothing (an ablation)."""
     preservation_weight: float = 1.0
     """Weight of the logarithm of the error of rebuilding the frozen tokens; 0: no decoders."""
-    independence_weight: float = 0.1
+    independence_weight: float = 0.07
     """Weight of what is predicted of complementary tokens from overlapping ones, or of these from them; 0: no predictors."""
     share_weights: bool = False
     """Use the same blocks for every modality in complementary registers too."""
