@@ -156,6 +156,27 @@ def test_predictors_and_encoders_are_trained_by_their_own_terms() -> None:
     assert not penalty["shared_stack"]
 
 
+def test_each_direction_has_gradients_for_its_own_side_only() -> None:
+    """In both directions the loss trains the predictor of this direction, and the penalty the complementary code."""
+    torch.manual_seed(0)
+    predictors = Predictors(2, 4, 3)
+    code, unique = torch.randn(2, 9, 4), torch.randn(2, 9, 3, requires_grad=True)
+    parts = [*predictors.of_complementary.parameters(), *predictors.of_overlapping.parameters(), unique]
+    everyone = {m: torch.ones(9, dtype=torch.bool) for m in ("vision", "text")}
+    for i, part in enumerate((slice(0, -4), slice(-4, None))):
+        predictions = dict(zip(everyone, predictors(code, unique)[..., part], strict=True))
+        loss, penalty = (
+            [g is not None and bool(g.any()) for g in torch.autograd.grad(t, parts, retain_graph=True, allow_unused=True)]
+            for t in independence(predictions, everyone)
+        )
+        count = len(parts) // 2
+        assert loss == [i == 0] * count + [i == 1] * count + [False]
+        assert penalty == [False] * 2 * count + [True]
+    with torch.no_grad():
+        quiet = predictors(code, unique)
+    assert torch.equal(quiet, predictors(code, unique))
+
+
 def told(hides: str) -> tuple[float, float]:
     """Penalty of trained predictors on new rows, of moments of a complementary code, and of the overlapping code."""
     torch.manual_seed(0)
@@ -193,14 +214,16 @@ def test_each_direction_finds_what_the_other_does_not() -> None:
     assert of_complementary > 0.5 and of_overlapping < 0.05
 
 
-def test_rows_without_a_complementary_token_are_not_predicted() -> None:
-    """The predictors' terms are those of the rows that keep one."""
-    net, features = model().eval(), random_features(6)
-    kept = torch.ones(6, 4, dtype=torch.bool)
+def test_rows_without_a_code_are_not_predicted() -> None:
+    """The predictors' terms are those of the rows that keep all registers and have the modality."""
+    net, features = model().eval(), random_features(8)
+    kept = torch.ones(8, 4, dtype=torch.bool)
     kept[:4, 3] = False
+    features.modalities["text"].present[6:] = False
     output = net(features, kept=kept)
     numbers = Stage2Loss()(output)
     valid = {m: kept[:, 3] & rows for m, rows in output.present.items()}
+    assert [int(rows.sum()) for rows in valid.values()] == [4, 4, 2]
     expected = independence(output.extras["predictions"], valid)
     assert torch.allclose(torch.stack(expected), torch.stack([numbers["prediction"], numbers["independence"]]))
     full = Stage2Loss()(net(features))

@@ -216,9 +216,11 @@ class Predictors(nn.Module):
 
     def forward(self, code: Tensor, comp_code: Tensor) -> Tensor:
         """code (M, B, U), without gradient; comp_code (M, B, V)."""
-        frozen = {name: p.detach() for name, p in self.of_overlapping.named_parameters()}
         predicted, learnt = self.of_complementary(code), self.of_overlapping(comp_code.detach())
-        judged = functional_call(self.of_overlapping, frozen, (comp_code,))
+        judged = learnt
+        if torch.is_grad_enabled():  # never while embedding, for functional_call is not safe in threads
+            frozen = {name: p.detach() for name, p in self.of_overlapping.named_parameters()}
+            judged = functional_call(self.of_overlapping, frozen, (comp_code,))
         every = [moments(comp_code), code, predicted, learnt, predicted.detach(), judged]
         return torch.cat(every, dim=2).unflatten(2, (3, -1))
 
@@ -508,8 +510,7 @@ class BaseLoss(RegisterLoss):
             return numbers
         computed, kept = output.present, output.nested_dropout_mask
         if kept is not None and "prefixes" not in output.extras:  # dropped registers have not been computed
-            count = next(iter(output.complementary_tokens.values())).shape[1]
-            computed = dict.fromkeys(output.present, kept[:, -count:].any(1))
+            computed = {m: rows & kept.all(1) for m, rows in computed.items()}
         computed = {m: plain(rows, output, m) for m, rows in computed.items()}
         prediction, penalty = independence(output.extras["predictions"], computed)
         total = (numbers["total_loss"] + prediction).add(penalty, alpha=self.independence_weight)
