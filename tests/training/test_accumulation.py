@@ -18,6 +18,8 @@ from tvl_align.methods.registry import METHODS
 from tvl_align.training.accumulation import large_batch_gradient
 from tvl_align.training.checks import SPECS, eight_rows
 
+ROUNDING = 1e-4  # of gradients of up to 5, where correlations of a few rows, near 1, make the penalty steep
+
 
 def built(method: Method) -> tuple[nn.Module, nn.Module]:
     """A small model without noise and dropout, whose draws depend on the batch size, and its loss."""
@@ -65,7 +67,7 @@ def test_gradient_of_the_parts_is_that_of_the_whole(name: str) -> None:
     forwards = [partial(model, f, kept=k, joint=False) for f, k in parts]
     numbers = large_batch_gradient(forwards, loss, lambda scalar, part: scalar.backward())
     assert numbers["total_loss"] == pytest.approx(whole["total_loss"].item(), abs=1e-5)
-    assert (gradient(model) - expected).abs().max() < 1e-5
+    assert (gradient(model) - expected).abs().max() < ROUNDING
     model.zero_grad()
     small = [loss(model(f, kept=k, joint=False))["total_loss"] / 2 for f, k in cut(features, kept, (4, 4))]
     torch.stack(small).sum().backward()
@@ -170,7 +172,7 @@ def test_parts_on_two_processes_have_the_gradient_of_one_batch(name: str, tmp_pa
     loss(model(features, kept=kept, joint=False))["total_loss"].backward()
     spawn(_one_of_two, (f"{tmp_path}/meeting", str(tmp_path), name), 2)
     for index in range(2):
-        assert (torch.load(tmp_path / f"{index}.pt") - gradient(model)).abs().max() < 1e-5
+        assert (torch.load(tmp_path / f"{index}.pt") - gradient(model)).abs().max() < ROUNDING
 
 
 def test_a_modality_may_have_any_name() -> None:
